@@ -1,0 +1,55 @@
+// Adagrad (Duchi, Hazan & Singer 2011, JMLR 12). State: sum. At step t:
+//   g += weight_decay * p + l1 * sign(p)
+//   sum += g^2
+//   p -= lr / (1 + (t - 1) * lr_decay) * g / (sqrt(sum) + eps)
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+#include "penalized_grad.h"
+
+namespace fusedopt {
+
+template <typename T>
+struct AdagradUpdate {
+  static constexpr int kNumStates = 1;
+
+  PenalizedGrad<T> penalized_grad;
+  T decayed_lr;
+  T eps;
+
+  FUSEDOPT_HD void operator()(T& param, T grad, T& sum) const {
+    using std::sqrt;
+    grad = penalized_grad(grad, param);
+    sum = sum + grad * grad;
+    param = param - decayed_lr * grad / (sqrt(sum) + eps);
+  }
+};
+
+struct Adagrad {
+  double lr, lr_decay, eps, weight_decay, l1;
+  bool maximize;
+
+  template <typename Options>
+  static Adagrad from(const Options& options) {
+    return {options("lr"),
+            options("lr_decay"),
+            options("eps"),
+            options("weight_decay"),
+            options.get("l1", 0.0),
+            options("maximize") != 0};
+  }
+
+  static constexpr bool kHasStep = true;
+  int num_states() const { return 1; }
+
+  template <typename T, typename Use>
+  auto prepare(double step, Use&& use) const {
+    return use(AdagradUpdate<T>{penalized_grad<T>(maximize, weight_decay, l1),
+                                static_cast<T>(lr / (1 + (step - 1) * lr_decay)),
+                                static_cast<T>(eps)});
+  }
+};
+
+}  // namespace fusedopt

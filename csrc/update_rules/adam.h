@@ -1,0 +1,104 @@
+// Adam (Kingma & Ba 2015, arXiv:1412.6980), AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101),
+// AMSGrad (Reddi et al. 2018). State: exp_avg m, exp_avg_sq v, max_exp_avg_sq. At step t:
+//   Adam: g += weight_decay * p + l1 * sign(p)    AdamW: p -= lr * (weight_decay * p + l1 * sign(p))
+//   m += (1 - beta1) * (g - m)                    v = beta2 * v + (1 - beta2) * g^2
+//   p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)     AMSGrad: max over t of v
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+#include "penalized_grad.h"
+
+namespace fusedopt {
+
+template <typename T, bool kAmsgrad>
+struct AdamUpdate {
+  static constexpr int kNumStates = kAmsgrad ? 3 : 2;
+
+  PenalizedGrad<T> penalized_grad;
+  T param_decay;  // 1 - lr * weight_decay when decoupled, else 1
+  T param_l1;     // lr * l1 when decoupled, else 0
+  T beta1, one_minus_beta1;
+  T beta2, one_minus_beta2;
+  T inv_sqrt_bias_correction2;
+  T eps;
+  T step_size;  // lr / (1 - beta1^t)
+
+  FUSEDOPT_HD void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq) const {
+    update_moments(param, grad, exp_avg, exp_avg_sq);
+    update_param(param, exp_avg, exp_avg_sq);
+  }
+
+  FUSEDOPT_HD void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq,
+                              T& max_exp_avg_sq) const {
+    update_moments(param, grad, exp_avg, exp_avg_sq);
+    // torch.maximum: a NaN on either side stays.
+    const bool keep = max_exp_avg_sq > exp_avg_sq || max_exp_avg_sq != max_exp_avg_sq;
+    max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
+    update_param(param, exp_avg, max_exp_avg_sq);
+  }
+
+ private:
+  FUSEDOPT_HD void update_moments(T& param, T grad, T& exp_avg, T& exp_avg_sq) const {
+    const T l1_step = param_l1 * PenalizedGrad<T>::sign(param);
+    grad = penalized_grad(grad, param);
+    param = param * param_decay;
+    param = param_l1 != T(0) ? param - l1_step : param;
+    // torch.lerp: the form that is exact at the nearer end.
+    const T diff = grad - exp_avg;
+    exp_avg = one_minus_beta1 < T(0.5) ? exp_avg + one_minus_beta1 * diff : grad - beta1 * diff;
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad;
+  }
+
+  FUSEDOPT_HD void update_param(T& param, T exp_avg, T exp_avg_sq) const {
+    using std::sqrt;
+    const T denom = sqrt(exp_avg_sq) * inv_sqrt_bias_correction2 + eps;
+    param = param - step_size * exp_avg / denom;
+  }
+};
+
+struct Adam {
+  double lr, beta1, beta2, eps, weight_decay, l1;
+  bool amsgrad, maximize, decoupled_weight_decay;
+
+  template <typename Options>
+  static Adam from(const Options& options) {
+    return {options("lr"),
+            options("betas", 0),
+            options("betas", 1),
+            options("eps"),
+            options("weight_decay"),
+            options.get("l1", 0.0),
+            options("amsgrad") != 0,
+            options("maximize") != 0,
+            options("decoupled_weight_decay") != 0};
+  }
+
+  static constexpr bool kHasStep = true;
+  int num_states() const { return amsgrad ? 3 : 2; }
+
+  // Calls use(update) with the update for step t, its coefficients folded in double.
+  template <typename T, typename Use>
+  auto prepare(double step, Use&& use) const {
+    return amsgrad ? use(fold<T, true>(step)) : use(fold<T, false>(step));
+  }
+
+ private:
+  template <typename T, bool kAmsgrad>
+  AdamUpdate<T, kAmsgrad> fold(double step) const {
+    const bool decoupled = decoupled_weight_decay;
+    return {penalized_grad<T>(maximize, decoupled ? 0 : weight_decay, decoupled ? 0 : l1),
+            static_cast<T>(decoupled ? 1 - lr * weight_decay : 1),
+            static_cast<T>(decoupled ? lr * l1 : 0),
+            static_cast<T>(beta1),
+            static_cast<T>(1 - beta1),
+            static_cast<T>(beta2),
+            static_cast<T>(1 - beta2),
+            static_cast<T>(1 / std::sqrt(1 - std::pow(beta2, step))),
+            static_cast<T>(eps),
+            static_cast<T>(lr / (1 - std::pow(beta1, step)))};
+  }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,31 @@
+#pragma once
+
+#include "host_device.h"
+
+namespace fusedopt {
+
+// Gradient of the penalised objective, the first line of every rule:
+//   grad = (maximize ? -grad : grad) + weight_decay * param + l1 * sign(param)
+// A penalty that is zero is left out, as torch does: 0 * inf must not reach the gradient.
+template <typename T>
+struct PenalizedGrad {
+  T grad_sign;
+  T weight_decay;
+  T l1;
+
+  FUSEDOPT_HD T operator()(T grad, T param) const {
+    grad = grad_sign * grad;
+    grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
+    grad = l1 != T(0) ? grad + l1 * sign(param) : grad;
+    return grad;
+  }
+
+  FUSEDOPT_HD static T sign(T x) { return x > T(0) ? T(1) : (x < T(0) ? T(-1) : T(0)); }
+};
+
+template <typename T>
+FUSEDOPT_HD PenalizedGrad<T> penalized_grad(bool maximize, double weight_decay, double l1) {
+  return {maximize ? T(-1) : T(1), static_cast<T>(weight_decay), static_cast<T>(l1)};
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,99 @@
+// RMSprop (Hinton 2012, Coursera lecture 6e), centered after Graves 2013 (arXiv:1308.0850).
+// State: square_avg v, [centered] grad_avg a, [momentum > 0] momentum_buffer b.
+//   g += weight_decay * p + l1 * sign(p);  v = alpha * v + (1 - alpha) * g^2;  [centered] a += (1 - alpha) * (g - a)
+//   d = sqrt(v [- a^2]) + eps, or with eps_inside_sqrt sqrt(v [- a^2] + eps) (TensorFlow, Keras)
+//   p -= lr * g / d, or with momentum b = momentum * b + g / d, p -= lr * b
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+#include "penalized_grad.h"
+
+namespace fusedopt {
+
+template <typename T, bool kCentered, bool kMomentum>
+struct RMSpropUpdate {
+  static constexpr int kNumStates = 1 + kCentered + kMomentum;
+
+  PenalizedGrad<T> penalized_grad;
+  T lr;
+  T alpha, one_minus_alpha;
+  T eps_inside, eps_outside;  // one of them is eps, the other 0
+  T momentum;
+
+  FUSEDOPT_HD void operator()(T& param, T grad, T& square_avg) const {
+    update(param, grad, square_avg, nullptr, nullptr);
+  }
+
+  FUSEDOPT_HD void operator()(T& param, T grad, T& square_avg, T& second) const {
+    update(param, grad, square_avg, kCentered ? &second : nullptr, kCentered ? nullptr : &second);
+  }
+
+  FUSEDOPT_HD void operator()(T& param, T grad, T& square_avg, T& grad_avg,
+                              T& momentum_buffer) const {
+    update(param, grad, square_avg, &grad_avg, &momentum_buffer);
+  }
+
+ private:
+  FUSEDOPT_HD void update(T& param, T grad, T& square_avg, T* grad_avg, T* momentum_buffer) const {
+    using std::sqrt;
+    grad = penalized_grad(grad, param);
+    square_avg = alpha * square_avg + one_minus_alpha * grad * grad;
+    T variance = square_avg;
+    if constexpr (kCentered) {
+      const T diff = grad - *grad_avg;  // torch.lerp: the form that is exact at the nearer end
+      *grad_avg =
+          one_minus_alpha < T(0.5) ? *grad_avg + one_minus_alpha * diff : grad - alpha * diff;
+      variance = variance - *grad_avg * *grad_avg;
+    }
+    const T step = grad / (sqrt(variance + eps_inside) + eps_outside);
+    if constexpr (kMomentum) {
+      *momentum_buffer = momentum * *momentum_buffer + step;
+      param = param - lr * *momentum_buffer;
+    } else {
+      param = param - lr * step;
+    }
+  }
+};
+
+struct RMSprop {
+  double lr, alpha, eps, weight_decay, l1, momentum;
+  bool centered, maximize, eps_inside_sqrt;
+
+  template <typename Options>
+  static RMSprop from(const Options& options) {
+    return {options("lr"),
+            options("alpha"),
+            options("eps"),
+            options("weight_decay"),
+            options.get("l1", 0.0),
+            options("momentum"),
+            options("centered") != 0,
+            options("maximize") != 0,
+            options.get("eps_inside_sqrt", 0.0) != 0};
+  }
+
+  static constexpr bool kHasStep = true;
+  int num_states() const { return 1 + centered + (momentum > 0); }
+
+  template <typename T, typename Use>
+  auto prepare(double, Use&& use) const {
+    if (momentum > 0) return centered ? use(fold<T, true, true>()) : use(fold<T, false, true>());
+    return centered ? use(fold<T, true, false>()) : use(fold<T, false, false>());
+  }
+
+ private:
+  template <typename T, bool kCentered, bool kMomentum>
+  RMSpropUpdate<T, kCentered, kMomentum> fold() const {
+    return {penalized_grad<T>(maximize, weight_decay, l1),
+            static_cast<T>(lr),
+            static_cast<T>(alpha),
+            static_cast<T>(1 - alpha),
+            static_cast<T>(eps_inside_sqrt ? eps : 0),
+            static_cast<T>(eps_inside_sqrt ? 0 : eps),
+            static_cast<T>(momentum)};
+  }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,111 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import FusedOptimizer, Group, penalized_grad, scalar
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    r"""Adagrad.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda\theta_{t-1} + \lambda_1\,\mathrm{sign}(\theta_{t-1}),
+        \qquad s_t = s_{t-1} + g_t^2 \\
+        \theta_t &= \theta_{t-1} - \frac{\gamma}{1 + (t-1)\eta}\,\frac{g_t}{\sqrt{s_t}+\epsilon}
+
+    Source: Duchi, Hazan & Singer, *Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization* (JMLR 12, 2011).
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
+            of any shape and strides. Gradients may be sparse (COO) if there are no penalties.
+        lr (float or Tensor of one element): step size :math:`\gamma` (default: 1e-2).
+        lr_decay (float): :math:`\eta` (default: 0).
+        weight_decay (float): L2 coefficient :math:`\lambda` (default: 0).
+        initial_accumulator_value (float): :math:`s_0` (default: 0).
+        eps (float): :math:`\epsilon` (default: 1e-10).
+        foreach, fused: accepted and stored as torch does; the update is always fused.
+        maximize (bool): ascend (default: False).
+        differentiable (bool): let autograd run through ``step()`` (default: False).
+        l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
+
+    State per parameter, made by the constructor: ``step`` (0-dim) and ``sum``, of the parameter's
+    dtype, shape and strides. float16 and bfloat16 are computed in float32.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: at ``step()``, a sparse gradient together with a penalty.
+
+    Differences from torch.optim: ``l1``; a ``step`` that a float32 can no longer count goes on as
+    float64; sums keep the dtype they were saved in.
+    """
+
+    _rule = "adagrad"
+    _takes_sparse = True
+    _required_slots = _all_slots = ("sum",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        l1: float = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._finish_init(l1=l1)
+
+    @staticmethod
+    def _slots(group: Group) -> tuple[str, ...]:
+        return Adagrad._all_slots
+
+    def _initial_state(self, group: Group, param: Tensor) -> Tensor:
+        initial = self.defaults["initial_accumulator_value"]
+        value = complex(initial, initial) if param.is_complex() else initial
+        return torch.full_like(param, value, memory_format=torch.preserve_format)
+
+    @staticmethod
+    def _python_rule(
+        group: Group, step: float | Tensor, param: Tensor, grad: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        (sum_,) = state
+        grad = penalized_grad(group, grad, param)
+        lr = scalar(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+        sum_ = sum_ + grad * grad
+        return param - lr * grad / (sum_.sqrt() + group["eps"]), sum_
+
+    def _sparse_update(self, group: Group, param: Tensor) -> None:
+        """The same equation on the rows that the gradient has."""
+        state = self.state[param]
+        grad = (-param.grad if group["maximize"] else param.grad).coalesce()
+        indices, values = grad._indices(), grad._values()
+
+        def sparse(new: Tensor) -> Tensor:
+            return torch.sparse_coo_tensor(indices, new, grad.shape)
+
+        lr = float(group["lr"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
+        state["sum"].add_(sparse(values.square()))
+        std = state["sum"].sparse_mask(grad)._values().sqrt() + group["eps"]
+        param.add_(sparse(values / std), alpha=-lr)

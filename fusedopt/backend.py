@@ -1,0 +1,68 @@
+"""Loads the native module, or says exactly why it is not used.
+
+``FUSEDOPT_BACKEND=native`` insists on it, ``FUSEDOPT_BACKEND=python`` leaves it out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Written by setup.py when the native module could not be built.
+_BUILD_ERROR_FILE = Path(__file__).with_name("_build_error.txt")
+
+
+def _bind(module: Any) -> None:
+    """Hands torch's DLPack exchange table to the native module."""
+    for name in ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"):
+        table = getattr(torch.Tensor, name, None)
+        if table is not None:
+            module.bind(table, torch.Tensor, torch.nn.Parameter, torch._C._increment_version)
+            return
+    raise ImportError(
+        f"torch {torch.__version__} does not export the DLPack C exchange API on torch.Tensor; "
+        "fusedopt needs torch 2.10 or newer"
+    )
+
+
+def _load(choice: str) -> tuple[Any, str | None]:
+    """The native module, or None and why."""
+    if choice not in ("", "native", "python"):
+        raise ValueError(f"FUSEDOPT_BACKEND must be 'native' or 'python', got {choice!r}")
+    if choice == "python":
+        return None, "FUSEDOPT_BACKEND=python"
+    try:
+        module = importlib.import_module("fusedopt._native")
+        _bind(module)
+    except Exception as error:
+        why = "".join(traceback.format_exception_only(error)).strip()
+        if _BUILD_ERROR_FILE.exists():
+            why += "\n" + _BUILD_ERROR_FILE.read_text()
+        if choice == "native":
+            raise ImportError(
+                f"FUSEDOPT_BACKEND=native, but the native module cannot be used: {why}"
+            ) from error
+        warnings.warn(
+            "fusedopt: the native module cannot be used, steps take the (slow) Python rule: "
+            f"{why.splitlines()[0]} (`python -m fusedopt.info` prints all of it)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, why
+    return module, None
+
+
+native, error = _load(os.environ.get("FUSEDOPT_BACKEND", ""))
+
+
+def status() -> str:
+    """Which backend runs, in one line."""
+    if native is None:
+        return f"python ({(error or '').splitlines()[0]})"
+    return f"native ({native.describe()})"

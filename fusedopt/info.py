@@ -1,0 +1,31 @@
+"""``python -m fusedopt.info``: each backend, its status, and the original error if it has one."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import __version__, backend
+
+
+def report() -> str:
+    """What ``python -m fusedopt.info`` prints."""
+    lines = [
+        f"fusedopt {__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()}",
+        f"in use:  {backend.status()}",
+    ]
+    if backend.native is not None:
+        lines.append(f"native:  available, {backend.native.__file__}")
+    else:
+        first, *rest = (backend.error or "").splitlines()
+        lines.append(f"native:  not used: {first}")
+        lines += [f"         {line}" for line in rest]
+    lines.append("cuda:    no kernels in this version; GPU tensors take the Python rule")
+    lines.append("python:  available")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,532 @@
+"""What the five optimizers share: ``step()``, its checks, state creation, ``load_state_dict``.
+
+A subclass says which state it keeps (``_slots``), what its update is (``_python_rule``) and under
+which name the native module knows the same update (``_rule``). The rest is here, once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+Group = dict[str, Any]
+
+# A float32 counter stops here: adding 1 no longer changes it.
+_LAST_FLOAT32_STEP = 2**24
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of the five optimizers; not meant to be used by itself."""
+
+    _rule: ClassVar[str]
+    _has_step: ClassVar[bool] = True
+    _takes_sparse: ClassVar[bool] = False
+    _required_slots: ClassVar[tuple[str, ...]] = ()
+    _all_slots: ClassVar[tuple[str, ...]]
+
+    # The tensor lists of the last step, as the native module remembers them. Never pickled.
+    _plan: Any = None
+
+    # What a subclass defines ------------------------------------------------------------------
+
+    @staticmethod
+    def _slots(group: Group) -> tuple[str, ...]:
+        """Names of the state tensors of one parameter, in the order of the native rule."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _python_rule(
+        group: Group, step: float | Tensor, param: Tensor, grad: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The new values of the parameter and of its state, computed out of place."""
+        raise NotImplementedError
+
+    def _sparse_update(self, group: Group, param: Tensor) -> None:
+        """Updates ``param`` from its sparse gradient; only called if ``_takes_sparse``."""
+        raise NotImplementedError
+
+    def _initial_state(self, group: Group, param: Tensor) -> Tensor:
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    # Construction -----------------------------------------------------------------------------
+
+    def _finish_init(self, *, l1: float, **switches: bool) -> None:
+        """Adds the options that torch does not have, where they are on, and leaves AMP to the
+        scaler.
+
+        An option that is off is in no group, so that checkpoints stay those of torch.
+        """
+        if not l1 >= 0.0:
+            raise ValueError(f"Invalid l1 value: {l1}")
+        for name, value in {"l1": l1, **switches}.items():
+            if value:
+                self.defaults[name] = value
+                for group in self.param_groups:
+                    group.setdefault(name, value)
+        # torch sets this for fused=True; unset, GradScaler unscales and skips by itself.
+        self.__dict__.pop("_step_supports_amp_scaling", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+
+    # step() -----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Every tensor is checked before anything is written: if this raises, no parameter, state
+        or step count has changed.
+
+        Args:
+            closure (Callable, optional): reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        todo = self._native_step(self._plan)
+        if todo is not None:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                self._checked_step(todo)
+        return loss
+
+    def _native_step(self, plan: Any, grads: dict[int, Tensor | None] | None = None) -> Any:
+        """One native call for all groups.
+
+        Returns None when the step is done. Otherwise nothing was written, and it returns the
+        entries of the plan that the native side cannot take as they are, or False if the plan
+        is out of date. ``grads`` replaces the gradients of some entries; None leaves them out.
+        """
+        if plan is None:
+            return False
+        return plan.step(self.param_groups, self.state, torch.get_num_threads(), grads)
+
+    def _checked_step(self, todo: list[int] | bool) -> None:
+        """The steps that one native call cannot do: tensors that are new, moved or unusual."""
+        plan, self._plan = self._plan, None  # kept only if the step succeeds
+        created: list[tuple[Tensor, str]] = []
+        try:
+            if todo is False:
+                for g, i in self._with_grad():
+                    self._check(g, i)
+                for g, i in self._with_grad():
+                    self._complete_state(g, i, created)
+                if backend.native is None:
+                    plan, todo = None, None
+                    for g, i in self._with_grad():
+                        self._python_step(g, i, created)
+                else:
+                    plan = self._make_plan(created)
+                    todo = self._native_step(plan)
+            if todo is not None:
+                self._mixed_step(plan, todo, created)
+        except BaseException:
+            for param, key in created:
+                self.state[param].pop(key, None)
+                if not self.state[param]:
+                    del self.state[param]
+            raise
+        self._plan = plan
+
+    def _mixed_step(self, plan: Any, todo: Any, created: list[tuple[Tensor, str]]) -> None:
+        """Copies gradients that have another layout than their parameter, does all that the
+        native side takes in one call, and the rest with the Python rule."""
+        grads: dict[int, Tensor | None] = {}
+        python: list[tuple[int, int]] = []
+        for entry in todo or ():
+            g, i, native = plan.locate(entry)
+            self._check(g, i)
+            param = self.param_groups[g]["params"][i]
+            grads[entry] = _in_layout_of(param, param.grad) if native else None
+            if grads[entry] is None:
+                python.append((g, i))
+        if todo is False or self._native_step(plan, grads) is not None:
+            raise RuntimeError(
+                f"fusedopt.{type(self).__name__}: parameters, gradients or state changed while "
+                "step() was reading them; do not step one optimizer from several threads at once"
+            )
+        for g, i in python:
+            self._python_step(g, i, created)
+
+    def _with_grad(self) -> Iterator[tuple[int, int]]:
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    yield g, i
+
+    def _complete_state(self, g: int, i: int, created: list[tuple[Tensor, str]]) -> None:
+        """Creates the state that the parameter lacks: all of it at its first step, or what an
+        option needs that was switched on later (amsgrad, momentum, centered)."""
+        group = self.param_groups[g]
+        param = group["params"][i]
+        keys = self._slots(group) if self._has_step or not _is_sparse(param.grad) else ()
+        if not (keys or self._has_step):
+            return
+        state = self.state[param]
+        if self._has_step and "step" not in state:
+            state["step"] = _new_step(group, param)
+            created.append((param, "step"))
+        for key in keys:
+            if state.get(key) is None:
+                state[key] = self._initial_state(group, param)
+                created.append((param, key))
+        if self._has_step:
+            step = state["step"]
+            if step.dtype == torch.float32 and step.device.type == "cpu":
+                if step.item() >= _LAST_FLOAT32_STEP:
+                    state["step"] = step.double()
+
+    def _make_plan(self, created: list[tuple[Tensor, str]]) -> Any:
+        new = {id(param) for param, _ in created}
+        plan = backend.native.Plan(self._rule)
+        for g, group in enumerate(self.param_groups):
+            keys = self._slots(group)
+            python = bool(group.get("differentiable") or group.get("capturable"))
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and not python:
+                    _match_layout(param, [state.get(key) for key in keys])
+                plan.add(g, param, state or None, keys, python, id(param) in new)
+        plan.finish(self.state)
+        return plan
+
+    # The Python rule --------------------------------------------------------------------------
+
+    def _python_step(self, g: int, i: int, created: list[tuple[Tensor, str]]) -> None:
+        group = self.param_groups[g]
+        param = group["params"][i]
+        grad = param.grad
+        step = self._count_step(group, param, created)
+        if _is_sparse(grad):
+            self._sparse_update(group, param)
+            return
+        slots = [self.state[param][key] for key in self._slots(group)]
+        old = [param, *slots]
+        if param.is_complex():
+            grad = torch.view_as_real(grad.resolve_conj())
+            old = [torch.view_as_real(t) for t in old]
+        opmath = torch.float32 if param.dtype.itemsize == 2 else old[0].dtype
+        param_, *slots_ = (t.to(opmath) for t in old)
+        new = self._python_rule(group, step, param_, grad.to(opmath), *slots_)
+        for tensor, value in zip(old, new, strict=True):
+            tensor.copy_(value)
+
+    def _count_step(
+        self, group: Group, param: Tensor, created: list[tuple[Tensor, str]]
+    ) -> float | Tensor:
+        """Adds 1 to the step count and returns it. Rules without one get 1 at the first step."""
+        if not self._has_step:
+            return 1.0 if any(param is new for new, _ in created) else 2.0
+        step = self.state[param]["step"]
+        step += 1
+        if group["differentiable"]:
+            return step.clone()
+        return step.item() if step.device.type == "cpu" else step
+
+    # Checks -----------------------------------------------------------------------------------
+
+    def _check(self, g: int, i: int) -> None:
+        """Raises if the parameter, its gradient or its state cannot be updated."""
+        group = self.param_groups[g]
+        param = group["params"][i]
+        grad = param.grad
+
+        def fail(error: type[Exception], problem: str) -> None:
+            raise error(f"{self._describe(g, i)}: {problem}")
+
+        if not (param.is_floating_point() or param.is_complex()):
+            fail(
+                TypeError,
+                "only floating point and complex parameters can be optimized; leave it out of "
+                "the optimizer or convert it",
+            )
+        if param.device.type == "meta":
+            fail(ValueError, "a meta tensor has no data; materialize it with to_empty() first")
+        if param.is_inference() and not torch.is_inference_mode_enabled():
+            fail(RuntimeError, "it was made in inference mode; clone() it outside")
+        if torch._debug_has_internal_overlap(param) == 1:
+            fail(
+                ValueError,
+                "several of its elements share one memory location (an expanded tensor?); "
+                "clone() it before optimizing",
+            )
+        if group.get("capturable") and param.device.type == "cpu":
+            fail(
+                RuntimeError,
+                "If capturable=True, params and state_steps must be on an accelerator; "
+                "set capturable=False for parameters on the CPU",
+            )
+        if group.get("fused") and not param.is_floating_point():
+            fail(
+                RuntimeError,
+                "`fused=True` requires all the params to be floating point Tensors; leave fused "
+                "unset for complex parameters",
+            )
+        if _is_sparse(grad):
+            self._check_sparse(group, grad, fail)
+        if grad.shape != param.shape:
+            fail(
+                ValueError,
+                f"its grad has shape {tuple(grad.shape)}; set grad to None and run backward again",
+            )
+        if grad.device != param.device:
+            fail(ValueError, f"its grad is on {grad.device}; move both to one device")
+        if grad.is_complex() != param.is_complex() or not (
+            grad.is_floating_point() or grad.is_complex()
+        ):
+            fail(TypeError, f"its grad has dtype {grad.dtype}; set it to a grad of matching kind")
+        state = self.state.get(param)
+        if state is not None and not isinstance(state, dict):
+            fail(TypeError, f"its state is a {type(state).__name__}, not a dict")
+        if state:
+            self._check_state(group, param, state, fail)
+
+    def _check_sparse(self, group: Group, grad: Tensor, fail: Callable[..., None]) -> None:
+        name = type(self).__name__
+        if not self._takes_sparse or grad.layout is not torch.sparse_coo:
+            hint = ", please consider SparseAdam instead" if name.startswith("Adam") else ""
+            fail(RuntimeError, f"{name} does not support sparse gradients{hint}")
+        if group["weight_decay"] != 0:
+            fail(RuntimeError, "weight_decay option is not compatible with sparse gradients")
+        if group.get("l1"):
+            fail(RuntimeError, "l1 option is not compatible with sparse gradients")
+
+    def _check_state(
+        self, group: Group, param: Tensor, state: dict[str, Any], fail: Callable[..., None]
+    ) -> None:
+        if self._has_step:
+            step = state.get("step")
+            if not isinstance(step, Tensor) or step.numel() != 1:
+                fail(TypeError, f"state['step'] must be a tensor of one element, got {step!r}")
+            if group.get("differentiable") and step.requires_grad:
+                fail(
+                    RuntimeError,
+                    "`requires_grad` is not supported for `step` in differentiable mode",
+                )
+            if step.device.type == "cpu" and not step.item() >= 0:
+                fail(ValueError, f"state['step'] is {step.item()}, not a count")
+        for key in self._slots(group):
+            value = state.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                fail(TypeError, f"state[{key!r}] is a {type(value).__name__}, not a tensor")
+            if value.shape != param.shape:
+                fail(
+                    ValueError,
+                    f"state[{key!r}] has shape {tuple(value.shape)}; load the state of this "
+                    "parameter, or delete it to start anew",
+                )
+            if value.device != param.device:
+                fail(ValueError, f"state[{key!r}] is on {value.device}; move it to {param.device}")
+            if value.is_complex() != param.is_complex() or not (
+                value.is_floating_point() or value.is_complex()
+            ):
+                fail(TypeError, f"state[{key!r}] has dtype {value.dtype}")
+            if _is_sparse(value) and not _is_sparse(param.grad):
+                fail(RuntimeError, f"state[{key!r}] is sparse, but the gradient is dense")
+            if not _is_sparse(value) and torch._debug_has_internal_overlap(value) == 1:
+                fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
+
+    def _describe(self, g: int, i: int) -> str:
+        group = self.param_groups[g]
+        param = group["params"][i]
+        names = group.get("param_names")
+        name = f" {names[i]!r}" if names else ""
+        strides = f", strides {tuple(param.stride())}" if param.layout is torch.strided else ""
+        return (
+            f"fusedopt.{type(self).__name__}, param group {g}, parameter {i}{name} "
+            f"(shape {tuple(param.shape)}, {param.dtype}{strides})"
+        )
+
+    # Checkpoints ------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of the ``torch.optim`` class of the same name.
+
+        Everything is checked first: if this raises, the optimizer is as it was.
+
+        Args:
+            state_dict (dict): what ``state_dict()`` of either returned.
+
+        Raises:
+            ValueError: groups, parameters or shapes do not match this optimizer.
+            TypeError: an entry is not what ``state_dict()`` makes.
+
+        Differences from torch.optim: state tensors keep the dtype they were saved in (torch casts
+        them to the parameter's dtype), options that the checkpoint does not know are taken from
+        the defaults, and shapes are checked.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        groups = self._loaded_groups(state_dict)
+        state = self._loaded_state(state_dict, groups)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _loaded_groups(self, state_dict: dict[str, Any]) -> list[Group]:
+        who = f"fusedopt.{type(self).__name__}"
+        for key, kind in (("state", dict), ("param_groups", list)):
+            if not isinstance(state_dict.get(key), kind):
+                raise TypeError(
+                    f"{who}: state_dict[{key!r}] must be a {kind.__name__}, got "
+                    f"{type(state_dict.get(key)).__name__}; is this an optimizer's state_dict?"
+                )
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(
+                "loaded state dict has a different number of parameter groups "
+                f"({len(saved)}, this {who} has {len(self.param_groups)})"
+            )
+        for g, (group, saved_group) in enumerate(zip(self.param_groups, saved, strict=True)):
+            if not isinstance(saved_group, dict) or "params" not in saved_group:
+                raise TypeError(f"{who}: param group {g} of the loaded state dict has no 'params'")
+            if len(saved_group["params"]) != len(group["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of "
+                    f"optimizer's group (group {g}: {len(saved_group['params'])} saved, "
+                    f"{len(group['params'])} here)"
+                )
+        loaded = []
+        for group, saved_group in zip(self.param_groups, deepcopy(saved), strict=True):
+            saved_group["params"] = group["params"]
+            if "param_names" in group:
+                saved_group.setdefault("param_names", group["param_names"])
+            for name, default in self.defaults.items():
+                saved_group.setdefault(name, default)
+            loaded.append(saved_group)
+        return loaded
+
+    def _loaded_state(self, state_dict: dict[str, Any], groups: list[Group]) -> Any:
+        owner = {}
+        for g, saved_group in enumerate(state_dict["param_groups"]):
+            for i, key in enumerate(saved_group["params"]):
+                owner[key] = (g, i)
+        saved = state_dict["param_groups"]
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, value in state_dict["state"].items():
+            if key in owner:
+                g, i = owner[key]
+                state[groups[g]["params"][i]] = self._loaded_entry(g, i, saved[g], value)
+            else:
+                state[key] = value
+        return state
+
+    def _loaded_entry(self, g: int, i: int, saved_group: Group, saved: Any) -> dict[str, Any]:
+        """The state of one parameter on its device, in the dtype that it was saved in."""
+        param = self.param_groups[g]["params"][i]
+        where = f"{self._describe(g, i)}: the loaded state"
+        if not isinstance(saved, dict):
+            raise TypeError(f"{where} is a {type(saved).__name__}, not a dict")
+        required = ("step", *self._required_slots) if self._has_step else self._required_slots
+        missing = [key for key in required if saved and saved.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"{where} has no {missing[0]!r} (it has {sorted(map(str, saved))}); "
+                "is it the checkpoint of another optimizer?"
+            )
+        state = {}
+        for key, value in saved.items():
+            if key == "step" and self._has_step:
+                value = _loaded_step(where, param, saved_group, value)
+            elif isinstance(value, Tensor):
+                if key in self._all_slots and value.shape != param.shape:
+                    raise ValueError(
+                        f"{where} has {key!r} of shape {tuple(value.shape)}; is it the "
+                        "checkpoint of another model?"
+                    )
+                if key in self._all_slots and (
+                    value.is_complex() != param.is_complex()
+                    or not (value.is_floating_point() or value.is_complex())
+                ):
+                    raise ValueError(f"{where} has {key!r} of dtype {value.dtype}")
+                value = value.to(device=param.device)
+            elif key in self._required_slots:
+                raise TypeError(f"{where} has {key!r} = {value!r}, not a tensor")
+            state[key] = value
+        return state
+
+
+def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> Any:
+    try:
+        count = float(step)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{where} has 'step' = {step!r}, not a number") from error
+    if not 0 <= count < float("inf"):
+        raise ValueError(f"{where} has 'step' = {count}, not a count")
+    if isinstance(step, Tensor) and (saved_group.get("fused") or saved_group.get("capturable")):
+        return step.to(dtype=torch.float32, device=param.device)
+    return step
+
+
+def _new_step(group: Group, param: Tensor) -> Tensor:
+    fused = group.get("fused")
+    double = torch.get_default_dtype() == torch.float64 and not fused
+    return torch.zeros(
+        (),
+        dtype=torch.float64 if double else torch.float32,
+        device=param.device if fused or group.get("capturable") else "cpu",
+    )
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided
+
+
+def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor | None:
+    """A copy of grad with the strides of param, or None if it is not an ordinary real tensor."""
+    if type(grad) is not Tensor or _is_sparse(grad) or grad.is_complex():
+        return None
+    if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
+        return None
+    copy = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
+    return copy.copy_(grad.detach())
+
+
+def _match_layout(param: Tensor, state: list[Any]) -> None:
+    """Gives state tensors the strides of their parameter, which may have moved to another memory
+    format since they were made. Values and identity stay."""
+    for value in state:
+        if (
+            type(value) is Tensor
+            and value.layout is param.layout is torch.strided
+            and value.stride() != param.stride()
+            and value.device == param.device
+        ):
+            copy = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
+            if copy.stride() == param.stride():
+                value.data = copy.copy_(value)
+
+
+def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
+    """``(-grad if maximize else grad) + weight_decay * param + l1 * sign(param)``."""
+    if group["maximize"]:
+        grad = -grad
+    if group["weight_decay"] != 0:
+        grad = grad + group["weight_decay"] * param
+    if group.get("l1"):
+        grad = grad + group["l1"] * param.sign()
+    return grad
+
+
+def scalar(value: float | Tensor) -> float | Tensor:
+    """A hyperparameter as a number or a 0-dim tensor."""
+    return value.squeeze() if isinstance(value, Tensor) else value

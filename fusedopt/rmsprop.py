@@ -1,0 +1,124 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import FusedOptimizer, Group, penalized_grad, scalar
+
+
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
+    r"""RMSprop, plain, centered and with momentum.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda\theta_{t-1} + \lambda_1\,\mathrm{sign}(\theta_{t-1}) \\
+        v_t &= \alpha v_{t-1} + (1-\alpha) g_t^2, \qquad
+        \text{centered:}\; a_t = \alpha a_{t-1} + (1-\alpha) g_t,\;
+        \tilde v_t = v_t - a_t^2 \\
+        b_t &= \mu b_{t-1} + g_t / (\sqrt{\tilde v_t} + \epsilon), \qquad
+        \theta_t = \theta_{t-1} - \gamma b_t
+
+    With ``eps_inside_sqrt=True`` the denominator is :math:`\sqrt{\tilde v_t + \epsilon}`, as in
+    TensorFlow, Keras and timm's RMSpropTF.
+
+    Source: Hinton, *Neural Networks for Machine Learning*, lecture 6e (2012); Graves, *Generating
+    Sequences With Recurrent Neural Networks* (arXiv:1308.0850) for ``centered``.
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
+            of any shape and strides.
+        lr (float or Tensor of one element): step size :math:`\gamma` (default: 1e-2).
+        alpha (float): decay of the averages (default: 0.99).
+        eps (float): :math:`\epsilon` (default: 1e-8).
+        weight_decay (float): L2 coefficient :math:`\lambda` (default: 0).
+        momentum (float): :math:`\mu` (default: 0).
+        centered (bool): normalise by the estimated variance (default: False).
+        capturable (bool): as in torch; needs parameters on an accelerator (default: False).
+        foreach: accepted and stored as torch does; the update is always fused.
+        maximize (bool): ascend (default: False).
+        differentiable (bool): let autograd run through ``step()`` (default: False).
+        eps_inside_sqrt (bool): add eps under the root (default: False).
+        l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
+
+    State per parameter: ``step`` (0-dim), ``square_avg``, with momentum ``momentum_buffer``, if
+    centered ``grad_avg``, of the parameter's dtype, shape and strides. float16 and bfloat16 are
+    computed in float32.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: at ``step()``, a gradient is sparse.
+
+    Differences from torch.optim: ``eps_inside_sqrt`` and ``l1``; a ``step`` that a float32 can no
+    longer count goes on as float64; averages keep the dtype they were saved in.
+    """
+
+    _rule = "rmsprop"
+    _required_slots = ("square_avg",)
+    _all_slots = ("square_avg", "grad_avg", "momentum_buffer")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        eps_inside_sqrt: bool = False,
+        l1: float = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            capturable,
+            foreach,
+            maximize,
+            differentiable,
+        )
+        self._finish_init(l1=l1, eps_inside_sqrt=eps_inside_sqrt)
+
+    @staticmethod
+    def _slots(group: Group) -> tuple[str, ...]:
+        slots = ["square_avg"]
+        if group["centered"]:
+            slots.append("grad_avg")
+        if group["momentum"] > 0:
+            slots.append("momentum_buffer")
+        return tuple(slots)
+
+    @staticmethod
+    def _python_rule(
+        group: Group,
+        step: float | Tensor,
+        param: Tensor,
+        grad: Tensor,
+        square_avg: Tensor,
+        *optional: Tensor,
+    ) -> tuple[Tensor, ...]:
+        lr, alpha, eps = scalar(group["lr"]), group["alpha"], group["eps"]
+        slots = dict(zip(RMSprop._slots(group), (square_avg, *optional), strict=True))
+        grad = penalized_grad(group, grad, param)
+        variance = slots["square_avg"] = alpha * square_avg + (1 - alpha) * grad * grad
+        if "grad_avg" in slots:
+            slots["grad_avg"] = slots["grad_avg"].lerp(grad, 1 - alpha)
+            variance = variance - slots["grad_avg"] * slots["grad_avg"]
+        inside = group.get("eps_inside_sqrt")
+        denom = (variance + eps).sqrt() if inside else variance.sqrt() + eps
+        direction = grad / denom
+        if "momentum_buffer" in slots:
+            direction = group["momentum"] * slots["momentum_buffer"] + direction
+            slots["momentum_buffer"] = direction
+        return param - lr * direction, *slots.values()

@@ -1,0 +1,115 @@
+"""SGD with momentum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import FusedOptimizer, Group, penalized_grad, scalar
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    r"""Stochastic gradient descent, with momentum and Nesterov's momentum.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda\theta_{t-1} + \lambda_1\,\mathrm{sign}(\theta_{t-1}) \\
+        b_1 &= g_1, \qquad b_t = \mu b_{t-1} + (1-\tau) g_t \\
+        \theta_t &= \theta_{t-1} - \gamma b_t, \quad\text{with nesterov}\quad
+        \theta_t = \theta_{t-1} - \gamma\,(g_t + \mu b_t)
+
+    Source: Polyak, *Some methods of speeding up the convergence of iteration methods* (1964);
+    Sutskever et al., *On the importance of initialization and momentum in deep learning* (2013).
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
+            of any shape and strides. Gradients may be sparse (COO) if there are no penalties.
+        lr (float or Tensor of one element): step size :math:`\gamma` (default: 1e-3).
+        momentum (float): :math:`\mu` (default: 0).
+        dampening (float): :math:`\tau` (default: 0).
+        weight_decay (float or Tensor): L2 coefficient :math:`\lambda` (default: 0).
+        nesterov (bool): Nesterov's momentum (default: False).
+        maximize (bool): ascend (default: False).
+        foreach, fused: accepted and stored as torch does; the update is always fused.
+        differentiable (bool): let autograd run through ``step()`` (default: False).
+        l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
+
+    State per parameter: ``momentum_buffer`` if momentum is not 0, of the parameter's dtype, shape
+    and strides. float16 and bfloat16 are computed in float32.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: at ``step()``, a sparse gradient together with a penalty.
+
+    Differences from torch.optim: ``l1``; the momentum buffer keeps the dtype it was saved in.
+    """
+
+    _rule = "sgd"
+    _has_step = False
+    _takes_sparse = True
+    _all_slots = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        l1: float = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._finish_init(l1=l1)
+
+    @staticmethod
+    def _slots(group: Group) -> tuple[str, ...]:
+        return SGD._all_slots if group["momentum"] != 0 else ()
+
+    @staticmethod
+    def _python_rule(
+        group: Group,
+        step: float | Tensor,
+        param: Tensor,
+        grad: Tensor,
+        momentum_buffer: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        lr, momentum = scalar(group["lr"]), group["momentum"]
+        grad = penalized_grad(group, grad, param)
+        if momentum_buffer is None:
+            return (param - lr * grad,)
+        if step == 1:
+            momentum_buffer = grad
+        else:
+            momentum_buffer = momentum * momentum_buffer + (1 - group["dampening"]) * grad
+        direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
+        return param - lr * direction, momentum_buffer
+
+    def _sparse_update(self, group: Group, param: Tensor) -> None:
+        grad = -param.grad if group["maximize"] else param.grad
+        momentum = group["momentum"]
+        if momentum != 0:
+            state = self.state[param]
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                buffer = state["momentum_buffer"] = grad.detach().clone()
+            else:
+                buffer.mul_(momentum).add_(grad, alpha=1 - group["dampening"])
+            grad = grad.add(buffer, alpha=momentum) if group["nesterov"] else buffer
+        param.add_(grad, alpha=-float(group["lr"]))
