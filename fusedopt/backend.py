@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Written by setup.py when the native module could not be built.
 _BUILD_ERROR_FILE = Path(__file__).with_name("_build_error.txt")
+
+
+def _weak_addresses(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where torch keeps its records of a tensor and of its storage, and weak references that keep
+    these addresses allocated without keeping the tensor's data."""
+    storage = tensor.untyped_storage()
+    return tensor._cdata, storage._cdata, torch._C._WeakTensorRef(tensor), StorageWeakRef(storage)
 
 
 def _bind(module: Any) -> None:
@@ -23,7 +31,13 @@ def _bind(module: Any) -> None:
     for name in ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"):
         table = getattr(torch.Tensor, name, None)
         if table is not None:
-            module.bind(table, torch.Tensor, torch.nn.Parameter, torch._C._increment_version)
+            module.bind(
+                table,
+                torch.Tensor,
+                torch.nn.Parameter,
+                torch._C._increment_version,
+                _weak_addresses if hasattr(torch._C, "_WeakTensorRef") else None,
+            )
             return
     raise ImportError(
         f"torch {torch.__version__} does not export the DLPack C exchange API on torch.Tensor; "

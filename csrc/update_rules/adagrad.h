@@ -42,10 +42,10 @@ struct Adagrad {
   }
 
   static constexpr bool kHasStep = true;
-  int num_states() const { return 1; }
+  unsigned state_mask() const { return 0b1u; }
 
   template <typename T, typename Use>
-  auto prepare(double step, Use&& use) const {
+  FUSEDOPT_HD auto prepare(double step, Use&& use) const {
     return use(AdagradUpdate<T>{penalized_grad<T>(maximize, weight_decay, l1),
                                 static_cast<T>(lr / (1 + (step - 1) * lr_decay)),
                                 static_cast<T>(eps)});

@@ -76,17 +76,17 @@ struct Adam {
   }
 
   static constexpr bool kHasStep = true;
-  int num_states() const { return amsgrad ? 3 : 2; }
+  unsigned state_mask() const { return amsgrad ? 0b111u : 0b011u; }
 
   // Calls use(update) with the update for step t, its coefficients folded in double.
   template <typename T, typename Use>
-  auto prepare(double step, Use&& use) const {
+  FUSEDOPT_HD auto prepare(double step, Use&& use) const {
     return amsgrad ? use(fold<T, true>(step)) : use(fold<T, false>(step));
   }
 
  private:
   template <typename T, bool kAmsgrad>
-  AdamUpdate<T, kAmsgrad> fold(double step) const {
+  FUSEDOPT_HD AdamUpdate<T, kAmsgrad> fold(double step) const {
     const bool decoupled = decoupled_weight_decay;
     return {penalized_grad<T>(maximize, decoupled ? 0 : weight_decay, decoupled ? 0 : l1),
             static_cast<T>(decoupled ? 1 - lr * weight_decay : 1),

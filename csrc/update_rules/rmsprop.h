@@ -75,17 +75,17 @@ struct RMSprop {
   }
 
   static constexpr bool kHasStep = true;
-  int num_states() const { return 1 + centered + (momentum > 0); }
+  unsigned state_mask() const { return 0b001u | centered * 0b010u | (momentum > 0) * 0b100u; }
 
   template <typename T, typename Use>
-  auto prepare(double, Use&& use) const {
+  FUSEDOPT_HD auto prepare(double, Use&& use) const {
     if (momentum > 0) return centered ? use(fold<T, true, true>()) : use(fold<T, false, true>());
     return centered ? use(fold<T, true, false>()) : use(fold<T, false, false>());
   }
 
  private:
   template <typename T, bool kCentered, bool kMomentum>
-  RMSpropUpdate<T, kCentered, kMomentum> fold() const {
+  FUSEDOPT_HD RMSpropUpdate<T, kCentered, kMomentum> fold() const {
     return {penalized_grad<T>(maximize, weight_decay, l1),
             static_cast<T>(lr),
             static_cast<T>(alpha),

@@ -51,16 +51,16 @@ struct SGD {
   }
 
   static constexpr bool kHasStep = false;  // prepare gets 1 at a tensor's first step, then 2
-  int num_states() const { return momentum != 0 ? 1 : 0; }
+  unsigned state_mask() const { return momentum != 0 ? 0b1u : 0b0u; }
 
   template <typename T, typename Use>
-  auto prepare(double step, Use&& use) const {
+  FUSEDOPT_HD auto prepare(double step, Use&& use) const {
     return momentum != 0 ? use(fold<T, true>(step)) : use(fold<T, false>(step));
   }
 
  private:
   template <typename T, bool kMomentum>
-  SGDUpdate<T, kMomentum> fold(double step) const {
+  FUSEDOPT_HD SGDUpdate<T, kMomentum> fold(double step) const {
     return {penalized_grad<T>(maximize, weight_decay, l1),
             static_cast<T>(lr),
             static_cast<T>(momentum),

@@ -1,0 +1,745 @@
+// The only file that knows Python: reads groups, gradients and state, checks each tensor against
+// what the plan remembers of it, and hands plain tensor lists to multi_tensor/.
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "dlpack_exchange.h"
+#include "multi_tensor/apply.h"
+#include "multi_tensor/memory_floor.h"
+#include "multi_tensor/tensor_lists.h"
+#include "update_rules/adagrad.h"
+#include "update_rules/adam.h"
+#include "update_rules/rmsprop.h"
+#include "update_rules/sgd.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+// torch, as far as it is needed here; set once by bind() and never released.
+struct Torch {
+  const dlpack::ExchangeApi* exchange = nullptr;
+  PyObject* tensor_type = nullptr;
+  PyObject* parameter_type = nullptr;
+  py::handle increment_version;
+  py::handle weak_addresses;  // may be None
+} torch;
+
+bool is_plain_tensor(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == torch.tensor_type || type == torch.parameter_type;
+}
+
+bool read_dtype(const dlpack::DataType& type, Dtype* dtype) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return *dtype = Dtype::kBFloat16, true;
+  if (type.code != dlpack::kFloat) return false;
+  switch (type.bits) {
+    case 64:
+      return *dtype = Dtype::kFloat64, true;
+    case 32:
+      return *dtype = Dtype::kFloat32, true;
+    case 16:
+      return *dtype = Dtype::kFloat16, true;
+    default:
+      return false;
+  }
+}
+
+// The tensor as it is now, or false if the kernels cannot touch it (sparse, another device, ...).
+// Conjugate and negative bits are not looked at: see has_negative_bit.
+bool view(PyObject* object, TensorView* out) {
+  if (!is_plain_tensor(object)) return false;
+  dlpack::Tensor tensor;
+  if (torch.exchange->tensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();  // the Python side looks at this tensor again and says what is wrong with it
+    return false;
+  }
+  if (tensor.device.type != dlpack::kCpu || !read_dtype(tensor.dtype, &out->dtype)) return false;
+  out->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  out->ndim = tensor.ndim;
+  out->shape = tensor.shape;
+  out->strides = tensor.strides;
+  return true;
+}
+
+bool has_negative_bit(PyObject* tensor) {
+  return py::cast<bool>(py::handle(tensor).attr("is_neg")());
+}
+
+// Options of one param group, read by name for a rule.
+class Options {
+ public:
+  Options(PyObject* group, std::size_t index) : group_(group), index_(index) {}
+
+  double operator()(const char* name) const { return number(name, find(name)); }
+
+  double operator()(const char* name, Py_ssize_t item) const {
+    const auto value = py::reinterpret_steal<py::object>(PySequence_GetItem(find(name), item));
+    if (!value) throw py::error_already_set();
+    return number(name, value.ptr());
+  }
+
+  double get(const char* name, double otherwise) const {
+    PyObject* value = PyDict_GetItemString(group_, name);
+    return value == nullptr ? otherwise : number(name, value);
+  }
+
+ private:
+  PyObject* find(const char* name) const {
+    PyObject* value = PyDict_GetItemString(group_, name);
+    if (value == nullptr) {
+      throw py::key_error("param group " + std::to_string(index_) + " has no '" + name + "'");
+    }
+    return value;
+  }
+
+  double number(const char* name, PyObject* value) const {
+    if (value == Py_None) return 0;
+    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+    const auto as_float = py::reinterpret_steal<py::object>(
+        PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
+    if (as_float) return PyFloat_AS_DOUBLE(as_float.ptr());
+    PyErr_Clear();
+    throw py::type_error("param group " + std::to_string(index_) + ": '" + name +
+                         "' must be a number, got " + std::string(py::repr(value)));
+  }
+
+  PyObject* group_;
+  std::size_t index_;
+};
+
+// A rule with the options of one group; what the plan needs to know of an algorithm.
+class GroupRule {
+ public:
+  virtual ~GroupRule() = default;
+  virtual unsigned state_mask() const = 0;
+  virtual PreparedUpdate prepare(double step, const SlotDtypes& dtypes) const = 0;
+};
+
+template <typename Rule>
+class GroupRuleOf : public GroupRule {
+ public:
+  explicit GroupRuleOf(const Options& options) : rule_(Rule::from(options)) {}
+  unsigned state_mask() const override { return rule_.state_mask(); }
+  PreparedUpdate prepare(double step, const SlotDtypes& dtypes) const override {
+    return fusedopt::prepare(rule_, step, dtypes);
+  }
+
+ private:
+  Rule rule_;
+};
+
+struct RuleEntry {
+  const char* name;
+  bool has_step;
+  std::unique_ptr<GroupRule> (*read)(const Options&);
+};
+
+template <typename Rule>
+RuleEntry entry(const char* name) {
+  return {name, Rule::kHasStep, [](const Options& options) -> std::unique_ptr<GroupRule> {
+            return std::make_unique<GroupRuleOf<Rule>>(options);
+          }};
+}
+
+const RuleEntry kRules[] = {
+    entry<Adam>("adam"),
+    entry<Adagrad>("adagrad"),
+    entry<RMSprop>("rmsprop"),
+    entry<SGD>("sgd"),
+};
+
+const RuleEntry& find_rule(const std::string& name) {
+  for (const RuleEntry& rule : kRules) {
+    if (name == rule.name) return rule;
+  }
+  throw py::value_error("no rule '" + name + "'");
+}
+
+// What a tensor was when the plan was made. The step compares it with what the tensor is now.
+struct Expected {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  // Where torch keeps its own records of the tensor, to fetch them ahead of time. Plan::alive_
+  // keeps this memory allocated, whatever becomes of the tensor.
+  const volatile char* impl = nullptr;
+  const volatile char* storage = nullptr;
+};
+
+// Order and meaning of the keys in a state dict; nearly all parameters share one.
+struct StateLayout {
+  static constexpr int kStep = kMaxStates, kIgnored = -1;  // else the index of a state slot
+  std::vector<std::pair<py::object, int>> keys;
+};
+
+struct Entry {
+  PyObject* param = nullptr;  // compared, and used only while its group's list holds it
+  std::uint32_t group = 0, index = 0;
+  bool python = false;      // takes the Python rule
+  bool first_step = false;  // its state is new; rules without a step count want to know
+  int layout = -1;          // of its state dict, -1 if it has none
+  std::int64_t numel = 0;
+  std::vector<std::int64_t> shape, strides;
+  Expected data;
+  Expected state[kMaxStates + 1];  // the last is the step count
+
+  TensorView view_of(const Expected& tensor) const {
+    return {tensor.data, tensor.dtype, static_cast<int>(shape.size()), shape.data(),
+            strides.data()};
+  }
+};
+
+// The tensors of an optimizer as they were at the last full check. A step compares every tensor
+// with it, writes only if all is as expected, and otherwise says what is not.
+class Plan {
+ public:
+  explicit Plan(const std::string& rule) : rule_(find_rule(rule)) {}
+
+  void add(std::uint32_t group, py::handle param, const py::object& state, const py::tuple& keys,
+           bool python, bool first_step);
+  void finish(const py::dict& state);
+  py::object step(const py::list& groups, const py::dict& state, int num_threads,
+                  const py::object& grads);
+  py::tuple locate(std::size_t e) const {
+    const Entry& entry = entries_.at(e);
+    return py::make_tuple(entry.group, entry.index, !entry.python);
+  }
+
+ private:
+  enum class Verdict { kFine, kNoGrad, kPython, kStale };
+
+  // What one step sees of one entry; borrowed from the group's list and the optimizer's state.
+  struct Seen {
+    std::size_t entry = 0;
+    PyObject* state = nullptr;
+    PyObject* tensors[kMaxStates + 1] = {};  // as Entry::state
+    PyObject* grad = nullptr;                // owned by grads_
+  };
+
+  // A step count to be written once everything has been checked.
+  struct StepCount {
+    void* data;
+    Dtype dtype;
+    double value;
+  };
+
+  struct Group {
+    std::size_t num_params = 0;
+    bool python = false;
+    int state_mask = -1;  // -1 until the first step
+    std::unique_ptr<GroupRule> rule;
+    // Updates prepared in this step, by step count and dtypes.
+    std::map<std::pair<double, std::uint32_t>, std::uint32_t> prepared;
+    std::pair<double, std::uint32_t> last_key;
+    std::uint32_t last_update = 0;
+  };
+
+  void remember(PyObject* tensor, const TensorView& now, Expected* expected);
+  bool add_state(PyObject* state, const py::tuple& keys, Entry* entry);
+  int layout_of(PyObject* state, const py::tuple& keys);
+  std::vector<std::int64_t> overlaps() const;
+
+  bool read_groups(const py::list& groups);
+  Verdict look(const py::dict& state, const py::object& grads, py::list* todo);
+  Verdict look_at(Seen* block, std::size_t size, const py::object& grads, py::list* todo);
+  bool find_tensors(Seen* seen) const;
+  void fetch(const Seen& seen) const;
+  Verdict check(const Seen& seen);
+  bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
+  bool is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const;
+  bool add_task(const Seen& seen, const TensorView& grad);
+  std::uint32_t prepared_update(Group* group, double step, const SlotDtypes& dtypes);
+
+  const RuleEntry& rule_;
+  std::vector<Entry> entries_;
+  std::vector<Group> groups_;
+  std::vector<StateLayout> layouts_;
+  std::vector<std::int64_t> state_order_;  // entries in the order of the optimizer's state, or -1
+  std::vector<std::size_t> stateless_;     // the other entries
+  py::list alive_;
+
+  // Of the running step.
+  bool running_ = false;
+  bool moved_ = false;
+  std::vector<py::object> grads_;
+  std::vector<PyObject*> written_;
+  std::vector<std::size_t> updated_;
+  std::vector<StepCount> counts_;
+  Step step_;
+};
+
+void Plan::remember(PyObject* tensor, const TensorView& now, Expected* expected) {
+  expected->data = now.data;
+  expected->dtype = now.dtype;
+  if (torch.weak_addresses.is_none()) return;
+  const auto where = torch.weak_addresses(py::handle(tensor)).cast<py::tuple>();
+  expected->impl = reinterpret_cast<const char*>(where[0].cast<std::uintptr_t>());
+  expected->storage = reinterpret_cast<const char*>(where[1].cast<std::uintptr_t>());
+  alive_.append(where);
+}
+
+void Plan::add(std::uint32_t group, py::handle param, const py::object& state,
+               const py::tuple& keys, bool python, bool first_step) {
+  if (groups_.size() <= group) groups_.resize(group + 1);
+  groups_[group].python = python;
+  Entry entry;
+  entry.param = param.ptr();
+  entry.group = group;
+  entry.index = static_cast<std::uint32_t>(groups_[group].num_params++);
+  entry.first_step = first_step;
+  TensorView now;
+  if (view(entry.param, &now)) {
+    entry.shape.assign(now.shape, now.shape + now.ndim);
+    entry.strides.assign(now.strides, now.strides + now.ndim);
+    entry.numel = numel(now);
+    remember(entry.param, now, &entry.data);
+    entry.python = python || !is_flat(now) || has_negative_bit(entry.param);
+  } else {
+    entry.python = true;
+  }
+  if (!state.is_none() && !add_state(state.ptr(), keys, &entry)) entry.python = true;
+  entries_.push_back(std::move(entry));
+}
+
+// False if the kernels cannot take the state.
+bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
+  if (!PyDict_Check(state) || entry->data.data == nullptr) return false;
+  const int layout = layout_of(state, keys);
+  SlotDtypes dtypes;
+  dtypes.slots[dtypes.num_slots++] = entry->data.dtype;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  bool found[kMaxStates + 1] = {};
+  for (const auto& [name, role] : layouts_[layout].keys) {
+    PyDict_Next(state, &position, &key, &value);
+    TensorView now;
+    if (role == StateLayout::kIgnored) continue;
+    if (!view(value, &now) || has_negative_bit(value)) return false;
+    if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
+    if (role == StateLayout::kStep) {
+      if (numel(now) != 1 || itemsize(now.dtype) < 4) return false;
+    } else {
+      if (!same_layout(now, entry->view_of(entry->data))) return false;
+      dtypes.slots[dtypes.num_slots++] = now.dtype;
+    }
+    remember(value, now, &entry->state[role]);
+    found[role] = true;
+  }
+  for (std::size_t s = 0; s < keys.size(); ++s) {
+    if (!found[s]) return false;
+  }
+  if (rule_.has_step && !found[StateLayout::kStep]) return false;
+  entry->layout = layout;
+  return can_combine(dtypes);
+}
+
+int Plan::layout_of(PyObject* state, const py::tuple& keys) {
+  StateLayout layout;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state, &position, &key, &value)) {
+    int role = StateLayout::kIgnored;
+    const auto name = py::reinterpret_borrow<py::object>(key);
+    for (std::size_t s = 0; s < keys.size(); ++s) {
+      if (name.equal(keys[s])) role = static_cast<int>(s);
+    }
+    if (rule_.has_step && name.equal(py::str("step"))) role = StateLayout::kStep;
+    layout.keys.emplace_back(name, role);
+  }
+  const auto same = [&](const StateLayout& other) {
+    return std::equal(layout.keys.begin(), layout.keys.end(), other.keys.begin(), other.keys.end(),
+                      [](const auto& a, const auto& b) {
+                        return a.first.ptr() == b.first.ptr() && a.second == b.second;
+                      });
+  };
+  const auto found = std::find_if(layouts_.begin(), layouts_.end(), same);
+  if (found != layouts_.end()) return static_cast<int>(found - layouts_.begin());
+  layouts_.push_back(std::move(layout));
+  return static_cast<int>(layouts_.size()) - 1;
+}
+
+void Plan::finish(const py::dict& state) {
+  std::unordered_map<PyObject*, std::size_t> entry_of;
+  for (std::size_t e = 0; e < entries_.size(); ++e) {
+    const auto [first, is_new] = entry_of.emplace(entries_[e].param, e);
+    if (!is_new) {  // listed twice: updated twice, one after the other
+      entries_[e].python = entries_[first->second].python = true;
+      entries_[e].layout = -1;
+    }
+  }
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
+    const auto found = entry_of.find(key);
+    const bool known = found != entry_of.end() && entries_[found->second].layout >= 0;
+    state_order_.push_back(known ? static_cast<std::int64_t>(found->second) : -1);
+  }
+  for (std::size_t e = 0; e < entries_.size(); ++e) {
+    if (entries_[e].layout < 0) stateless_.push_back(e);
+  }
+  for (const std::int64_t e : overlaps()) entries_[e].python = true;
+}
+
+// Entries whose memory another entry writes too.
+std::vector<std::int64_t> Plan::overlaps() const {
+  std::vector<WrittenRange> ranges;
+  ranges.reserve(entries_.size() * (2 + kMaxStates));
+  for (std::size_t e = 0; e < entries_.size(); ++e) {
+    const Entry& entry = entries_[e];
+    const auto owner = static_cast<std::int64_t>(e);
+    if (entry.data.data == nullptr) continue;
+    ranges.push_back(written_range(entry.view_of(entry.data), owner));
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (entry.state[s].data == nullptr) continue;
+      ranges.push_back(written_range(entry.view_of(entry.state[s]), owner));
+    }
+    const Expected& step = entry.state[StateLayout::kStep];
+    if (step.data != nullptr) ranges.push_back(written_range({step.data, step.dtype}, owner));
+  }
+  return overlapping_owners(std::move(ranges));
+}
+
+// Reads this step's options. False if the groups are not those of the plan.
+bool Plan::read_groups(const py::list& groups) {
+  if (groups.size() != groups_.size()) return false;
+  std::size_t e = 0;
+  for (std::size_t g = 0; g < groups_.size(); ++g) {
+    Group& group = groups_[g];
+    PyObject* dict = PyList_GET_ITEM(groups.ptr(), g);
+    PyObject* params = PyDict_Check(dict) ? PyDict_GetItemString(dict, "params") : nullptr;
+    if (params == nullptr || !PyList_Check(params) ||
+        static_cast<std::size_t>(PyList_GET_SIZE(params)) != group.num_params) {
+      return false;
+    }
+    for (std::size_t i = 0; i < group.num_params; ++i, ++e) {
+      if (PyList_GET_ITEM(params, i) != entries_[e].param) return false;
+    }
+    const Options options(dict, g);
+    const bool python = options.get("differentiable", 0) != 0 || options.get("capturable", 0) != 0;
+    group.rule = rule_.read(options);
+    const int mask = static_cast<int>(group.rule->state_mask());
+    if (python != group.python || (group.state_mask >= 0 && mask != group.state_mask)) return false;
+    group.state_mask = mask;
+    group.prepared.clear();
+  }
+  return true;
+}
+
+// Looks at every tensor of the step and lists what there is to do. Writes nothing.
+Plan::Verdict Plan::look(const py::dict& state, const py::object& grads, py::list* todo) {
+  constexpr std::size_t kBlock = 32;  // its records fit the L1 cache twice
+  Seen block[kBlock];
+  std::size_t size = 0;
+  const auto see = [&](std::size_t e, PyObject* entry_state) {
+    block[size++] = Seen{e, entry_state};
+    if (size < kBlock) return Verdict::kFine;
+    size = 0;
+    return look_at(block, kBlock, grads, todo);
+  };
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  std::size_t seen_states = 0;
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
+    if (seen_states == state_order_.size()) return Verdict::kStale;
+    const std::int64_t e = state_order_[seen_states++];
+    if (e < 0) continue;
+    if (entries_[e].param != key || see(e, value) == Verdict::kStale) return Verdict::kStale;
+  }
+  if (seen_states != state_order_.size()) return Verdict::kStale;
+  for (const std::size_t e : stateless_) {
+    if (see(e, nullptr) == Verdict::kStale) return Verdict::kStale;
+  }
+  return look_at(block, size, grads, todo);
+}
+
+// Each pass over the block waits for memory once, not once per tensor: after a backward nothing
+// of this is in a near cache.
+Plan::Verdict Plan::look_at(Seen* block, std::size_t size, const py::object& grads,
+                            py::list* todo) {
+  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+  for (std::size_t i = 0; i < size; ++i) {
+    if (block[i].state != nullptr && !find_tensors(&block[i])) return Verdict::kStale;
+  }
+  for (std::size_t i = 0; i < size; ++i) fetch(block[i]);
+  for (std::size_t i = 0; i < size; ++i) {
+    PyObject* grad = PyObject_GetAttr(entries_[block[i].entry].param, grad_name);
+    if (grad == nullptr) throw py::error_already_set();
+    grads_.push_back(py::reinterpret_steal<py::object>(grad));
+    block[i].grad = grad;
+  }
+  if (!grads.is_none()) {
+    for (std::size_t i = 0; i < size; ++i) {
+      const py::int_ key(block[i].entry);
+      if (PyObject* other = PyDict_GetItem(grads.ptr(), key.ptr())) block[i].grad = other;
+    }
+  }
+  for (std::size_t i = 0; i < size; ++i) {
+    const Verdict verdict = check(block[i]);
+    if (verdict == Verdict::kStale) return verdict;
+    if (verdict == Verdict::kPython) todo->append(block[i].entry);
+  }
+  return Verdict::kFine;
+}
+
+// Finds the state tensors by the remembered order of the keys.
+bool Plan::find_tensors(Seen* seen) const {
+  if (!PyDict_Check(seen->state)) return false;
+  const auto& keys = layouts_[entries_[seen->entry].layout].keys;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (const auto& [name, role] : keys) {
+    if (!PyDict_Next(seen->state, &position, &key, &value) || key != name.ptr()) return false;
+    if (role != StateLayout::kIgnored) seen->tensors[role] = value;
+  }
+  return !PyDict_Next(seen->state, &position, &key, &value);
+}
+
+void Plan::fetch(const Seen& seen) const {
+  const Entry& entry = entries_[seen.entry];
+  const auto fetch_tensor = [](const PyObject* tensor, const Expected& expected) {
+    (void)*reinterpret_cast<const volatile char*>(tensor);
+    if (expected.impl == nullptr) return;
+    for (const int offset : {0, 64, 128, 184}) (void)expected.impl[offset];
+    (void)expected.storage[0];
+    (void)expected.storage[40];
+  };
+  fetch_tensor(entry.param, entry.data);
+  for (int s = 0; s <= kMaxStates; ++s) {
+    if (seen.tensors[s] != nullptr) fetch_tensor(seen.tensors[s], entry.state[s]);
+  }
+}
+
+Plan::Verdict Plan::check(const Seen& seen) {
+  Entry& entry = entries_[seen.entry];
+  if (seen.grad == Py_None) return Verdict::kNoGrad;
+  if (entry.python) return Verdict::kPython;
+  const bool needs_state = rule_.has_step || groups_[entry.group].state_mask != 0;
+  if (needs_state && entry.layout < 0) return Verdict::kStale;
+  if (!is_where_expected(entry.param, entry, &entry.data)) return Verdict::kStale;
+  for (int s = 0; s < kMaxStates; ++s) {
+    if (seen.tensors[s] != nullptr && !is_where_expected(seen.tensors[s], entry, &entry.state[s])) {
+      return Verdict::kStale;
+    }
+  }
+  TensorView grad;
+  if (!view(seen.grad, &grad) || !is_usable(entry, seen.grad, grad)) return Verdict::kPython;
+  return add_task(seen, grad) ? Verdict::kFine : Verdict::kStale;
+}
+
+// Dtype and layout must be what they were. Memory may have moved: then overlaps are looked for
+// again.
+bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
+  TensorView now;
+  if (!view(tensor, &now) || now.dtype != expected->dtype ||
+      !same_layout(now, entry.view_of(*expected))) {
+    return false;
+  }
+  if (now.data != expected->data) {
+    if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
+    if (has_negative_bit(tensor)) return false;
+    expected->data = now.data;
+    moved_ = true;
+  }
+  return true;
+}
+
+bool Plan::is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const {
+  if (!same_layout(now, entry.view_of(entry.data))) return false;
+  const auto begin = reinterpret_cast<std::uintptr_t>(now.data);
+  if (begin % itemsize(now.dtype) != 0) return false;
+  // A gradient may be the parameter itself, but not overlap it in another way.
+  const auto param = reinterpret_cast<std::uintptr_t>(entry.data.data);
+  if (begin != param && begin < param + entry.numel * itemsize(entry.data.dtype) &&
+      param < begin + entry.numel * itemsize(now.dtype)) {
+    return false;
+  }
+  if (begin == param && now.dtype != entry.data.dtype && entry.numel != 0) return false;
+  // A view of the imaginary part of a conjugate is the only tensor that is negated lazily. It has
+  // other strides than a parameter, except where strides do not matter.
+  return entry.numel > 1 || !has_negative_bit(grad);
+}
+
+// False if the step count of the tensor cannot go on.
+bool Plan::add_task(const Seen& seen, const TensorView& grad) {
+  Entry& entry = entries_[seen.entry];
+  double step = entry.first_step ? 1 : 2;
+  if (rule_.has_step) {
+    PyObject* tensor = seen.tensors[StateLayout::kStep];
+    const Expected& expected = entry.state[StateLayout::kStep];
+    TensorView now;
+    if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
+    if (now.data != expected.data) {
+      entry.state[StateLayout::kStep].data = now.data;
+      moved_ = true;
+    }
+    const bool is_double = now.dtype == Dtype::kFloat64;
+    const double count = is_double ? *static_cast<const double*>(now.data)
+                                   : static_cast<double>(*static_cast<const float*>(now.data));
+    step = count + 1;
+    const bool counts_on = is_double ? step > count : static_cast<float>(step) > count;
+    if (!(count >= 0) || !counts_on) return false;
+    counts_.push_back({now.data, now.dtype, step});
+  }
+  TensorTask task;
+  SlotDtypes dtypes;
+  const auto slot = [&](void* data, Dtype dtype) {
+    task.slots[dtypes.num_slots] = data;
+    dtypes.slots[dtypes.num_slots++] = dtype;
+  };
+  slot(entry.data.data, entry.data.dtype);
+  slot(grad.data, grad.dtype);
+  written_.push_back(entry.param);
+  for (int s = 0; s <= kMaxStates; ++s) {
+    if (seen.tensors[s] == nullptr) continue;
+    written_.push_back(seen.tensors[s]);
+    if (s != StateLayout::kStep) slot(entry.state[s].data, entry.state[s].dtype);
+  }
+  task.numel = entry.numel;
+  if (!can_combine(dtypes)) return false;
+  task.update = prepared_update(&groups_[entry.group], step, dtypes);
+  step_.tasks.push_back(task);
+  updated_.push_back(seen.entry);
+  return true;
+}
+
+std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes& dtypes) {
+  const std::pair<double, std::uint32_t> key{step, dtypes.key()};
+  if (!group->prepared.empty() && key == group->last_key) return group->last_update;
+  const auto [found, is_new] =
+      group->prepared.emplace(key, static_cast<std::uint32_t>(step_.updates.size()));
+  if (is_new) step_.updates.push_back(group->rule->prepare(step, dtypes));
+  group->last_key = key;
+  return group->last_update = found->second;
+}
+
+// None if the step is done. Else nothing was written, and it returns the entries that need the
+// Python side, or False if the plan does not fit any more.
+py::object Plan::step(const py::list& groups, const py::dict& state, int num_threads,
+                      const py::object& grads) {
+  if (running_) throw std::runtime_error("step() of this optimizer is running in another thread");
+  struct Running {
+    explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
+    ~Running() {
+      plan->running_ = false;
+      plan->grads_.clear();
+    }
+    Plan* plan;
+  } running(this);
+  moved_ = false;
+  written_.clear();
+  updated_.clear();
+  counts_.clear();
+  step_.clear();
+
+  py::list todo;
+  if (!read_groups(groups) || look(state, grads, &todo) == Verdict::kStale) return py::bool_(false);
+  if (moved_) {
+    for (const std::int64_t e : overlaps()) {
+      if (!entries_[e].python) return py::bool_(false);
+    }
+  }
+  if (!todo.empty()) return std::move(todo);
+
+  // Holds the tensors while the GIL is released.
+  py::list written(written_.size());
+  for (std::size_t i = 0; i < written_.size(); ++i) {
+    Py_INCREF(written_[i]);
+    PyList_SET_ITEM(written.ptr(), static_cast<Py_ssize_t>(i), written_[i]);
+  }
+  torch.increment_version(written);
+  for (const StepCount& count : counts_) {
+    if (count.dtype == Dtype::kFloat64) {
+      *static_cast<double*>(count.data) = count.value;
+    } else {
+      *static_cast<float*>(count.data) = static_cast<float>(count.value);
+    }
+  }
+  for (const std::size_t e : updated_) entries_[e].first_step = false;
+  {
+    py::gil_scoped_release release;
+    apply_cpu(step_, num_threads);
+  }
+  return py::none();
+}
+
+void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
+          const py::object& increment_version, const py::object& weak_addresses) {
+  const void* pointer = py::isinstance<py::int_>(table)
+                            ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
+                            : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
+  if (pointer == nullptr) throw py::error_already_set();
+  const auto* exchange = static_cast<const dlpack::ExchangeApi*>(pointer);
+  while (exchange != nullptr && exchange->version.major != 1) exchange = exchange->previous;
+  if (exchange == nullptr || exchange->tensor_from_py_object_no_sync == nullptr) {
+    throw py::import_error("torch exports no DLPack 1.x exchange table that fusedopt knows");
+  }
+  torch.exchange = exchange;
+  torch.tensor_type = tensor_type.inc_ref().ptr();
+  torch.parameter_type = parameter_type.inc_ref().ptr();
+  torch.increment_version = increment_version.inc_ref();
+  torch.weak_addresses = weak_addresses.inc_ref();
+  cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
+}
+
+std::string describe() {
+  std::string text = std::string("cpu, ") + name(cpu_isa());
+#if defined(_OPENMP)
+  text += ", OpenMP";
+#else
+  text += ", one thread: built without OpenMP";
+#endif
+  return text;
+}
+
+// A plain in-place loop with the memory traffic of a step, for benchmarks.
+void memory_floor_of(const py::list& reads, const py::list& writes, int num_threads) {
+  std::vector<void*> arrays;
+  std::int64_t bytes = -1;
+  for (const py::list& tensors : {writes, reads}) {
+    for (const py::handle tensor : tensors) {
+      TensorView now;
+      if (!view(tensor.ptr(), &now) || !is_flat(now)) {
+        throw py::value_error("memory_floor takes contiguous float tensors on the CPU");
+      }
+      const auto size = static_cast<std::int64_t>(itemsize(now.dtype)) * numel(now);
+      if (bytes >= 0 && size != bytes) throw py::value_error("memory_floor: sizes differ");
+      bytes = size;
+      arrays.push_back(now.data);
+    }
+  }
+  py::gil_scoped_release release;
+  memory_floor(arrays.data(), static_cast<int>(writes.size()), static_cast<int>(reads.size()),
+               bytes, num_threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.def("bind", &bind);
+  module.def("describe", &describe);
+  module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
+             py::arg("num_threads"));
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<const std::string&>())
+      .def("add", &Plan::add)
+      .def("finish", &Plan::finish)
+      .def("step", &Plan::step)
+      .def("locate", &Plan::locate);
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,82 @@
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "apply.h"
+#include "launch_plan.h"
+#include "tuning.h"
+
+namespace fusedopt {
+
+namespace {
+
+// libgomp's pool does not survive fork(): a parallel region in the child would wait for threads
+// that only its parent has.
+const pid_t kImportedBy = getpid();
+
+Isa widest_isa() {
+#if FUSEDOPT_HAS_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::avx512;
+  }
+#endif
+#if FUSEDOPT_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa choose_isa() {
+  const Isa widest = widest_isa();
+  const char* wanted = std::getenv("FUSEDOPT_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return widest;
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (isa <= widest && std::string(wanted) == name(isa)) return isa;
+  }
+  throw std::invalid_argument("FUSEDOPT_CPU_ISA=" + std::string(wanted) +
+                              ": this build on this processor has baseline" +
+                              (widest >= Isa::avx2 ? ", avx2" : "") +
+                              (widest >= Isa::avx512 ? ", avx512" : ""));
+}
+
+void run_chunk(const Step& step, const LaunchPlan& plan, std::int64_t chunk) {
+  plan.for_each_piece(chunk, [&](const Piece& piece) {
+    const TensorTask& task = step.tasks[piece.tensor];
+    const PreparedUpdate& update = step.updates[task.update];
+    update.kernel(update, task.slots, piece.begin, piece.count);
+  });
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+Isa cpu_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+void apply_cpu(const Step& step, int num_threads) {
+  LaunchPlan plan;
+  for (const TensorTask& task : step.tasks) plan.add(task.numel);
+  const std::int64_t num_chunks = plan.num_chunks();
+  if (num_threads > num_chunks) num_threads = static_cast<int>(num_chunks);
+  const bool serial = num_threads <= 1 || plan.num_elements() < kSerialElements ||
+                      getpid() != kImportedBy;
+  if (serial) {
+    for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, plan, chunk);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+#endif
+  for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, plan, chunk);
+}
+
+}  // namespace fusedopt

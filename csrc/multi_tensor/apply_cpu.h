@@ -1,0 +1,101 @@
+#pragma once
+
+// The loops. This header is compiled once per instruction-set level; whatever it defines is either
+// always inlined or a template over the level, so that the linker cannot mix the levels up.
+
+#include <cstring>
+#include <utility>
+
+#include "../update_rules/host_device.h"
+#include "apply.h"
+#include "half.h"
+#include "tuning.h"
+
+namespace fusedopt {
+
+// The loop of every rule. Element i of each array depends on element i of the others only, also
+// where grad is param, so iterations may run in any order.
+template <Isa isa, typename T, typename Update, std::size_t... S>
+FUSEDOPT_HD void update_elements(const Update& update, std::int64_t count, T* param, const T* grad,
+                                 T* const* state, std::index_sequence<S...>) {
+  T* const arrays[kMaxStates] = {state[S]...};
+#pragma omp simd
+  for (std::int64_t i = 0; i < count; ++i) {
+    const auto element = [&](T p, T g, auto... s) __attribute__((always_inline)) {
+      update(p, g, s...);
+      param[i] = p;
+      ((arrays[S][i] = s), ...);
+    };
+    element(param[i], grad[i], arrays[S][i]...);
+  }
+}
+
+template <typename Update>
+FUSEDOPT_HD Update coefficients(const PreparedUpdate& prepared) {
+  Update update;
+  std::memcpy(&update, prepared.coefficients, sizeof(Update));
+  return update;
+}
+
+// One dtype everywhere that needs no conversion: straight over the arrays.
+template <Isa isa, typename T, typename Update>
+void plain_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
+                  std::int64_t count) {
+  T* arrays[kMaxSlots];
+  for (int slot = 0; slot < 2 + Update::kNumStates; ++slot) {
+    arrays[slot] = static_cast<T*>(slots[slot]) + begin;
+  }
+  update_elements<isa>(coefficients<Update>(prepared), count, arrays[0], arrays[1], arrays + 2,
+                       std::make_index_sequence<Update::kNumStates>());
+}
+
+// Any mix of float32, bfloat16 and float16: block by block through float buffers.
+template <Isa isa, typename Update>
+void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
+                       std::int64_t count) {
+  constexpr int kNumSlots = 2 + Update::kNumStates;
+  const Update update = coefficients<Update>(prepared);
+  const Dtype* const dtypes = prepared.dtypes.slots;
+  alignas(64) float buffers[kNumSlots][kConvertElements];
+  float* arrays[kMaxSlots];
+  for (int slot = 0; slot < kNumSlots; ++slot) arrays[slot] = buffers[slot];
+  for (std::int64_t done = 0; done < count; done += kConvertElements) {
+    const std::int64_t left = count - done;
+    const int n = left < kConvertElements ? static_cast<int>(left) : kConvertElements;
+    for (int slot = 0; slot < kNumSlots; ++slot) {
+      load_as_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
+    }
+    update_elements<isa>(update, n, arrays[0], arrays[1], arrays + 2,
+                         std::make_index_sequence<Update::kNumStates>());
+    for (int slot = 0; slot < kNumSlots; ++slot) {
+      if (slot == 1) continue;  // the gradient is only read
+      store_from_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
+    }
+  }
+}
+
+template <Isa isa, typename Rule>
+PreparedUpdate prepare_cpu(const Rule& rule, double step, const SlotDtypes& dtypes) {
+  PreparedUpdate prepared;
+  prepared.dtypes = dtypes;
+  const auto use = [&](ChunkKernel kernel, const auto& update) {
+    static_assert(sizeof(update) <= kMaxCoefficientBytes);
+    prepared.kernel = kernel;
+    std::memcpy(prepared.coefficients, &update, sizeof(update));
+  };
+  if (dtypes.all(Dtype::kFloat64)) {
+    rule.template prepare<double>(step, [&](const auto& update) {
+      use(plain_kernel<isa, double, std::decay_t<decltype(update)>>, update);
+    });
+  } else {
+    rule.template prepare<float>(step, [&](const auto& update) {
+      using Update = std::decay_t<decltype(update)>;
+      use(dtypes.all(Dtype::kFloat32) ? plain_kernel<isa, float, Update>
+                                      : converting_kernel<isa, Update>,
+          update);
+    });
+  }
+  return prepared;
+}
+
+}  // namespace fusedopt

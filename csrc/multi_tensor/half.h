@@ -1,0 +1,128 @@
+#pragma once
+
+// bfloat16 and float16 to float and back, a block at a time. Every level gives the same bits:
+// round to nearest even, bfloat16 NaN as 0x7FC0 (as torch), float16 NaN quiet with its payload
+// (as F16C).
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../update_rules/host_device.h"
+#include "apply.h"
+#include "tensor_view.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fusedopt {
+
+FUSEDOPT_HD float float_from_bits(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+FUSEDOPT_HD std::uint32_t bits_from_float(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+FUSEDOPT_HD float to_float(BFloat16 value) {
+  return float_from_bits(static_cast<std::uint32_t>(value.bits) << 16);
+}
+
+FUSEDOPT_HD BFloat16 to_bfloat16(float value) {
+  const std::uint32_t bits = bits_from_float(value);
+  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  return {static_cast<std::uint16_t>(nan ? 0x7FC0u : rounded)};
+}
+
+FUSEDOPT_HD float to_float(Float16 value) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
+  const std::uint32_t rest = static_cast<std::uint32_t>(value.bits & 0x7FFFu) << 13;
+  // Rebias by a multiplication, which is exact and makes subnormals normal.
+  const std::uint32_t finite = bits_from_float(float_from_bits(rest) * 0x1p112f);
+  const std::uint32_t special = rest | 0x7F800000u | ((rest & 0x007FFFFFu) ? 0x00400000u : 0u);
+  return float_from_bits(sign | (rest >= 0x0F800000u ? special : finite));
+}
+
+FUSEDOPT_HD Float16 to_float16(float value) {
+  const std::uint32_t bits = bits_from_float(value);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+  // Normal results round in the integer, subnormal ones in an addition of 0.5 (whose last bit is
+  // the smallest float16).
+  const std::uint32_t normal =
+      (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const std::uint32_t subnormal =
+      bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3F000000u;
+  const std::uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x03FFu);
+  std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477FF000u ? 0x7C00u : half;
+  half = magnitude > 0x7F800000u ? nan : half;
+  return {static_cast<std::uint16_t>(sign | half)};
+}
+
+template <Isa isa, typename Half>
+void load_half(const Half* from, int n, float* to) {
+  int i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<Half, Float16>) {
+    for (; i + 8 <= n; i += 8) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+    }
+  }
+#endif
+#pragma omp simd
+  for (int j = i; j < n; ++j) to[j] = to_float(from[j]);
+}
+
+template <Isa isa>
+void store_half(const float* from, int n, BFloat16* to) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] = to_bfloat16(from[i]);
+}
+
+template <Isa isa>
+void store_half(const float* from, int n, Float16* to) {
+  int i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+  }
+#endif
+#pragma omp simd
+  for (int j = i; j < n; ++j) to[j] = to_float16(from[j]);
+}
+
+template <Isa isa>
+void load_as_float(Dtype dtype, const void* from, std::int64_t at, int n, float* to) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return load_half<isa>(static_cast<const BFloat16*>(from) + at, n, to);
+    case Dtype::kFloat16:
+      return load_half<isa>(static_cast<const Float16*>(from) + at, n, to);
+    default:
+      std::memcpy(to, static_cast<const float*>(from) + at, n * sizeof(float));
+  }
+}
+
+template <Isa isa>
+void store_from_float(Dtype dtype, void* to, std::int64_t at, int n, const float* from) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return store_half<isa>(from, n, static_cast<BFloat16*>(to) + at);
+    case Dtype::kFloat16:
+      return store_half<isa>(from, n, static_cast<Float16*>(to) + at);
+    default:
+      std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
+  }
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tensor_view.h"
+
+namespace fusedopt {
+
+std::int64_t numel(const TensorView& tensor);
+
+// Elements fill [data, data + numel) without gaps or overlap, in any order of dimensions, and each
+// is aligned to its size: what the kernels can walk as one flat array.
+bool is_flat(const TensorView& tensor);
+
+// The same element sits at the same offset in both. Strides of size-1 dimensions do not matter.
+bool same_layout(const TensorView& a, const TensorView& b);
+
+// Dtypes that one update can combine: all float64, or any mix of the others (computed in float).
+bool can_combine(const SlotDtypes& dtypes);
+
+// Memory that a step writes, and which tensor it belongs to.
+struct WrittenRange {
+  std::uintptr_t begin, end;
+  std::int64_t owner;
+};
+
+// Owners whose memory another owner writes too: their order matters, they cannot share a launch.
+std::vector<std::int64_t> overlapping_owners(std::vector<WrittenRange> ranges);
+
+// The bytes between the lowest and the highest element of the tensor, whatever its strides.
+WrittenRange written_range(const TensorView& tensor, std::int64_t owner);
+
+}  // namespace fusedopt
