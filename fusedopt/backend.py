@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 # Written by setup.py when the native module could not be built.
 _BUILD_ERROR_FILE = Path(__file__).with_name("_build_error.txt")
 
 
-def _weak_addresses(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where torch keeps its records of a tensor and of its storage, and weak references that keep
-    these addresses allocated without keeping the tensor's data."""
-    storage = tensor.untyped_storage()
-    return tensor._cdata, storage._cdata, torch._C._WeakTensorRef(tensor), StorageWeakRef(storage)
+# Tensors whose size is no matter: it may outlive its replacement until the next step.
+_SMALL_BYTES = 16384
+
+
+def _alias(tensor: torch.Tensor) -> tuple[int, int, torch.Tensor] | None:
+    """A view that keeps torch's records of a small tensor alive, and their addresses."""
+    if tensor.nbytes > _SMALL_BYTES:
+        return None
+    with torch.no_grad():
+        view = tensor.view(tensor.shape)
+    return tensor._cdata, tensor.untyped_storage()._cdata, view
 
 
 def _bind(module: Any) -> None:
@@ -36,7 +41,7 @@ def _bind(module: Any) -> None:
                 torch.Tensor,
                 torch.nn.Parameter,
                 torch._C._increment_version,
-                _weak_addresses if hasattr(torch._C, "_WeakTensorRef") else None,
+                _alias,
             )
             return
     raise ImportError(

@@ -95,11 +95,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    @torch._disable_dynamo  # a compiled training step breaks its graph here
+    def _take_step(self) -> None:
         todo = self._native_step(self._plan)
         if todo is not None:
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 self._checked_step(todo)
-        return loss
 
     def _native_step(self, plan: Any, grads: dict[int, Tensor | None] | None = None) -> Any:
         """One native call for all groups.
@@ -183,9 +187,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 created.append((param, key))
         if self._has_step:
             step = state["step"]
-            if step.dtype == torch.float32 and step.device.type == "cpu":
-                if step.item() >= _LAST_FLOAT32_STEP:
-                    state["step"] = step.double()
+            on_cpu = step.dtype == torch.float32 and step.device.type == "cpu"
+            if on_cpu and step.item() >= _LAST_FLOAT32_STEP:
+                state["step"] = step.double()
 
     def _make_plan(self, created: list[tuple[Tensor, str]]) -> Any:
         new = {id(param) for param, _ in created}
