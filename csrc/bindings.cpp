@@ -111,8 +111,8 @@ class Options {
   double number(const char* name, PyObject* value) const {
     if (value == Py_None) return 0;
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    const auto as_float = py::reinterpret_steal<py::object>(
-        PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
+    const auto as_float =
+        py::reinterpret_steal<py::object>(PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
     if (as_float) return PyFloat_AS_DOUBLE(as_float.ptr());
     PyErr_Clear();
     throw py::type_error("param group " + std::to_string(index_) + ": '" + name +
@@ -536,6 +536,9 @@ Plan::Verdict Plan::check(const Seen& seen) {
   Entry& entry = entries_[seen.entry];
   if (seen.grad == Py_None) return Verdict::kNoGrad;
   if (entry.python) return Verdict::kPython;
+  TensorView grad;
+  const bool is_dense = view(seen.grad, &grad);
+  if (!is_dense && !rule_.has_step) return Verdict::kPython;
   const bool needs_state = rule_.has_step || groups_[entry.group].state_mask != 0;
   if (needs_state && entry.layout < 0) return Verdict::kStale;
   if (!is_where_expected(entry.param, entry, &entry.data)) return Verdict::kStale;
@@ -544,8 +547,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
       return Verdict::kStale;
     }
   }
-  TensorView grad;
-  if (!view(seen.grad, &grad) || !is_usable(entry, seen.grad, grad)) return Verdict::kPython;
+  if (!is_dense || !is_usable(entry, seen.grad, grad)) return Verdict::kPython;
   return add_task(seen, grad) ? Verdict::kFine : Verdict::kStale;
 }
 

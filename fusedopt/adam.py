@@ -110,9 +110,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         beta1, beta2 = map(scalar, group["betas"])
         if group["decoupled_weight_decay"]:
             grad = -grad if group["maximize"] else grad
-            decay = group["weight_decay"] * param + (group.get("l1") or 0) * param.sign()
-            if group["weight_decay"] != 0 or group.get("l1"):
-                param = param - lr * decay
+            l1_step = lr * group["l1"] * param.sign() if group.get("l1") else None
+            if group["weight_decay"] != 0:
+                param = param * (1 - lr * group["weight_decay"])
+            if l1_step is not None:
+                param = param - l1_step
         else:
             grad = penalized_grad(group, grad, param)
         exp_avg = exp_avg.lerp(grad, _weight(1 - beta1, grad))

@@ -1,6 +1,5 @@
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -8,6 +7,10 @@
 #include "apply.h"
 #include "launch_plan.h"
 #include "tuning.h"
+
+#if FUSEDOPT_HAS_AVX2
+#include <cpuid.h>
+#endif
 
 namespace fusedopt {
 
@@ -17,6 +20,13 @@ namespace {
 // that only its parent has.
 const pid_t kImportedBy = getpid();
 
+#if FUSEDOPT_HAS_AVX2
+bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 Isa widest_isa() {
 #if FUSEDOPT_HAS_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -25,7 +35,7 @@ Isa widest_isa() {
   }
 #endif
 #if FUSEDOPT_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+  if (__builtin_cpu_supports("avx2") && has_f16c()) return Isa::avx2;
 #endif
   return Isa::baseline;
 }
@@ -37,10 +47,9 @@ Isa choose_isa() {
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (isa <= widest && std::string(wanted) == name(isa)) return isa;
   }
-  throw std::invalid_argument("FUSEDOPT_CPU_ISA=" + std::string(wanted) +
-                              ": this build on this processor has baseline" +
-                              (widest >= Isa::avx2 ? ", avx2" : "") +
-                              (widest >= Isa::avx512 ? ", avx512" : ""));
+  throw std::invalid_argument(
+      "FUSEDOPT_CPU_ISA=" + std::string(wanted) + ": this build on this processor has baseline" +
+      (widest >= Isa::avx2 ? ", avx2" : "") + (widest >= Isa::avx512 ? ", avx512" : ""));
 }
 
 void run_chunk(const Step& step, const LaunchPlan& plan, std::int64_t chunk) {
@@ -67,8 +76,8 @@ void apply_cpu(const Step& step, int num_threads) {
   for (const TensorTask& task : step.tasks) plan.add(task.numel);
   const std::int64_t num_chunks = plan.num_chunks();
   if (num_threads > num_chunks) num_threads = static_cast<int>(num_chunks);
-  const bool serial = num_threads <= 1 || plan.num_elements() < kSerialElements ||
-                      getpid() != kImportedBy;
+  const bool serial =
+      num_threads <= 1 || plan.num_elements() < kSerialElements || getpid() != kImportedBy;
   if (serial) {
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, plan, chunk);
     return;

@@ -56,10 +56,8 @@ FUSEDOPT_HD Float16 to_float16(float value) {
   const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
   // Normal results round in the integer, subnormal ones in an addition of 0.5 (whose last bit is
   // the smallest float16).
-  const std::uint32_t normal =
-      (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
-  const std::uint32_t subnormal =
-      bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3F000000u;
+  const std::uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const std::uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3F000000u;
   const std::uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x03FFu);
   std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477FF000u ? 0x7C00u : half;

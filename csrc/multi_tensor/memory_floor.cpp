@@ -30,7 +30,8 @@ void memory_floor(void* const* arrays, int num_writes, int num_reads, std::int64
     throw std::invalid_argument("memory_floor takes 1 to 4 writes and at most 1 read");
   }
   std::uint32_t* words[5] = {};
-  for (int a = 0; a < num_writes + num_reads; ++a) words[a] = static_cast<std::uint32_t*>(arrays[a]);
+  for (int a = 0; a < num_writes + num_reads; ++a)
+    words[a] = static_cast<std::uint32_t*>(arrays[a]);
   const std::int64_t count = bytes / 4;
   const std::int64_t part = (count / std::max(num_threads, 1) + 15) / 16 * 16;
 #if defined(_OPENMP)

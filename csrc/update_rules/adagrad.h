@@ -33,12 +33,8 @@ struct Adagrad {
 
   template <typename Options>
   static Adagrad from(const Options& options) {
-    return {options("lr"),
-            options("lr_decay"),
-            options("eps"),
-            options("weight_decay"),
-            options.get("l1", 0.0),
-            options("maximize") != 0};
+    return {options("lr"),           options("lr_decay"),    options("eps"),
+            options("weight_decay"), options.get("l1", 0.0), options("maximize") != 0};
   }
 
   static constexpr bool kHasStep = true;

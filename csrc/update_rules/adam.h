@@ -64,15 +64,10 @@ struct Adam {
 
   template <typename Options>
   static Adam from(const Options& options) {
-    return {options("lr"),
-            options("betas", 0),
-            options("betas", 1),
-            options("eps"),
-            options("weight_decay"),
-            options.get("l1", 0.0),
-            options("amsgrad") != 0,
-            options("maximize") != 0,
-            options("decoupled_weight_decay") != 0};
+    return {
+        options("lr"),           options("betas", 0),      options("betas", 1),
+        options("eps"),          options("weight_decay"),  options.get("l1", 0.0),
+        options("amsgrad") != 0, options("maximize") != 0, options("decoupled_weight_decay") != 0};
   }
 
   static constexpr bool kHasStep = true;

@@ -41,12 +41,8 @@ struct SGD {
 
   template <typename Options>
   static SGD from(const Options& options) {
-    return {options("lr"),
-            options("momentum"),
-            options("dampening"),
-            options("weight_decay"),
-            options.get("l1", 0.0),
-            options("nesterov") != 0,
+    return {options("lr"),           options("momentum"),    options("dampening"),
+            options("weight_decay"), options.get("l1", 0.0), options("nesterov") != 0,
             options("maximize") != 0};
   }
 

@@ -1,0 +1,54 @@
+# make test, make bench (both take ARGS="..."), make lint, make build, make clean
+#
+# Works in the virtual environment that is active (or PYTHON=path/to/python), else in .venv, which
+# it creates. A torch that is already there is used as it is; otherwise TORCH is installed.
+TORCH ?= torch==2.13.0
+PYTHON ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,python3)
+
+IN_ENV := $(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')
+ENV := $(or $(IN_ENV),.venv)
+PY := $(ENV)/bin/python
+HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2
+INSTALLED := build/installed$(subst /,-,/$(ENV))
+OFFLINE := echo "make: pip could not fetch everything; going on with what is installed (make clean, then make tries again)" >&2
+
+.PHONY: build test bench lint clean
+build: $(INSTALLED)
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+bench: build
+	$(PY) -m bench $(ARGS)
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	PATH="$(ENV)/bin:$$PATH" clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	@echo "make: installing into $(ENV)"
+	@mkdir -p build
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	@$(PY) $(HAS_TORCH) || $(PIP) '$(TORCH)'
+	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' >build/constraints.txt
+	@$(PIP) -c build/constraints.txt 'setuptools>=77' pybind11 cmake ninja || $(OFFLINE)
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[dev]' || $(OFFLINE)
+	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: no native module, see above"
+	@touch $@
+
+# With a system-wide torch the environment sees that torch, and pip comes from the system too.
+.venv/bin/python:
+	@if $(PYTHON) $(HAS_TORCH); then \
+	  $(PYTHON) -m venv --system-site-packages --without-pip .venv; \
+	elif $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	  $(PYTHON) -m venv .venv; \
+	else \
+	  echo "make: $(PYTHON) cannot create a virtual environment; install it (Debian, Ubuntu: python3-venv)" >&2; exit 1; \
+	fi
