@@ -570,6 +570,7 @@ bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* exp
 
 bool Plan::is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const {
   if (!same_layout(now, entry.view_of(entry.data))) return false;
+  if (!can_combine({{entry.data.dtype, now.dtype}, 2})) return false;
   const auto begin = reinterpret_cast<std::uintptr_t>(now.data);
   if (begin % itemsize(now.dtype) != 0) return false;
   // A gradient may be the parameter itself, but not overlap it in another way.
@@ -620,7 +621,6 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
     if (s != StateLayout::kStep) slot(entry.state[s].data, entry.state[s].dtype);
   }
   task.numel = entry.numel;
-  if (!can_combine(dtypes)) return false;
   task.update = prepared_update(&groups_[entry.group], step, dtypes);
   step_.tasks.push_back(task);
   updated_.push_back(seen.entry);
