@@ -84,7 +84,7 @@ bool has_negative_bit(PyObject* tensor) {
 // Options of one param group, read by name for a rule.
 class Options {
  public:
-  Options(PyObject* group, std::size_t index) : group_(group), index_(index) {}
+  Options(PyObject* group, std::string where) : group_(group), where_(std::move(where)) {}
 
   double operator()(const char* name) const { return number(name, find(name)); }
 
@@ -103,7 +103,7 @@ class Options {
   PyObject* find(const char* name) const {
     PyObject* value = PyDict_GetItemString(group_, name);
     if (value == nullptr) {
-      throw py::key_error("param group " + std::to_string(index_) + " has no '" + name + "'");
+      throw py::key_error(where_ + " has no '" + name + "'");
     }
     return value;
   }
@@ -114,13 +114,17 @@ class Options {
     const auto as_float =
         py::reinterpret_steal<py::object>(PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
     if (as_float) return PyFloat_AS_DOUBLE(as_float.ptr());
-    PyErr_Clear();
-    throw py::type_error("param group " + std::to_string(index_) + ": '" + name +
-                         "' must be a number, got " + std::string(py::repr(value)));
+    const std::string message =
+        where_ + ": '" + name + "' must be a number, got " + std::string(py::repr(value));
+    if (PyErr_Occurred() != nullptr) {
+      py::raise_from(PyExc_TypeError, message.c_str());
+      throw py::error_already_set();
+    }
+    throw py::type_error(message);
   }
 
   PyObject* group_;
-  std::size_t index_;
+  std::string where_;
 };
 
 // A rule with the options of one group; what the plan needs to know of an algorithm.
@@ -207,7 +211,8 @@ struct Entry {
 // with it, writes only if all is as expected, and otherwise says what is not.
 class Plan {
  public:
-  explicit Plan(const std::string& rule) : rule_(find_rule(rule)) {}
+  Plan(const std::string& rule, std::string owner)
+      : rule_(find_rule(rule)), owner_(std::move(owner)) {}
 
   void add(std::uint32_t group, py::handle param, const py::object& state, const py::tuple& keys,
            bool python, bool first_step);
@@ -265,6 +270,7 @@ class Plan {
   std::uint32_t prepared_update(Group* group, double step, const SlotDtypes& dtypes);
 
   const RuleEntry& rule_;
+  const std::string owner_;  // for messages
   std::vector<Entry> entries_;
   std::vector<Group> groups_;
   std::vector<StateLayout> layouts_;
@@ -436,7 +442,7 @@ bool Plan::read_groups(const py::list& groups) {
     for (std::size_t i = 0; i < group.num_params; ++i, ++e) {
       if (PyList_GET_ITEM(params, i) != entries_[e].param) return false;
     }
-    const Options options(dict, g);
+    const Options options(dict, owner_ + ", param group " + std::to_string(g));
     const bool python = options.get("differentiable", 0) != 0 || options.get("capturable", 0) != 0;
     group.rule = rule_.read(options);
     const int mask = static_cast<int>(group.rule->state_mask());
@@ -641,7 +647,7 @@ std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes&
 // Python side, or False if the plan does not fit any more.
 py::object Plan::step(const py::list& groups, const py::dict& state, int num_threads,
                       const py::object& grads) {
-  if (running_) throw std::runtime_error("step() of this optimizer is running in another thread");
+  if (running_) throw std::runtime_error(owner_ + ": step() is running in another thread");
   struct Running {
     explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
     ~Running() {
@@ -745,7 +751,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
              py::arg("num_threads"));
   py::class_<Plan>(module, "Plan")
-      .def(py::init<const std::string&>())
+      .def(py::init<const std::string&, std::string>())
       .def("add", &Plan::add)
       .def("finish", &Plan::finish)
       .def("step", &Plan::step)

@@ -99,6 +99,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     def _sparse_update(self, group: Group, param: Tensor) -> None:
         """The same equation on the rows that the gradient has."""
         state = self.state[param]
+        state["step"] += 1
         grad = (-param.grad if group["maximize"] else param.grad).coalesce()
         indices, values = grad._indices(), grad._values()
 

@@ -28,6 +28,8 @@ def _alias(tensor: torch.Tensor) -> tuple[int, int, torch.Tensor] | None:
         return None
     with torch.no_grad():
         view = tensor.view(tensor.shape)
+    if view._base is not tensor:  # in inference mode a view does not hold its base
+        return None
     return tensor._cdata, tensor.untyped_storage()._cdata, view
 
 

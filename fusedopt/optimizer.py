@@ -122,6 +122,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         created: list[tuple[Tensor, str]] = []
         try:
             if todo is False:
+                for g in range(len(self.param_groups)):
+                    self._check_options(g)
                 for g, i in self._with_grad():
                     self._check(g, i)
                 for g, i in self._with_grad():
@@ -193,7 +195,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _make_plan(self, created: list[tuple[Tensor, str]]) -> Any:
         new = {id(param) for param, _ in created}
-        plan = backend.native.Plan(self._rule)
+        plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")
         for g, group in enumerate(self.param_groups):
             keys = self._slots(group)
             python = bool(group.get("differentiable") or group.get("capturable"))
@@ -211,34 +213,52 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[g]
         param = group["params"][i]
         grad = param.grad
-        step = self._count_step(group, param, created)
         if _is_sparse(grad):
             self._sparse_update(group, param)
             return
-        slots = [self.state[param][key] for key in self._slots(group)]
-        old = [param, *slots]
+        state = self.state.get(param, {})
+        step = self._next_step(group, param, created)
+        old = [param, *(state[key] for key in self._slots(group))]
         if param.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
             old = [torch.view_as_real(t) for t in old]
         opmath = torch.float32 if param.dtype.itemsize == 2 else old[0].dtype
-        param_, *slots_ = (t.to(opmath) for t in old)
-        new = self._python_rule(group, step, param_, grad.to(opmath), *slots_)
+        param_, *slots = (t.to(opmath) for t in old)
+        new = self._python_rule(group, step, param_, grad.to(opmath), *slots)
+        if self._has_step:
+            state["step"] += 1
         for tensor, value in zip(old, new, strict=True):
             tensor.copy_(value)
 
-    def _count_step(
+    def _next_step(
         self, group: Group, param: Tensor, created: list[tuple[Tensor, str]]
     ) -> float | Tensor:
-        """Adds 1 to the step count and returns it. Rules without one get 1 at the first step."""
+        """The number of this step. Rules that do not count get 1 at the first one, then 2."""
         if not self._has_step:
             return 1.0 if any(param is new for new, _ in created) else 2.0
-        step = self.state[param]["step"]
-        step += 1
-        if group["differentiable"]:
-            return step.clone()
-        return step.item() if step.device.type == "cpu" else step
+        step = self.state[param]["step"] + 1
+        return step if group["differentiable"] or step.device.type != "cpu" else step.item()
 
     # Checks -----------------------------------------------------------------------------------
+
+    def _check_options(self, g: int) -> None:
+        """Raises if a number among the options of a group is none."""
+        group = self.param_groups[g]
+        for name, default in self.defaults.items():
+            numbers = default if isinstance(default, tuple) else (default,)
+            if not all(isinstance(n, (int, float, Tensor)) for n in numbers):
+                continue
+            try:
+                values = group[name]
+                for value in values if isinstance(default, tuple) else (values,):
+                    if isinstance(value, str):
+                        raise ValueError("a string")
+                    float(value)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"fusedopt.{type(self).__name__}, param group {g}: {name!r} must be a number "
+                    f"like {default!r}, got {group.get(name)!r}"
+                ) from error
 
     def _check(self, g: int, i: int) -> None:
         """Raises if the parameter, its gradient or its state cannot be updated."""

@@ -49,6 +49,35 @@ void plain_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64
                        std::make_index_sequence<Update::kNumStates>());
 }
 
+// One half dtype everywhere: a few vectors at a time, which the compiler unrolls, so that
+// conversions and arithmetic overlap.
+template <Isa isa, typename Half, typename Update, std::size_t... S>
+FUSEDOPT_HD void update_halves(const Update& update, int n, void* const* slots, std::int64_t at,
+                               std::index_sequence<S...> states) {
+  alignas(64) float param[kHalfElements], grad[kHalfElements];
+  alignas(64) float state[kMaxStates][kHalfElements];
+  float* const arrays[kMaxStates] = {state[S]...};
+  load_half(static_cast<const Half*>(slots[0]) + at, n, param);
+  load_half(static_cast<const Half*>(slots[1]) + at, n, grad);
+  (load_half(static_cast<const Half*>(slots[2 + S]) + at, n, state[S]), ...);
+  update_elements<isa>(update, n, param, grad, arrays, states);
+  store_half(param, n, static_cast<Half*>(slots[0]) + at);
+  (store_half(state[S], n, static_cast<Half*>(slots[2 + S]) + at), ...);
+}
+
+template <Isa isa, typename Half, typename Update>
+void half_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
+                 std::int64_t count) {
+  constexpr std::make_index_sequence<Update::kNumStates> states;
+  const Update update = coefficients<Update>(prepared);
+  std::int64_t done = 0;
+  for (; done + kHalfElements <= count; done += kHalfElements) {
+    update_halves<isa, Half>(update, kHalfElements, slots, begin + done, states);
+  }
+  const int left = static_cast<int>(count - done);
+  update_halves<isa, Half>(update, left, slots, begin + done, states);
+}
+
 // Any mix of float32, bfloat16 and float16: block by block through float buffers.
 template <Isa isa, typename Update>
 void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
@@ -90,8 +119,10 @@ PreparedUpdate prepare_cpu(const Rule& rule, double step, const SlotDtypes& dtyp
   } else {
     rule.template prepare<float>(step, [&](const auto& update) {
       using Update = std::decay_t<decltype(update)>;
-      use(dtypes.all(Dtype::kFloat32) ? plain_kernel<isa, float, Update>
-                                      : converting_kernel<isa, Update>,
+      use(dtypes.all(Dtype::kFloat32)    ? plain_kernel<isa, float, Update>
+          : dtypes.all(Dtype::kBFloat16) ? half_kernel<isa, BFloat16, Update>
+          : dtypes.all(Dtype::kFloat16)  ? half_kernel<isa, Float16, Update>
+                                         : converting_kernel<isa, Update>,
           update);
     });
   }

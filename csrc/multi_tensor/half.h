@@ -13,6 +13,9 @@
 #include "tensor_view.h"
 
 #if defined(__F16C__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own AVX-512 header
+#endif
 #include <immintrin.h>
 #endif
 
@@ -65,31 +68,64 @@ FUSEDOPT_HD Float16 to_float16(float value) {
   return {static_cast<std::uint16_t>(sign | half)};
 }
 
-template <Isa isa, typename Half>
-void load_half(const Half* from, int n, float* to) {
+// n elements; the vector loops take what they can and the last loop the rest.
+FUSEDOPT_HD void load_half(const BFloat16* from, int n, float* to) {
   int i = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<Half, Float16>) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
-    }
+#if defined(__AVX512BW__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_si512(to + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
 #endif
 #pragma omp simd
   for (int j = i; j < n; ++j) to[j] = to_float(from[j]);
 }
 
-template <Isa isa>
-void store_half(const float* from, int n, BFloat16* to) {
+FUSEDOPT_HD void load_half(const Float16* from, int n, float* to) {
+  int i = 0;
+#if defined(__AVX512BW__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(half));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+  }
+#endif
 #pragma omp simd
-  for (int i = 0; i < n; ++i) to[i] = to_bfloat16(from[i]);
+  for (int j = i; j < n; ++j) to[j] = to_float(from[j]);
 }
 
-template <Isa isa>
-void store_half(const float* from, int n, Float16* to) {
+FUSEDOPT_HD void store_half(const float* from, int n, BFloat16* to) {
   int i = 0;
-#if defined(__F16C__)
+#if defined(__AVX512BW__)
+  const __m512i below_half = _mm512_set1_epi32(0x7FFF), half = _mm512_set1_epi32(0x8000);
+  const __m512i last_bit = _mm512_set1_epi32(0x10000), nan = _mm512_set1_epi32(0x7FC0);
+  for (; i + 16 <= n; i += 16) {
+    const __m512 value = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(value);
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, last_bit);
+    const __mmask16 is_number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    const __m512i even = _mm512_add_epi32(bits, below_half);
+    const __m512i sum = _mm512_mask_add_epi32(even, is_odd, bits, half);
+    const __m512i rounded = _mm512_mask_srli_epi32(nan, is_number, sum, 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(rounded));
+  }
+#endif
+#pragma omp simd
+  for (int j = i; j < n; ++j) to[j] = to_bfloat16(from[j]);
+}
+
+FUSEDOPT_HD void store_half(const float* from, int n, Float16* to) {
+  int i = 0;
+#if defined(__AVX512BW__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i half = _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), half);
+  }
+#elif defined(__F16C__)
   for (; i + 8 <= n; i += 8) {
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
@@ -103,9 +139,9 @@ template <Isa isa>
 void load_as_float(Dtype dtype, const void* from, std::int64_t at, int n, float* to) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return load_half<isa>(static_cast<const BFloat16*>(from) + at, n, to);
+      return load_half(static_cast<const BFloat16*>(from) + at, n, to);
     case Dtype::kFloat16:
-      return load_half<isa>(static_cast<const Float16*>(from) + at, n, to);
+      return load_half(static_cast<const Float16*>(from) + at, n, to);
     default:
       std::memcpy(to, static_cast<const float*>(from) + at, n * sizeof(float));
   }
@@ -115,9 +151,9 @@ template <Isa isa>
 void store_from_float(Dtype dtype, void* to, std::int64_t at, int n, const float* from) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return store_half<isa>(from, n, static_cast<BFloat16*>(to) + at);
+      return store_half(from, n, static_cast<BFloat16*>(to) + at);
     case Dtype::kFloat16:
-      return store_half<isa>(from, n, static_cast<Float16*>(to) + at);
+      return store_half(from, n, static_cast<Float16*>(to) + at);
     default:
       std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
   }

@@ -14,7 +14,13 @@ constexpr std::int64_t kPieceElements = 64;
 // Below this many elements in all tensors together a step runs on the calling thread.
 constexpr std::int64_t kSerialElements = 32768;
 
-// Elements that the mixed-dtype loop converts to float at a time; its buffers stay in the L1 cache.
-constexpr int kConvertElements = 256;
+// Elements that the loop for one half dtype converts, updates and converts back at a time. One
+// thread of an EPYC 9005, 2026-11, AVX-512, 100 x 10,000 bfloat16 Adam, ms per step:
+// 16: 0.55, 32: 0.58, 64: 0.51, 128: 0.54; the converting loop below took 0.64.
+constexpr int kHalfElements = 64;
+
+// Elements that the loop for mixed dtypes converts to float at a time. Same setting:
+// 32: 1.0, 64: 0.80, 128: 0.69, 256: 0.64, 512: 0.60.
+constexpr int kConvertElements = 512;
 
 }  // namespace fusedopt
