@@ -444,9 +444,11 @@ bool Plan::read_groups(const py::list& groups) {
     }
     const Options options(dict, owner_ + ", param group " + std::to_string(g));
     const bool python = options.get("differentiable", 0) != 0 || options.get("capturable", 0) != 0;
+    if (python != group.python) return false;
+    if (python) continue;  // the Python rule reads its options itself
     group.rule = rule_.read(options);
     const int mask = static_cast<int>(group.rule->state_mask());
-    if (python != group.python || (group.state_mask >= 0 && mask != group.state_mask)) return false;
+    if (group.state_mask >= 0 && mask != group.state_mask) return false;
     group.state_mask = mask;
     group.prepared.clear();
   }

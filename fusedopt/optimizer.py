@@ -17,6 +17,8 @@ from torch import Tensor
 from . import backend
 
 Group = dict[str, Any]
+# Parameters whose state this step creates, and its keys.
+Created = dict[Tensor, list[str]]
 
 # A float32 counter stops here: adding 1 no longer changes it.
 _LAST_FLOAT32_STEP = 2**24
@@ -119,7 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _checked_step(self, todo: list[int] | bool) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
         plan, self._plan = self._plan, None  # kept only if the step succeeds
-        created: list[tuple[Tensor, str]] = []
+        created: Created = {}
         try:
             if todo is False:
                 for g in range(len(self.param_groups)):
@@ -138,14 +140,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             if todo is not None:
                 self._mixed_step(plan, todo, created)
         except BaseException:
-            for param, key in created:
-                self.state[param].pop(key, None)
+            for param, keys in created.items():
+                for key in keys:
+                    self.state[param].pop(key, None)
                 if not self.state[param]:
                     del self.state[param]
             raise
         self._plan = plan
 
-    def _mixed_step(self, plan: Any, todo: Any, created: list[tuple[Tensor, str]]) -> None:
+    def _mixed_step(self, plan: Any, todo: Any, created: Created) -> None:
         """Copies gradients that have another layout than their parameter, does all that the
         native side takes in one call, and the rest with the Python rule."""
         grads: dict[int, Tensor | None] = {}
@@ -171,7 +174,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None:
                     yield g, i
 
-    def _complete_state(self, g: int, i: int, created: list[tuple[Tensor, str]]) -> None:
+    def _complete_state(self, g: int, i: int, created: Created) -> None:
         """Creates the state that the parameter lacks: all of it at its first step, or what an
         option needs that was switched on later (amsgrad, momentum, centered)."""
         group = self.param_groups[g]
@@ -182,19 +185,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         if self._has_step and "step" not in state:
             state["step"] = _new_step(group, param)
-            created.append((param, "step"))
+            created.setdefault(param, []).append("step")
         for key in keys:
             if state.get(key) is None:
                 state[key] = self._initial_state(group, param)
-                created.append((param, key))
+                created.setdefault(param, []).append(key)
         if self._has_step:
             step = state["step"]
             on_cpu = step.dtype == torch.float32 and step.device.type == "cpu"
             if on_cpu and step.item() >= _LAST_FLOAT32_STEP:
                 state["step"] = step.double()
 
-    def _make_plan(self, created: list[tuple[Tensor, str]]) -> Any:
-        new = {id(param) for param, _ in created}
+    def _make_plan(self, created: Created) -> Any:
         plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")
         for g, group in enumerate(self.param_groups):
             keys = self._slots(group)
@@ -203,13 +205,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state = self.state.get(param)
                 if state and not python:
                     _match_layout(param, [state.get(key) for key in keys])
-                plan.add(g, param, state or None, keys, python, id(param) in new)
+                plan.add(g, param, state or None, keys, python, param in created)
         plan.finish(self.state)
         return plan
 
     # The Python rule --------------------------------------------------------------------------
 
-    def _python_step(self, g: int, i: int, created: list[tuple[Tensor, str]]) -> None:
+    def _python_step(self, g: int, i: int, created: Created) -> None:
         group = self.param_groups[g]
         param = group["params"][i]
         grad = param.grad
@@ -222,7 +224,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if param.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
             old = [torch.view_as_real(t) for t in old]
-        opmath = torch.float32 if param.dtype.itemsize == 2 else old[0].dtype
+        opmath = torch.float32 if old[0].dtype.itemsize == 2 else old[0].dtype
         param_, *slots = (t.to(opmath) for t in old)
         new = self._python_rule(group, step, param_, grad.to(opmath), *slots)
         if self._has_step:
@@ -230,12 +232,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         for tensor, value in zip(old, new, strict=True):
             tensor.copy_(value)
 
-    def _next_step(
-        self, group: Group, param: Tensor, created: list[tuple[Tensor, str]]
-    ) -> float | Tensor:
+    def _next_step(self, group: Group, param: Tensor, created: Created) -> float | Tensor:
         """The number of this step. Rules that do not count get 1 at the first one, then 2."""
         if not self._has_step:
-            return 1.0 if any(param is new for new, _ in created) else 2.0
+            return 1.0 if param in created else 2.0
         step = self.state[param]["step"] + 1
         return step if group["differentiable"] or step.device.type != "cpu" else step.item()
 
@@ -253,7 +253,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for value in values if isinstance(default, tuple) else (values,):
                     if isinstance(value, str):
                         raise ValueError("a string")
-                    float(value)
+                    if not (isinstance(value, Tensor) and value.device.type != "cpu"):
+                        float(value)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"fusedopt.{type(self).__name__}, param group {g}: {name!r} must be a number "
@@ -483,7 +484,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 ):
                     raise ValueError(f"{where} has {key!r} of dtype {value.dtype}")
                 value = value.to(device=param.device)
-            elif key in self._required_slots:
+            elif key in self._all_slots and value is not None:
                 raise TypeError(f"{where} has {key!r} = {value!r}, not a tensor")
             state[key] = value
         return state

@@ -95,7 +95,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         if momentum_buffer is None:
             return (param - lr * grad,)
         if step == 1:
-            momentum_buffer = grad
+            momentum_buffer = grad.detach()
         else:
             momentum_buffer = momentum * momentum_buffer + (1 - group["dampening"]) * grad
         direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
