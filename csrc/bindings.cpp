@@ -36,7 +36,7 @@ struct Torch {
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
   py::handle increment_version;
-  py::handle alias;
+  py::handle own_param, own_state;
 } torch;
 
 bool is_plain_tensor(PyObject* object) {
@@ -179,7 +179,7 @@ const RuleEntry& find_rule(const std::string& name) {
 struct Expected {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  // Where torch keeps its own records of a small state tensor, or null; see Plan::keep_alias.
+  // Where torch keeps its own records of a small state tensor, or null; see Plan::own.
   const volatile char* impl = nullptr;
   const volatile char* storage = nullptr;
 };
@@ -196,15 +196,11 @@ struct Entry {
   bool python = false;      // takes the Python rule
   bool first_step = false;  // its state is new; rules without a step count want to know
   int layout = -1;          // of its state dict, -1 if it has none
+  int ndim = 0;
+  std::size_t dims = 0;  // where its shape and then its strides begin in Plan::dims_
   std::int64_t numel = 0;
-  std::vector<std::int64_t> shape, strides;
   Expected data;
   Expected state[kMaxStates + 1];  // the last is the step count
-
-  TensorView view_of(const Expected& tensor) const {
-    return {tensor.data, tensor.dtype, static_cast<int>(shape.size()), shape.data(),
-            strides.data()};
-  }
 };
 
 // The tensors of an optimizer as they were at the last full check. A step compares every tensor
@@ -253,10 +249,14 @@ class Plan {
     std::uint32_t last_update = 0;
   };
 
-  void keep_alias(PyObject* tensor, Expected* expected);
+  void own(const py::object& owner, Expected* expected);
   bool add_state(PyObject* state, const py::tuple& keys, Entry* entry);
   int layout_of(PyObject* state, const py::tuple& keys);
   std::vector<std::int64_t> overlaps() const;
+  TensorView view_of(const Entry& entry, const Expected& tensor) const {
+    const std::int64_t* shape = dims_.data() + entry.dims;
+    return {tensor.data, tensor.dtype, entry.ndim, shape, shape + entry.ndim};
+  }
 
   bool read_groups(const py::list& groups);
   Verdict look(const py::dict& state, const py::object& grads, py::list* todo);
@@ -272,11 +272,12 @@ class Plan {
   const RuleEntry& rule_;
   const std::string owner_;  // for messages
   std::vector<Entry> entries_;
+  std::vector<std::int64_t> dims_;
   std::vector<Group> groups_;
   std::vector<StateLayout> layouts_;
   std::vector<std::int64_t> state_order_;  // entries in the order of the optimizer's state, or -1
   std::vector<std::size_t> stateless_;     // the other entries
-  py::list aliases_;
+  py::list owners_;
 
   // Of the running step.
   bool running_ = false;
@@ -288,19 +289,18 @@ class Plan {
   Step step_;
 };
 
-// Keeps a view of a small state tensor, for two reasons. A tensor that Python alone owns costs
-// torch two trips through the interpreter lock whenever C++ borrows it: with a second owner the
-// exchange and the version bump of 1,000 small Adam parameters went from 0.40 to 0.25 us each
-// (2 cores of an EPYC 9005, 2026-11). And the memory of torch's records cannot go away, so that
-// fetch() may read it ahead of time. Parameters are left alone: torch.utils.swap_tensors refuses
-// tensors with a second owner.
-void Plan::keep_alias(PyObject* tensor, Expected* expected) {
-  const py::object kept = torch.alias(py::handle(tensor));
-  if (kept.is_none()) return;
-  const auto where = kept.cast<py::tuple>();
-  expected->impl = reinterpret_cast<const char*>(where[0].cast<std::uintptr_t>());
-  expected->storage = reinterpret_cast<const char*>(where[1].cast<std::uintptr_t>());
-  aliases_.append(where[2]);
+// Gives a small tensor a second owner, for two reasons. A tensor that Python alone owns costs torch
+// two trips through the interpreter lock whenever C++ borrows it: with a second owner the exchange
+// and the version bump of the four tensors of a small Adam parameter went from 0.40 to 0.25 us
+// (EPYC 9005, 2026-11). And the memory of torch's records of a state tensor cannot go away, so that
+// fetch() may read it ahead of time.
+void Plan::own(const py::object& owner, Expected* expected) {
+  if (owner.is_none()) return;
+  const auto [impl, storage, kept] =
+      owner.cast<std::tuple<std::uintptr_t, std::uintptr_t, py::object>>();
+  expected->impl = reinterpret_cast<const char*>(impl);
+  expected->storage = reinterpret_cast<const char*>(storage);
+  owners_.append(kept);
 }
 
 void Plan::add(std::uint32_t group, py::handle param, const py::object& state,
@@ -314,11 +314,14 @@ void Plan::add(std::uint32_t group, py::handle param, const py::object& state,
   entry.first_step = first_step;
   TensorView now;
   if (view(entry.param, &now)) {
-    entry.shape.assign(now.shape, now.shape + now.ndim);
-    entry.strides.assign(now.strides, now.strides + now.ndim);
+    entry.ndim = now.ndim;
+    entry.dims = dims_.size();
+    dims_.insert(dims_.end(), now.shape, now.shape + now.ndim);
+    dims_.insert(dims_.end(), now.strides, now.strides + now.ndim);
     entry.numel = numel(now);
     entry.data.data = now.data;
     entry.data.dtype = now.dtype;
+    own(torch.own_param(param), &entry.data);
     entry.python = python || !is_flat(now) || has_negative_bit(entry.param);
   } else {
     entry.python = true;
@@ -345,12 +348,12 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
     if (role == StateLayout::kStep) {
       if (numel(now) != 1 || itemsize(now.dtype) < 4) return false;
     } else {
-      if (!same_layout(now, entry->view_of(entry->data))) return false;
+      if (!same_layout(now, view_of(*entry, entry->data))) return false;
       dtypes.slots[dtypes.num_slots++] = now.dtype;
     }
     entry->state[role].data = now.data;
     entry->state[role].dtype = now.dtype;
-    keep_alias(value, &entry->state[role]);
+    own(torch.own_state(py::handle(value)), &entry->state[role]);
     found[role] = true;
   }
   for (std::size_t s = 0; s < keys.size(); ++s) {
@@ -416,10 +419,10 @@ std::vector<std::int64_t> Plan::overlaps() const {
     const Entry& entry = entries_[e];
     const auto owner = static_cast<std::int64_t>(e);
     if (entry.data.data == nullptr) continue;
-    ranges.push_back(written_range(entry.view_of(entry.data), owner));
+    ranges.push_back(written_range(view_of(entry, entry.data), owner));
     for (int s = 0; s < kMaxStates; ++s) {
       if (entry.state[s].data == nullptr) continue;
-      ranges.push_back(written_range(entry.view_of(entry.state[s]), owner));
+      ranges.push_back(written_range(view_of(entry, entry.state[s]), owner));
     }
     const Expected& step = entry.state[StateLayout::kStep];
     if (step.data != nullptr) ranges.push_back(written_range({step.data, step.dtype}, owner));
@@ -564,7 +567,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
 bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
   TensorView now;
   if (!view(tensor, &now) || now.dtype != expected->dtype ||
-      !same_layout(now, entry.view_of(*expected))) {
+      !same_layout(now, view_of(entry, *expected))) {
     return false;
   }
   if (now.data != expected->data) {
@@ -577,7 +580,7 @@ bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* exp
 }
 
 bool Plan::is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const {
-  if (!same_layout(now, entry.view_of(entry.data))) return false;
+  if (!same_layout(now, view_of(entry, entry.data))) return false;
   if (!can_combine({{entry.data.dtype, now.dtype}, 2})) return false;
   const auto begin = reinterpret_cast<std::uintptr_t>(now.data);
   if (begin % itemsize(now.dtype) != 0) return false;
@@ -696,7 +699,8 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
 }
 
 void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
-          const py::object& increment_version, const py::object& alias) {
+          const py::object& increment_version, const py::object& own_param,
+          const py::object& own_state) {
   const void* pointer = py::isinstance<py::int_>(table)
                             ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
                             : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
@@ -710,7 +714,8 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.tensor_type = tensor_type.inc_ref().ptr();
   torch.parameter_type = parameter_type.inc_ref().ptr();
   torch.increment_version = increment_version.inc_ref();
-  torch.alias = alias.inc_ref();
+  torch.own_param = own_param.inc_ref();
+  torch.own_state = own_state.inc_ref();
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
 }
 

@@ -13,24 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 # Written by setup.py when the native module could not be built.
 _BUILD_ERROR_FILE = Path(__file__).with_name("_build_error.txt")
 
 
-# Tensors whose size is no matter: it may outlive its replacement until the next step.
+# Tensors whose size is no matter: one may outlive its replacement until the next step.
 _SMALL_BYTES = 16384
 
+# Addresses of torch's records of a tensor (0: unknown), and what owns the tensor beside Python.
+_Owner = tuple[int, int, Any]
 
-def _alias(tensor: torch.Tensor) -> tuple[int, int, torch.Tensor] | None:
-    """A view that keeps torch's records of a small tensor alive, and their addresses."""
+
+def _own_state(tensor: Tensor) -> _Owner | None:
     if tensor.nbytes > _SMALL_BYTES:
         return None
     with torch.no_grad():
         view = tensor.view(tensor.shape)
-    if view._base is not tensor:  # in inference mode a view does not hold its base
+    if view._base is not tensor:  # in inference mode a view does not own its base
         return None
     return tensor._cdata, tensor.untyped_storage()._cdata, view
+
+
+def _own_param(param: Tensor) -> _Owner | None:
+    # Of all owners torch.utils.swap_tensors only tolerates the node that accumulates the gradient.
+    if param.nbytes > _SMALL_BYTES or not (param.requires_grad and param.is_leaf):
+        return None
+    return 0, 0, get_gradient_edge(param).node
 
 
 def _bind(module: Any) -> None:
@@ -43,7 +54,8 @@ def _bind(module: Any) -> None:
                 torch.Tensor,
                 torch.nn.Parameter,
                 torch._C._increment_version,
-                _alias,
+                _own_param,
+                _own_state,
             )
             return
     raise ImportError(

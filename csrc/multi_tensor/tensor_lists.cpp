@@ -26,17 +26,6 @@ bool is_flat(const TensorView& tensor) {
   return true;
 }
 
-bool same_layout(const TensorView& a, const TensorView& b) {
-  if (a.ndim != b.ndim) return false;
-  bool empty = false, strides_match = true;
-  for (int d = 0; d < a.ndim; ++d) {
-    if (a.shape[d] != b.shape[d]) return false;
-    empty |= a.shape[d] == 0;
-    strides_match &= a.strides[d] == b.strides[d] || a.shape[d] == 1;
-  }
-  return strides_match || empty;
-}
-
 bool can_combine(const SlotDtypes& dtypes) {
   int num_float64 = 0;
   for (int s = 0; s < dtypes.num_slots; ++s) num_float64 += dtypes.slots[s] == Dtype::kFloat64;
