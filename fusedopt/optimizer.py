@@ -122,6 +122,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
         plan, self._plan = self._plan, None  # kept only if the step succeeds
         created: Created = {}
+        if todo is not False:
+            for g, i, _ in map(plan.locate, todo):
+                self._check(g, i)
+            if any(self._missing_state(g, i) for g, i, _ in map(plan.locate, todo)):
+                todo = False
         try:
             if todo is False:
                 for g in range(len(self.param_groups)):
@@ -155,7 +160,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         python: list[tuple[int, int]] = []
         for entry in todo or ():
             g, i, native = plan.locate(entry)
-            self._check(g, i)
             param = self.param_groups[g]["params"][i]
             grads[entry] = _in_layout_of(param, param.grad) if native else None
             if grads[entry] is None:
@@ -177,24 +181,36 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _complete_state(self, g: int, i: int, created: Created) -> None:
         """Creates the state that the parameter lacks: all of it at its first step, or what an
         option needs that was switched on later (amsgrad, momentum, centered)."""
+        param = self.param_groups[g]["params"][i]
+        for key in self._missing_state(g, i):
+            state = self.state[param]
+            if key != "step":
+                state[key] = self._initial_state(self.param_groups[g], param)
+            elif key in state:
+                state[key] = state[key].double()
+                continue
+            else:
+                state[key] = _new_step(self.param_groups[g], param)
+            created.setdefault(param, []).append(key)
+
+    def _missing_state(self, g: int, i: int) -> list[str]:
+        """What the next step of the parameter needs and does not find in its state. A step count
+        that its dtype cannot continue is missing, too."""
         group = self.param_groups[g]
         param = group["params"][i]
-        keys = self._slots(group) if self._has_step or not _is_sparse(param.grad) else ()
-        if not (keys or self._has_step):
-            return
-        state = self.state[param]
-        if self._has_step and "step" not in state:
-            state["step"] = _new_step(group, param)
-            created.setdefault(param, []).append("step")
-        for key in keys:
-            if state.get(key) is None:
-                state[key] = self._initial_state(group, param)
-                created.setdefault(param, []).append(key)
+        if not self._has_step and _is_sparse(param.grad):
+            return []  # the sparse update makes its own
+        state = self.state.get(param, {})
+        missing = [key for key in self._slots(group) if state.get(key) is None]
         if self._has_step:
-            step = state["step"]
-            on_cpu = step.dtype == torch.float32 and step.device.type == "cpu"
-            if on_cpu and step.item() >= _LAST_FLOAT32_STEP:
-                state["step"] = step.double()
+            step = state.get("step")
+            if step is None or (
+                step.dtype == torch.float32
+                and step.device.type == "cpu"
+                and step.item() >= _LAST_FLOAT32_STEP
+            ):
+                missing.insert(0, "step")
+        return missing
 
     def _make_plan(self, created: Created) -> Any:
         plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")

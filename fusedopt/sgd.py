@@ -111,5 +111,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
                 buffer = state["momentum_buffer"] = grad.detach().clone()
             else:
                 buffer.mul_(momentum).add_(grad, alpha=1 - group["dampening"])
-            grad = grad.add(buffer, alpha=momentum) if group["nesterov"] else buffer
+            # In this order: the buffer may be dense, and only dense + sparse is defined.
+            grad = (buffer * momentum).add(grad) if group["nesterov"] else buffer
         param.add_(grad, alpha=-float(group["lr"]))
