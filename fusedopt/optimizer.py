@@ -350,6 +350,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             step = state.get("step")
             if not isinstance(step, Tensor) or step.numel() != 1:
                 fail(TypeError, f"state['step'] must be a tensor of one element, got {step!r}")
+            if step.device.type != "cpu" and step.device != param.device:
+                fail(ValueError, f"state['step'] is on {step.device}; move it to the CPU")
             if group.get("differentiable") and step.requires_grad:
                 fail(
                     RuntimeError,
