@@ -88,39 +88,46 @@ class Options {
 
   double operator()(const char* name) const { return number(name, find(name)); }
 
+  // One item of a pair.
   double operator()(const char* name, Py_ssize_t item) const {
-    const auto value = py::reinterpret_steal<py::object>(PySequence_GetItem(find(name), item));
-    if (!value) throw py::error_already_set();
+    PyObject* pair = find(name);
+    if (!PySequence_Check(pair) || PySequence_Size(pair) != 2)
+      fail(name, "a pair of numbers", pair);
+    const auto value = py::reinterpret_steal<py::object>(PySequence_GetItem(pair, item));
+    if (!value) fail(name, "a pair of numbers", pair);
     return number(name, value.ptr());
   }
 
   double get(const char* name, double otherwise) const {
     PyObject* value = PyDict_GetItemString(group_, name);
-    return value == nullptr ? otherwise : number(name, value);
+    return value == nullptr || value == Py_None ? otherwise : number(name, value);
   }
 
  private:
   PyObject* find(const char* name) const {
     PyObject* value = PyDict_GetItemString(group_, name);
-    if (value == nullptr) {
-      throw py::key_error(where_ + " has no '" + name + "'");
-    }
+    if (value == nullptr) throw py::key_error(where_ + " has no '" + name + "'");
     return value;
   }
 
   double number(const char* name, PyObject* value) const {
-    if (value == Py_None) return 0;
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
     const auto as_float =
         py::reinterpret_steal<py::object>(PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
-    if (as_float) return PyFloat_AS_DOUBLE(as_float.ptr());
-    const std::string message =
-        where_ + ": '" + name + "' must be a number, got " + std::string(py::repr(value));
-    if (PyErr_Occurred() != nullptr) {
-      py::raise_from(PyExc_TypeError, message.c_str());
-      throw py::error_already_set();
-    }
-    throw py::type_error(message);
+    if (!as_float) fail(name, "a number", value);
+    return PyFloat_AS_DOUBLE(as_float.ptr());
+  }
+
+  // A TypeError, caused by what Python has to say, if anything.
+  [[noreturn]] void fail(const char* name, const char* expected, PyObject* value) const {
+    PyObject *type, *cause, *traceback;
+    PyErr_Fetch(&type, &cause, &traceback);
+    const std::string got = py::repr(value);
+    PyErr_Restore(type, cause, traceback);
+    const std::string message = where_ + ": '" + name + "' must be " + expected + ", got " + got;
+    if (type == nullptr) throw py::type_error(message);
+    py::raise_from(PyExc_TypeError, message.c_str());
+    throw py::error_already_set();
   }
 
   PyObject* group_;

@@ -266,6 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue
             try:
                 values = group[name]
+                if isinstance(default, tuple) and len(values) != len(default):
+                    raise ValueError(f"{len(values)} values")
                 for value in values if isinstance(default, tuple) else (values,):
                     if isinstance(value, str):
                         raise ValueError("a string")
@@ -348,8 +350,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if self._has_step:
             step = state.get("step")
-            if not isinstance(step, Tensor) or step.numel() != 1:
-                fail(TypeError, f"state['step'] must be a tensor of one element, got {step!r}")
+            if not isinstance(step, Tensor) or step.numel() != 1 or step.is_complex():
+                fail(TypeError, f"state['step'] must be a tensor of one number, got {step!r}")
             if step.device.type != "cpu" and step.device != param.device:
                 fail(ValueError, f"state['step'] is on {step.device}; move it to the CPU")
             if group.get("differentiable") and step.requires_grad:
@@ -481,9 +483,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{where} is a {type(saved).__name__}, not a dict")
         required = ("step", *self._required_slots) if self._has_step else self._required_slots
         missing = [key for key in required if saved and saved.get(key) is None]
-        if missing:
+        foreign = saved and not self._has_step and "step" in saved
+        if missing or foreign:
+            problem = f"has no {missing[0]!r}" if missing else "has a 'step'"
             raise ValueError(
-                f"{where} has no {missing[0]!r} (it has {sorted(map(str, saved))}); "
+                f"{where} {problem} (it has {sorted(map(str, saved))}); "
                 "is it the checkpoint of another optimizer?"
             )
         state = {}
@@ -501,6 +505,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     or not (value.is_floating_point() or value.is_complex())
                 ):
                     raise ValueError(f"{where} has {key!r} of dtype {value.dtype}")
+                if key in self._required_slots and _is_sparse(value):
+                    raise ValueError(f"{where} has a sparse {key!r}; it must be dense")
+                if value.is_meta and not param.is_meta:
+                    raise ValueError(f"{where} has {key!r} on the meta device, without data")
                 value = value.to(device=param.device)
             elif key in self._all_slots and value is not None:
                 raise TypeError(f"{where} has {key!r} = {value!r}, not a tensor")
