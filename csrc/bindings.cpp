@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -37,6 +38,9 @@ struct Torch {
   PyObject* parameter_type = nullptr;
   py::handle increment_version;
   py::handle own_param, own_state;
+  // Where a tensor object keeps the address of its TensorImpl, and that of its StorageImpl, in
+  // bytes; 0 if not found. Only to fetch memory ahead of time, never to learn anything.
+  std::size_t impl_offset = 0, storage_offset = 0;
 } torch;
 
 bool is_plain_tensor(PyObject* object) {
@@ -186,9 +190,7 @@ const RuleEntry& find_rule(const std::string& name) {
 struct Expected {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  // Where torch keeps its own records of a small state tensor, or null; see Plan::own.
-  const volatile char* impl = nullptr;
-  const volatile char* storage = nullptr;
+  bool owned = false;  // by the plan, see Plan::own
 };
 
 // Order and meaning of the keys in a state dict; nearly all parameters share one.
@@ -229,13 +231,14 @@ class Plan {
 
  private:
   enum class Verdict { kFine, kNoGrad, kPython, kStale };
+  static constexpr std::size_t kBlock = 32;  // tensors looked at together
 
   // What one step sees of one entry; borrowed from the group's list and the optimizer's state.
   struct Seen {
     std::size_t entry = 0;
     PyObject* state = nullptr;
     PyObject* tensors[kMaxStates + 1] = {};  // as Entry::state
-    PyObject* grad = nullptr;                // owned by grads_
+    PyObject* grad = nullptr;                // owned by held_
   };
 
   // A step count to be written once everything has been checked.
@@ -256,7 +259,7 @@ class Plan {
     std::uint32_t last_update = 0;
   };
 
-  void own(const py::object& owner, Expected* expected);
+  void own(py::object owner, Expected* expected);
   bool add_state(PyObject* state, const py::tuple& keys, Entry* entry);
   int layout_of(PyObject* state, const py::tuple& keys);
   std::vector<std::int64_t> overlaps() const;
@@ -269,7 +272,8 @@ class Plan {
   Verdict look(const py::dict& state, const py::object& grads, py::list* todo);
   Verdict look_at(Seen* block, std::size_t size, const py::object& grads, py::list* todo);
   bool find_tensors(Seen* seen) const;
-  void fetch(const Seen& seen) const;
+  void fetch(const Seen* block, std::size_t size) const;
+  void bump_versions();
   Verdict check(const Seen& seen);
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
   bool is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const;
@@ -289,25 +293,20 @@ class Plan {
   // Of the running step.
   bool running_ = false;
   bool moved_ = false;
-  std::vector<py::object> grads_;
-  std::vector<PyObject*> written_;
+  std::vector<py::object> held_;
+  std::vector<PyObject*> written_;  // of the block
   std::vector<std::size_t> updated_;
   std::vector<StepCount> counts_;
   Step step_;
 };
 
-// Gives a small tensor a second owner, for two reasons. A tensor that Python alone owns costs torch
-// two trips through the interpreter lock whenever C++ borrows it: with a second owner the exchange
-// and the version bump of the four tensors of a small Adam parameter went from 0.40 to 0.25 us
-// (EPYC 9005, 2026-11). And the memory of torch's records of a state tensor cannot go away, so that
-// fetch() may read it ahead of time.
-void Plan::own(const py::object& owner, Expected* expected) {
-  if (owner.is_none()) return;
-  const auto [impl, storage, kept] =
-      owner.cast<std::tuple<std::uintptr_t, std::uintptr_t, py::object>>();
-  expected->impl = reinterpret_cast<const char*>(impl);
-  expected->storage = reinterpret_cast<const char*>(storage);
-  owners_.append(kept);
+// Gives a small tensor a second owner. A tensor that Python alone owns costs torch two trips
+// through the interpreter lock whenever C++ borrows it: with a second owner the exchange and the
+// version bump of the four tensors of a small Adam parameter went from 0.40 to 0.25 us (EPYC 9005,
+// 2026-11).
+void Plan::own(py::object owner, Expected* expected) {
+  expected->owned = !owner.is_none();
+  if (expected->owned) owners_.append(std::move(owner));
 }
 
 void Plan::add(std::uint32_t group, py::handle param, const py::object& state,
@@ -467,7 +466,6 @@ bool Plan::read_groups(const py::list& groups) {
 
 // Looks at every tensor of the step and lists what there is to do. Writes nothing.
 Plan::Verdict Plan::look(const py::dict& state, const py::object& grads, py::list* todo) {
-  constexpr std::size_t kBlock = 32;  // its records fit the L1 cache twice
   Seen block[kBlock];
   std::size_t size = 0;
   const auto see = [&](std::size_t e, PyObject* entry_state) {
@@ -500,25 +498,40 @@ Plan::Verdict Plan::look_at(Seen* block, std::size_t size, const py::object& gra
   for (std::size_t i = 0; i < size; ++i) {
     if (block[i].state != nullptr && !find_tensors(&block[i])) return Verdict::kStale;
   }
-  for (std::size_t i = 0; i < size; ++i) fetch(block[i]);
+  fetch(block, size);
   for (std::size_t i = 0; i < size; ++i) {
     PyObject* grad = PyObject_GetAttr(entries_[block[i].entry].param, grad_name);
     if (grad == nullptr) throw py::error_already_set();
-    grads_.push_back(py::reinterpret_steal<py::object>(grad));
+    held_.push_back(py::reinterpret_steal<py::object>(grad));
     block[i].grad = grad;
   }
+  fetch(block, size);
   if (!grads.is_none()) {
     for (std::size_t i = 0; i < size; ++i) {
       const py::int_ key(block[i].entry);
       if (PyObject* other = PyDict_GetItem(grads.ptr(), key.ptr())) block[i].grad = other;
     }
   }
+  written_.clear();
   for (std::size_t i = 0; i < size; ++i) {
     const Verdict verdict = check(block[i]);
     if (verdict == Verdict::kStale) return verdict;
     if (verdict == Verdict::kPython) todo->append(block[i].entry);
   }
+  bump_versions();
   return Verdict::kFine;
+}
+
+// Tells autograd that the tensors of the block are written. That happens before the last tensor has
+// been checked, while torch's records are in the cache: it halves the cost, and if the step ends
+// with an error then versions have moved for nothing, which autograd does not mind.
+void Plan::bump_versions() {
+  py::list written(written_.size());
+  for (std::size_t i = 0; i < written_.size(); ++i) {
+    Py_INCREF(written_[i]);
+    PyList_SET_ITEM(written.ptr(), static_cast<Py_ssize_t>(i), written_[i]);
+  }
+  torch.increment_version(written);
 }
 
 // Finds the state tensors by the remembered order of the keys.
@@ -534,19 +547,41 @@ bool Plan::find_tensors(Seen* seen) const {
   return !PyDict_Next(seen->state, &position, &key, &value);
 }
 
-// Touches what the checks are about to read, so that they wait for it together. Prefetch
-// instructions did nothing here, loads cut the cold check of three state tensors by half (as
-// above).
-void Plan::fetch(const Seen& seen) const {
-  const Entry& entry = entries_[seen.entry];
-  (void)*reinterpret_cast<const volatile char*>(entry.param);
-  for (int s = 0; s <= kMaxStates; ++s) {
-    if (seen.tensors[s] == nullptr) continue;
-    (void)*reinterpret_cast<const volatile char*>(seen.tensors[s]);
-    const Expected& expected = entry.state[s];
-    if (expected.impl == nullptr) continue;
-    for (const int offset : {0, 64, 128, 184}) (void)expected.impl[offset];
-    for (const int offset : {0, 40}) (void)expected.storage[offset];
+// Reads the memory that the checks of a block are about to need, so that they wait for it together:
+// after a backward torch's records of the tensors are in no near cache. Prefetch instructions did
+// nothing here, loads halved the time of the checks (1,000 x 64 Adam, EPYC 9005, 2026-11).
+void Plan::fetch(const Seen* block, std::size_t size) const {
+  if (torch.impl_offset == 0 || torch.storage_offset == 0) return;
+  constexpr std::size_t kTensors = 2 + kMaxStates + 1;
+  const char* impls[kBlock * kTensors];
+  std::size_t count = 0;
+  const auto pointer_at = [](const char* base, std::size_t offset) {
+    const char* pointer;
+    std::memcpy(&pointer, base + offset, sizeof(pointer));
+    return pointer;
+  };
+  const auto touch = [](const char* address) { (void)*const_cast<const volatile char*>(address); };
+  const auto add = [&](PyObject* tensor) {
+    if (tensor == nullptr || !is_plain_tensor(tensor)) return;
+    const char* impl = pointer_at(reinterpret_cast<const char*>(tensor), torch.impl_offset);
+    if (impl != nullptr) impls[count++] = impl;
+  };
+  for (std::size_t i = 0; i < size; ++i) {
+    if (block[i].grad != nullptr) {
+      add(block[i].grad);
+      continue;
+    }
+    add(entries_[block[i].entry].param);
+    for (PyObject* tensor : block[i].tensors) add(tensor);
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    for (const int offset : {0, 64, 128, 184}) touch(impls[i] + offset);
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    const char* storage = pointer_at(impls[i], torch.storage_offset);
+    if (storage == nullptr) continue;
+    touch(storage);
+    touch(storage + 40);
   }
 }
 
@@ -581,6 +616,7 @@ bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* exp
     if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
     if (has_negative_bit(tensor)) return false;
     expected->data = now.data;
+    expected->owned = false;
     moved_ = true;
   }
   return true;
@@ -614,6 +650,7 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
     if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
     if (now.data != expected.data) {
       entry.state[StateLayout::kStep].data = now.data;
+      entry.state[StateLayout::kStep].owned = false;
       moved_ = true;
     }
     const bool is_double = now.dtype == Dtype::kFloat64;
@@ -632,10 +669,15 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
   };
   slot(entry.data.data, entry.data.dtype);
   slot(grad.data, grad.dtype);
-  written_.push_back(entry.param);
+  // What the plan does not own is held while the interpreter lock is released.
+  const auto writes = [&](PyObject* tensor, const Expected& expected) {
+    written_.push_back(tensor);
+    if (!expected.owned) held_.push_back(py::reinterpret_borrow<py::object>(tensor));
+  };
+  writes(entry.param, entry.data);
   for (int s = 0; s <= kMaxStates; ++s) {
     if (seen.tensors[s] == nullptr) continue;
-    written_.push_back(seen.tensors[s]);
+    writes(seen.tensors[s], entry.state[s]);
     if (s != StateLayout::kStep) slot(entry.state[s].data, entry.state[s].dtype);
   }
   task.numel = entry.numel;
@@ -664,12 +706,11 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
     explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
     ~Running() {
       plan->running_ = false;
-      plan->grads_.clear();
+      plan->held_.clear();
     }
     Plan* plan;
   } running(this);
   moved_ = false;
-  written_.clear();
   updated_.clear();
   counts_.clear();
   step_.clear();
@@ -683,13 +724,6 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
   }
   if (!todo.empty()) return std::move(todo);
 
-  // Holds the tensors while the GIL is released.
-  py::list written(written_.size());
-  for (std::size_t i = 0; i < written_.size(); ++i) {
-    Py_INCREF(written_[i]);
-    PyList_SET_ITEM(written.ptr(), static_cast<Py_ssize_t>(i), written_[i]);
-  }
-  torch.increment_version(written);
   for (const StepCount& count : counts_) {
     if (count.dtype == Dtype::kFloat64) {
       *static_cast<double*>(count.data) = count.value;
@@ -705,9 +739,29 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
   return py::none();
 }
 
+// The offset below `end` at which `object` holds `pointer`, or 0.
+std::size_t find_pointer(const void* object, std::size_t begin, std::size_t end,
+                         std::uintptr_t pointer) {
+  for (std::size_t offset = begin; offset + sizeof(pointer) <= end; offset += sizeof(pointer)) {
+    if (std::memcmp(static_cast<const char*>(object) + offset, &pointer, sizeof(pointer)) == 0) {
+      return offset;
+    }
+  }
+  return 0;
+}
+
+// Learns the layout that fetch() uses from a tensor whose addresses are known.
+void find_offsets(const py::object& sample) {
+  const auto impl = sample.attr("_cdata").cast<std::uintptr_t>();
+  const auto storage = sample.attr("untyped_storage")().attr("_cdata").cast<std::uintptr_t>();
+  const auto size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);
+  torch.impl_offset = find_pointer(sample.ptr(), sizeof(PyObject), size, impl);
+  torch.storage_offset = find_pointer(reinterpret_cast<const void*>(impl), 0, 64, storage);
+}
+
 void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
           const py::object& increment_version, const py::object& own_param,
-          const py::object& own_state) {
+          const py::object& own_state, const py::object& sample) {
   const void* pointer = py::isinstance<py::int_>(table)
                             ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
                             : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
@@ -723,6 +777,7 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.increment_version = increment_version.inc_ref();
   torch.own_param = own_param.inc_ref();
   torch.own_state = own_state.inc_ref();
+  find_offsets(sample);
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
 }
 

@@ -23,25 +23,22 @@ _BUILD_ERROR_FILE = Path(__file__).with_name("_build_error.txt")
 # Tensors whose size is no matter: one may outlive its replacement until the next step.
 _SMALL_BYTES = 16384
 
-# Addresses of torch's records of a tensor (0: unknown), and what owns the tensor beside Python.
-_Owner = tuple[int, int, Any]
 
-
-def _own_state(tensor: Tensor) -> _Owner | None:
+def _own_state(tensor: Tensor) -> Any:
+    """Something that owns a small state tensor, beside the optimizer's state."""
     if tensor.nbytes > _SMALL_BYTES:
         return None
     with torch.no_grad():
         view = tensor.view(tensor.shape)
-    if view._base is not tensor:  # in inference mode a view does not own its base
-        return None
-    return tensor._cdata, tensor.untyped_storage()._cdata, view
+    return view if view._base is tensor else None  # in inference mode a view does not own its base
 
 
-def _own_param(param: Tensor) -> _Owner | None:
-    # Of all owners torch.utils.swap_tensors only tolerates the node that accumulates the gradient.
+def _own_param(param: Tensor) -> Any:
+    """The node that accumulates the gradient of a small parameter: the only owner that
+    torch.utils.swap_tensors tolerates."""
     if param.nbytes > _SMALL_BYTES or not (param.requires_grad and param.is_leaf):
         return None
-    return 0, 0, get_gradient_edge(param).node
+    return get_gradient_edge(param).node
 
 
 def _bind(module: Any) -> None:
@@ -56,6 +53,7 @@ def _bind(module: Any) -> None:
                 torch._C._increment_version,
                 _own_param,
                 _own_state,
+                torch.empty(1),
             )
             return
     raise ImportError(
