@@ -1,0 +1,1 @@
+"""Benchmarks of fusedopt against torch.optim: `python -m bench` runs them all."""

@@ -1,0 +1,124 @@
+"""What every benchmark writes down the same way: the machine, the tables, the look of the plots."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import fusedopt
+
+matplotlib.use("Agg")
+
+BUSY_NOTE = "? the machine was busy with other work: take the number with care"
+STOCK_COLOR = "#b8bec9"
+FUSEDOPT_COLOR = "#d1495b"
+OPTIMIZER_COLORS = {
+    "adam": "#00798c",
+    "adamw": "#66b2b2",
+    "sgd": "#edae49",
+    "rmsprop": "#d1495b",
+    "adagrad": "#5c4d7d",
+}
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 130,
+    "font.size": 9,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+}
+
+_output = Console()
+# A pipe has no width: without one of our own, rich would fold the tables to 80 columns.
+console = _output if _output.is_terminal else Console(width=150)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The facts without which a timing means nothing."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "fusedopt": fusedopt.__version__,
+        "backend": fusedopt.backend.status(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """One line of `environment` for the top of a plot or a table."""
+    where = facts["cpu"] if facts["device"] == "cpu" else facts["device"]
+    threads = f"{facts['threads']} threads"
+    return f"{where}, {threads}, torch {facts['torch']}, fusedopt {facts['fusedopt']}"
+
+
+def _commit() -> str | None:
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def progress_bar() -> Progress:
+    """A bar on a terminal; silence in a log, where it would be one line per refresh."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def table(title: str, *columns: str, text_columns: int = 1) -> Table:
+    """An empty table; the first `text_columns` hold words, the others numbers."""
+    result = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    for index, column in enumerate(columns):
+        words = index < text_columns
+        result.add_column(column, justify="left" if words else "right", no_wrap=words)
+    return result
+
+
+def write_json(path: Path, facts: dict[str, Any], **results: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": facts, **results}, indent=1) + "\n")
+    return path
+
+
+def write_png(path: Path, figure: Figure) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,115 @@
+"""The figures of the step benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from bench import optimizers, report
+
+BAR_WIDTH = 0.17
+BEYOND_CACHE = ("resnet50", "gpt2_124m", "one_large")
+
+Results = list[dict[str, Any]]
+
+
+def draw(results: Results, title: str, folder: Path) -> list[Path]:
+    """Write every figure for which there are `results`."""
+    large = [r for r in results if r["workload"] in BEYOND_CACHE and r["fraction_of_floor"]]
+    figures = {"step_speedup.png": (plot_speedups, results), "step_floor.png": (plot_floor, large)}
+    written = []
+    with pyplot.rc_context(report.STYLE):
+        for name, (plot, selected) in figures.items():
+            if selected:
+                figure = plot(selected, title)
+                written.append(report.write_png(folder / name, figure))
+                pyplot.close(figure)
+    return written
+
+
+def plot_speedups(results: Results, title: str) -> Figure:
+    """How many times faster than whichever mode of torch.optim is the fastest."""
+    figure, axis = bar_chart(results, title)
+    axis.set_yscale("log", base=2)
+    for result, x, color in grouped_bars(results):
+        speedup = result["speedup"]
+        axis.bar(x, speedup - 1, BAR_WIDTH, bottom=1, color=color, alpha=opacity(result))
+        label(axis, x, max(speedup, 1), f"{speedup:.1f}" if speedup < 9.95 else f"{speedup:.0f}")
+    ticks = [2.0**power for power in range(-3, 9)]
+    axis.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    speedups = [result["speedup"] for result in results]
+    axis.set_ylim(min(0.85, 0.9 * min(speedups)), max(2.2, 1.25 * max(speedups)))
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set(ylabel="speed-up", title="fusedopt against the fastest mode of torch.optim")
+    legend(figure, results)
+    return figure
+
+
+def plot_floor(results: Results, title: str) -> Figure:
+    """How close to a loop that only moves the same bytes."""
+    figure, axis = bar_chart(results, title)
+    for result, x, color in grouped_bars(results):
+        fraction, stock = result["fraction_of_floor"], result["stock_fraction_of_floor"]
+        axis.bar(x, 100 * fraction, BAR_WIDTH, color=color, alpha=opacity(result))
+        edges = x - BAR_WIDTH / 2, x + BAR_WIDTH / 2
+        axis.hlines(100 * stock, *edges, color="black", linewidth=1.5)
+        label(axis, x, 100 * max(fraction, stock), f"{100 * fraction:.0f}")
+    axis.axhline(100, color="black", linewidth=1, linestyle=":")
+    axis.set_ylim(0, max(115, *(108 * result["fraction_of_floor"] for result in results)))
+    axis.set(ylabel="% of the memory floor", title="fusedopt against a loop over the same bytes")
+    stock = Line2D([], [], color="black", linewidth=1.5, label="fastest mode of torch.optim")
+    legend(figure, results, stock)
+    return figure
+
+
+def bar_chart(results: Results, title: str) -> tuple[Figure, Axes]:
+    """An empty chart with one place on the x axis per workload and dtype."""
+    labels = [f"{workload}\n{dtype}" for (workload, dtype), _ in groups(results)]
+    figure, axis = pyplot.subplots(figsize=(max(8.5, 1.6 + 1.25 * len(labels)), 4.8))
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xlim(-0.6, len(labels) - 0.4)
+    axis.grid(axis="x", visible=False)
+    figure.suptitle(title, fontsize=9, color="#555555")
+    return figure, axis
+
+
+def groups(results: Results) -> Iterator[tuple[tuple[str, str], Iterator[dict[str, Any]]]]:
+    return groupby(results, key=lambda result: (result["workload"], result["dtype"]))
+
+
+def grouped_bars(results: Results) -> Iterator[tuple[dict[str, Any], float, str]]:
+    """Every result with the x of its bar and its color."""
+    for center, (_, members) in enumerate(groups(results)):
+        members = list(members)
+        for index, result in enumerate(members):
+            x = center + (index - (len(members) - 1) / 2) * BAR_WIDTH
+            yield result, x, report.OPTIMIZER_COLORS[result["optimizer"]]
+
+
+def opacity(result: dict[str, Any]) -> float:
+    """What a busy machine has measured is shown, but pale."""
+    return 0.3 if result["busy"] else 1.0
+
+
+def label(axis: Axes, x: float, y: float, text: str) -> None:
+    axis.annotate(
+        text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7
+    )
+
+
+def legend(figure: Figure, results: Results, *more: Artist) -> None:
+    names = dict.fromkeys(result["optimizer"] for result in results)
+    patches = [Patch(color=report.OPTIMIZER_COLORS[n], label=optimizers.NAMES[n]) for n in names]
+    handles = [*patches, *more]
+    if any(result["busy"] for result in results):
+        handles.append(Patch(color="#cccccc", label="pale: the machine was busy with other work"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

@@ -1,0 +1,366 @@
+"""The optimizer cases, the layouts, and the runner that the tests cross them with."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedopt
+
+# Options that torch.optim does not have; the oracle adds them by hand.
+EXTRAS = ("l1", "eps_inside_sqrt")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    name: str
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
+
+    def ours(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        return getattr(fusedopt, self.name)(params, **{**copy.deepcopy(self.options), **more})
+
+    def stock(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        """torch's for-loop, with the options that it lacks added around or inside it."""
+        options = {k: v for k, v in copy.deepcopy(self.options).items() if k not in EXTRAS}
+        inside = self.options.get("eps_inside_sqrt")
+        cls = EpsInsideSqrt if inside else getattr(torch.optim, self.name)
+        opt = cls(params, **{"foreach": False, **options, **more})
+        if l1 := self.options.get("l1"):
+            add_l1(opt, l1)
+        return opt
+
+    def exact(self, params: Any) -> torch.optim.Optimizer:
+        """The for-loop for float64 runs. torch would compute with a float32 lr in float32."""
+        numbers = {
+            key: tuple(map(float, value)) if key == "betas" else float(value)
+            for key, value in self.options.items()
+            if key == "betas" or isinstance(value, Tensor)
+        }
+        return Case(self.name, {**self.options, **numbers}).stock(params)
+
+
+def _cases(name: str, *options: dict[str, Any]) -> list[Case]:
+    return [Case(name, o) for o in options]
+
+
+CASES = [
+    *_cases(
+        "SGD",
+        {},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.5, "dampening": 0.3, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+        {"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": torch.tensor(0.1)},
+        {"lr": 0.1, "momentum": 0.9, "l1": 0.02, "maximize": True},
+    ),
+    *_cases(
+        "Adam",
+        {},
+        {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.1},
+        {"lr": 0.1, "betas": (0.3, 0.4), "maximize": True, "eps": 0.01},
+        {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.8), torch.tensor(0.95))},
+        {"lr": 0.1, "l1": 0.02, "weight_decay": 0.1, "maximize": True},
+    ),
+    *_cases(
+        "AdamW",
+        {},
+        {"lr": 0.1, "weight_decay": 0.2, "amsgrad": True, "maximize": True},
+        {"lr": torch.tensor([0.1]), "weight_decay": 0.0},
+        {"lr": 0.1, "weight_decay": 0.1, "l1": 0.02},
+    ),
+    *_cases(
+        "RMSprop",
+        {},
+        {"lr": 0.1, "alpha": 0.4, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.05, "momentum": 0.9},
+        {"lr": 0.05, "centered": True, "alpha": 0.9},
+        {"lr": 0.05, "centered": True, "alpha": 0.5, "momentum": 0.5, "weight_decay": 0.1},
+        {"lr": torch.tensor(0.05), "centered": True, "momentum": 0.5, "maximize": True},
+        {"lr": 0.05, "l1": 0.02},
+        {"lr": 0.05, "eps": 0.01, "eps_inside_sqrt": True, "centered": True, "momentum": 0.5},
+    ),
+    *_cases(
+        "Adagrad",
+        {},
+        {"lr": 0.1, "lr_decay": 0.2, "initial_accumulator_value": 0.1},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True, "eps": 0.01},
+        {"lr": torch.tensor(0.1), "lr_decay": 0.2},
+        {"lr": 0.1, "l1": 0.02},
+    ),
+]
+# torch has no complex rule to compare the extra options with.
+COMPLEX_CASES = [case for case in CASES if not set(case.options) & set(EXTRAS)]
+NAMES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
+# The case of each class that keeps the most state.
+RICHEST = [
+    Case("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    Case("Adam", {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
+    Case("AdamW", {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
+    Case("RMSprop", {"lr": 0.05, "centered": True, "momentum": 0.5, "weight_decay": 0.1}),
+    Case("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
+]
+# A state tensor that each class cannot do without, once it has stepped. In SGD a missing buffer
+# means that there was no step yet.
+REQUIRED = {
+    "Adam": "exp_avg_sq",
+    "AdamW": "exp_avg_sq",
+    "RMSprop": "square_avg",
+    "Adagrad": "sum",
+    "SGD": "momentum_buffer",
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# (rtol, atol) against an exact run of a few steps on values around 1.
+TOLERANCE = {
+    torch.float64: (1e-10, 1e-12),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (6e-2, 3e-2),
+    torch.float16: (1e-2, 4e-3),
+    torch.complex64: (1e-4, 1e-5),
+    torch.complex128: (1e-10, 1e-12),
+}
+
+
+class EpsInsideSqrt(torch.optim.RMSprop):
+    """p -= lr * g / sqrt(v + eps), written out."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            alpha, sign = group["alpha"], -1 if group["maximize"] else 1
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                for key in ("square_avg", "grad_avg", "momentum_buffer"):
+                    state.setdefault(key, torch.zeros_like(p))
+                state["step"] = state.get("step", torch.tensor(0.0)) + 1
+                g = sign * p.grad + group["weight_decay"] * p
+                v = state["square_avg"].mul_(alpha).add_((1 - alpha) * g * g)
+                if group["centered"]:
+                    v = v - state["grad_avg"].mul_(alpha).add_((1 - alpha) * g) ** 2
+                g = g / (v + group["eps"]).sqrt()
+                if group["momentum"] > 0:
+                    g = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+                p.sub_(group["lr"] * g)
+
+
+def add_l1(opt: torch.optim.Optimizer, l1: float) -> None:
+    """The penalty by hand: in the gradient, or for AdamW as p -= lr * l1 * sign(p)."""
+    signs: dict[Tensor, Tensor] = {}
+
+    def before(*_: Any) -> None:
+        for group in opt.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                signs[p] = p.detach().sign()
+                if not isinstance(opt, torch.optim.AdamW):
+                    p.grad = p.grad + (-l1 if group["maximize"] else l1) * signs[p]
+
+    @torch.no_grad()
+    def after(*_: Any) -> None:
+        for group in opt.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and isinstance(opt, torch.optim.AdamW):
+                    p.sub_(group["lr"] * l1 * signs[p])
+
+    opt.register_step_pre_hook(before)
+    opt.register_step_post_hook(after)
+
+
+# Running --------------------------------------------------------------------------------------
+
+
+def leaf(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A parameter with these values and strides, in memory of its own."""
+    copied = torch.empty_like(values, dtype=dtype).copy_(values.detach())
+    return copied.requires_grad_()
+
+
+def gradient_like(values: Tensor, scale: float = 3.0) -> Tensor:
+    """A random gradient, no part of which is so small that it cancels with a penalty: what is left
+    would be rounding errors, which the adaptive rules blow up to full-sized steps."""
+    if values.is_complex():
+        parts = torch.view_as_real(values)
+        return torch.view_as_complex(gradient_like(parts, scale).contiguous())
+    g = torch.randn_like(values, dtype=torch.float64)
+    return (scale * (g + g.sign())).to(values.dtype)
+
+
+def draw(shapes: Any, steps: int, dtype: torch.dtype = torch.float32) -> tuple[list, list]:
+    """Random parameters, and gradients for a number of steps."""
+    scale = random.uniform(1, 5)
+    values = [torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
+    return values, [[gradient_like(v, scale) for v in values] for _ in range(steps)]
+
+
+def step_through(opt: torch.optim.Optimizer, params: list[Tensor], grads: list) -> None:
+    """Steps once for each entry of ``grads``: one gradient, or None, per parameter."""
+    for now in grads:
+        for param, grad in zip(params, now, strict=True):
+            param.grad = None if grad is None else grad.to(param.dtype, copy=True)
+        opt.step()
+
+
+def train(build: Any, values: list, grads: list, dtype: torch.dtype | None = None, **more: Any):
+    """Builds an optimizer over leaves with these values and steps it through the gradients."""
+    params = [leaf(v, dtype or v.dtype) for v in values]
+    opt = build(params, **more)
+    step_through(opt, params, grads)
+    return params, opt
+
+
+def states(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[dict[str, Any]]:
+    return [dict(opt.state.get(p, {})) for p in params]
+
+
+# Comparing ------------------------------------------------------------------------------------
+
+
+def bits(t: Tensor) -> tuple:
+    """A snapshot of a tensor that compares equal only if every bit is the same."""
+    data = t.detach().resolve_conj()
+    if data.is_sparse:
+        data = data.coalesce()
+        return (tuple(t.shape), t.dtype, bits(data.indices()), bits(data.values()))
+    data = data.clone(memory_format=torch.contiguous_format).reshape(-1)
+    raw = data.view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    return (tuple(t.shape), t.dtype, t.stride(), raw)
+
+
+def snapshot(opt: torch.optim.Optimizer) -> tuple:
+    """Everything that step() and load_state_dict() may write, bit for bit."""
+
+    def freeze(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return bits(value) if value.device.type != "meta" else (id(value), value.shape)
+        return value
+
+    params = [p for group in opt.param_groups for p in group["params"]]
+    return (
+        [freeze(p) for p in params],
+        [
+            {k: freeze(v) for k, v in state.items()} if isinstance(state, dict) else state
+            for state in (opt.state.get(p) for p in params)
+        ],
+        len(opt.state),
+        [{k: freeze(v) for k, v in g.items() if k != "params"} for g in opt.param_groups],
+    )
+
+
+def assert_near(ours: Tensor, exact: Tensor, what: Any = "", dtype: Any = None) -> None:
+    """Same shape, and the same values within what a few steps in this dtype may differ by."""
+    assert isinstance(ours, Tensor) and ours.shape == exact.shape, what
+    rtol, atol = TOLERANCE[dtype or ours.dtype]
+    wide = exact.dtype if exact.dtype in (torch.float64, torch.complex128) else torch.float64
+    wide = torch.complex128 if ours.is_complex() else wide
+    torch.testing.assert_close(
+        ours.detach().to(wide),
+        exact.detach().to(wide),
+        rtol=rtol,
+        atol=atol,
+        equal_nan=True,
+        msg=lambda m: f"{what}: {m}",
+    )
+
+
+def assert_trained_alike(
+    ours: torch.optim.Optimizer,
+    params: list[Tensor],
+    stock: torch.optim.Optimizer,
+    exact: list[Tensor],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Parameters and state agree. Low-precision moments of stock lag behind, so only for
+    float32 and float64 does comparing with the oracle say something about state."""
+    for i, (p, q) in enumerate(zip(params, exact, strict=True)):
+        assert_near(p, q, f"parameter {i}", dtype)
+        here, there = ours.state.get(p, {}), stock.state.get(q, {})
+        for key in here:
+            if isinstance(here[key], Tensor) and here[key].layout is torch.strided:
+                kind = here[key].dtype if key == "step" else dtype
+                assert_near(here[key], there[key], f"state {key} of parameter {i}", kind)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return bits(a) == bits(b)
+
+
+# Layouts --------------------------------------------------------------------------------------
+# Each takes values and returns a tensor in that layout and the memory around it, which no step
+# may touch.
+
+
+def _contiguous(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return v.clone(memory_format=torch.contiguous_format), []
+
+
+def _channels_last(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return v.clone(memory_format=torch.channels_last), []
+
+
+def _transposed(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return v.transpose(0, 3).contiguous().transpose(0, 3), []
+
+
+def _sliced(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    base = torch.full((*v.shape[:-1], 2 * v.shape[-1]), 7.0, dtype=v.dtype)
+    base[..., ::2] = v
+    return base[..., ::2], [base[..., 1::2]]
+
+
+def _column_block(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    base = torch.full((v.shape[0], v.shape[1] + 2, *v.shape[2:]), 7.0, dtype=v.dtype)
+    base[:, 1:-1] = v
+    return base[:, 1:-1], [base[:, :1], base[:, -1:]]
+
+
+def _offset_1(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    base = torch.full((v.numel() + 4,), 7.0, dtype=v.dtype)
+    base[1:-3] = v.reshape(-1)
+    return base[1:-3].view(v.shape), [base[:1], base[-3:]]
+
+
+def _odd_bytes(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    if not v.numel():
+        return _contiguous(v)
+    size = v.numel() * v.element_size()
+    buffer = bytearray(b"\x07" * (size + 4))
+    around = torch.frombuffer(buffer, dtype=torch.uint8)
+    inside = torch.frombuffer(buffer, dtype=v.dtype, offset=1, count=v.numel())
+    inside.copy_(v.reshape(-1))
+    return inside.view(v.shape), [around[:1], around[-3:]]
+
+
+def _odd_strides_where_size_1(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    v = v.contiguous().clone()
+    strides = [12345 if n == 1 else s for n, s in zip(v.shape, v.stride(), strict=True)]
+    return v.as_strided(v.shape, strides), []
+
+
+def _expanded(v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return v[:1].clone().expand_as(v), []
+
+
+LAYOUTS = {
+    "contiguous": _contiguous,
+    "channels_last": _channels_last,
+    "transposed": _transposed,
+    "sliced": _sliced,
+    "column_block": _column_block,
+    "offset_1": _offset_1,
+    "odd_bytes": _odd_bytes,
+    "odd_strides_where_size_1": _odd_strides_where_size_1,
+}
+GRAD_LAYOUTS = {**LAYOUTS, "expanded": _expanded}
