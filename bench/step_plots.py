@@ -111,5 +111,6 @@ def legend(figure: Figure, results: Results, *more: Artist) -> None:
     patches = [Patch(color=report.OPTIMIZER_COLORS[n], label=optimizers.NAMES[n]) for n in names]
     handles = [*patches, *more]
     if any(result["busy"] for result in results):
-        handles.append(Patch(color="#cccccc", label="pale: the machine was busy with other work"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        handles.append(Patch(color="#cccccc", label="pale: on a busy machine"))
+    columns = len(handles) if len(handles) <= 6 else 4
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)

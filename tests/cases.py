@@ -193,7 +193,7 @@ def gradient_like(values: Tensor, scale: float = 3.0) -> Tensor:
     would be rounding errors, which the adaptive rules blow up to full-sized steps."""
     if values.is_complex():
         parts = torch.view_as_real(values)
-        return torch.view_as_complex(gradient_like(parts, scale).contiguous())
+        return torch.view_as_complex(gradient_like(parts, scale))
     g = torch.randn_like(values, dtype=torch.float64)
     return (scale * (g + g.sign())).to(values.dtype)
 
