@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -45,9 +46,7 @@ STYLE = {
     "legend.frameon": False,
 }
 
-_output = Console()
-# A pipe has no width: without one of our own, rich would fold the tables to 80 columns.
-console = _output if _output.is_terminal else Console(width=150)
+console = Console()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -104,11 +103,13 @@ def progress_bar() -> Progress:
 
 
 def table(title: str, *columns: str, text_columns: int = 1) -> Table:
-    """An empty table; the first `text_columns` hold words, the others numbers."""
-    result = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    """An empty table for 80 characters; the first `text_columns` hold words, the others numbers."""
+    result = Table(title=title, title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    result.title_justify = result.caption_justify = "left"
+    result.padding = (0, 1, 0, 0)
     for index, column in enumerate(columns):
         words = index < text_columns
-        result.add_column(column, justify="left" if words else "right", no_wrap=words)
+        result.add_column(column, justify="left" if words else "right", no_wrap=True)
     return result
 
 

@@ -31,6 +31,7 @@ from bench.workloads import WORKLOADS, shapes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_BF16 = {"mlp_100x10k": list(optimizers.NAMES), "gpt2_124m": ["adam"]}
 ARGUMENTS = {"sgd": {"momentum": 0.9}}
+MODES = ("forloop", "foreach", "fused", "fusedopt", "floor")
 
 MINIMUM_ROUNDS = 5
 SLOW_MS = 50.0
@@ -200,10 +201,9 @@ def run(cells: list[Cell], budget: float, grads: str, device: torch.device) -> I
 
 def tabulate(results: list[dict[str, Any]]) -> Table:
     first = results[0]
-    columns = ["optimizer", "dtype", "forloop ms", "foreach ms", "fused ms", "fusedopt ms"]
-    columns += ["speed-up", "µs/tensor", "GB/s", "floor ms", "of floor"]
     size = f"{first['parameters']:,} parameters in {first['tensors']:,} tensors"
-    table = report.table(f"{first['workload']}: {size}", *columns, text_columns=2)
+    columns = ["ms per step", *MODES, "speed-up", "µs/tensor", "GB/s", "of floor"]
+    table = report.table(f"{first['workload']}: {size}", *columns)
     for result in results:
         table.add_row(*row(result))
     notes = {
@@ -217,15 +217,14 @@ def tabulate(results: list[dict[str, Any]]) -> Table:
 def row(result: dict[str, Any]) -> list[str]:
     medians = {name: significant(ms) for name, ms in result["median_ms"].items()}
     if wrong_in_stock(result):
-        medians["fused"] += " †"
-    stock = [medians.get(mode, "-") for mode in ("forloop", "foreach", "fused")]
+        medians["fused"] += "†"
     fraction = result["fraction_of_floor"]
     return [
-        *(result["optimizer"], result["dtype"], *stock, medians["fusedopt"]),
-        f"{'? ' if result['busy'] else ''}{result['speedup']:.2f}x",
+        f"{result['optimizer']} {result['dtype']}",
+        *(medians.get(mode, "-") for mode in MODES),
+        f"{'?' if result['busy'] else ''}{result['speedup']:.2f}x",
         significant(result["us_per_tensor"]),
         significant(result["gb_per_second"]),
-        medians.get("floor", "-"),
         f"{fraction:.0%}" if fraction else "-",
     ]
 

@@ -62,7 +62,7 @@ def plot_floor(results: Results, title: str) -> Figure:
         axis.bar(x, 100 * fraction, BAR_WIDTH, color=color, alpha=opacity(result))
         edges = x - BAR_WIDTH / 2, x + BAR_WIDTH / 2
         axis.hlines(100 * stock, *edges, color="black", linewidth=1.5)
-        label(axis, x, 100 * max(fraction, stock), f"{100 * fraction:.0f}")
+        label(axis, x, 0, f"{100 * fraction:.0f}")
     axis.axhline(100, color="black", linewidth=1, linestyle=":")
     axis.set_ylim(0, max(115, *(108 * result["fraction_of_floor"] for result in results)))
     axis.set(ylabel="% of the memory floor", title="fusedopt against a loop over the same bytes")

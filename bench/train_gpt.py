@@ -8,6 +8,7 @@ steps, so that the noise of the machine hits both alike.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sysconfig
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -226,26 +228,17 @@ def compare(options: argparse.Namespace, size: Size, device: torch.device) -> di
     return results
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print the table. Rounding errors grow with every step, which is why early steps count too."""
-    columns = ["optimizer", "mode", "steps", "train\nloss", "validation\nloss", "step ms"]
-    columns += ["share of\ntime", "speed-up", "max |Δloss|", f"max |Δparam|\n{TURN} steps"]
-    columns += ["max |Δparam|\nat the end", "relative"]
-    table = report.table("Character GPT", *columns, text_columns=2)
+def tabulate_training(results: dict[str, Any]) -> Table:
+    columns = ["optimizer", "mode", "steps", "train loss", "validation", "step ms", "of time"]
+    table = report.table("Training", *columns, "speed-up", text_columns=2)
     for name, result in results.items():
         stock, ours = result["stock"], result["fusedopt"]
-        comparison = [
-            f"{'? ' if result['busy'] else ''}{stock['optimizer_ms'] / ours['optimizer_ms']:.2f}x",
-            f"{result['largest_loss_difference']:.1e}",
-            f"{result['parameter_differences'][0]:.1e}",
-            f"{result['parameter_differences'][-1]:.1e}",
-            f"{result['relative_parameter_difference']:.1e}",
-        ]
+        speedup = f"{stock['optimizer_ms'] / ours['optimizer_ms']:.2f}x"
         table.add_row(name, *measured(stock))
-        table.add_row("", *measured(ours), *comparison, end_section=True)
+        table.add_row("", *measured(ours), ("?" if result["busy"] else "") + speedup)
     if any(result["busy"] for result in results.values()):
         table.caption = report.BUSY_NOTE
-    report.console.print(table)
+    return table
 
 
 def measured(result: dict[str, Any]) -> list[str]:
@@ -259,16 +252,30 @@ def measured(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def tabulate_differences(results: dict[str, Any]) -> Table:
+    """Rounding errors grow with every step, which is why the early ones are shown too."""
+    columns = ["optimizer", "|Δloss|", f"|Δparam| after {TURN}", "|Δparam| at the end", "relative"]
+    table = report.table("Largest differences between stock and fusedopt", *columns)
+    for name, result in results.items():
+        differences = [
+            result["largest_loss_difference"],
+            result["parameter_differences"][0],
+            result["parameter_differences"][-1],
+            result["relative_parameter_difference"],
+        ]
+        table.add_row(name, *(f"{difference:.1e}" for difference in differences))
+    return table
+
+
 def plot(results: dict[str, Any], title: str, path: Path) -> Path:
     with pyplot.rc_context(report.STYLE):
-        figure, axes = pyplot.subplots(2, 3, figsize=(12, 7))
-        *curves, bars = axes.flat
-        for axis, (name, result) in zip(curves, results.items(), strict=False):
-            plot_losses(axis, name, result)
-        for axis in curves[len(results) :]:
-            axis.set_axis_off()
-        plot_step_times(bars, results)
-        figure.suptitle(title)
+        columns = min(3, len(results) + 1)
+        rows = math.ceil((len(results) + 1) / columns)
+        figure = pyplot.figure(figsize=(4 * columns, 3.5 * rows))
+        for index, (name, result) in enumerate(results.items(), start=1):
+            plot_losses(figure.add_subplot(rows, columns, index), name, result)
+        plot_step_times(figure.add_subplot(rows, columns, len(results) + 1), results)
+        figure.suptitle(title, fontsize=9, color="#555555")
         written = report.write_png(path, figure)
         pyplot.close(figure)
     return written
@@ -321,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     title = f"Character GPT on {report.headline(facts)}"
     report.console.print(f"{title}: stock and fusedopt, {options.steps} steps each")
     results = compare(options, size, device)
-    show(results)
+    report.console.print(tabulate_training(results), tabulate_differences(results))
     setup = {"size": asdict(size), "steps": options.steps, "seed": options.seed}
     return [
         report.write_json(options.out / "train_gpt.json", facts, **setup, results=results),

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -263,6 +264,8 @@ class Plan {
   bool add_state(PyObject* state, const py::tuple& keys, Entry* entry);
   int layout_of(PyObject* state, const py::tuple& keys);
   std::vector<std::int64_t> overlaps() const;
+  void list_written();
+  bool is_written(const void* data) const;
   TensorView view_of(const Entry& entry, const Expected& tensor) const {
     const std::int64_t* shape = dims_.data() + entry.dims;
     return {tensor.data, tensor.dtype, entry.ndim, shape, shape + entry.ndim};
@@ -288,6 +291,8 @@ class Plan {
   std::vector<StateLayout> layouts_;
   std::vector<std::int64_t> state_order_;  // entries in the order of the optimizer's state, or -1
   std::vector<std::size_t> stateless_;     // the other entries
+  std::unordered_set<const void*> written_starts_;  // where written tensors begin
+  std::vector<bool> written_filter_;                // a Bloom filter of the same
   py::list owners_;
 
   // Of the running step.
@@ -415,6 +420,32 @@ void Plan::finish(const py::dict& state) {
     if (entries_[e].layout < 0) stateless_.push_back(e);
   }
   for (const std::int64_t e : overlaps()) entries_[e].python = true;
+  list_written();
+}
+
+std::size_t filter_bit(const void* data, std::size_t size) {
+  return (reinterpret_cast<std::uintptr_t>(data) * 0x9E3779B97F4A7C15u >> 20) & (size - 1);
+}
+
+void Plan::list_written() {
+  std::size_t size = 1024;
+  while (size < entries_.size() * (1 + kMaxStates) * 16) size *= 2;
+  written_filter_.assign(size, false);
+  written_starts_.clear();
+  const auto add = [&](const Expected& tensor) {
+    if (tensor.data == nullptr) return;
+    written_filter_[filter_bit(tensor.data, size)] = true;
+    written_starts_.insert(tensor.data);
+  };
+  for (const Entry& entry : entries_) {
+    add(entry.data);
+    for (int s = 0; s < kMaxStates; ++s) add(entry.state[s]);
+  }
+}
+
+bool Plan::is_written(const void* data) const {
+  return written_filter_[filter_bit(data, written_filter_.size())] &&
+         written_starts_.count(data) != 0;
 }
 
 // Entries whose memory another entry writes too.
@@ -633,6 +664,9 @@ bool Plan::is_usable(const Entry& entry, PyObject* grad, const TensorView& now) 
       param < begin + entry.numel * itemsize(now.dtype)) {
     return false;
   }
+  // If it is another tensor of this step it is copied, so that all gradients are read before
+  // anything is written.
+  if (begin != param && is_written(now.data)) return false;
   if (begin == param && now.dtype != entry.data.dtype && entry.numel != 0) return false;
   // A view of the imaginary part of a conjugate is the only tensor that is negated lazily. It has
   // other strides than a parameter, except where strides do not matter.
@@ -721,6 +755,7 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
     for (const std::int64_t e : overlaps()) {
       if (!entries_[e].python) return py::bool_(false);
     }
+    list_written();
   }
   if (!todo.empty()) return std::move(todo);
 

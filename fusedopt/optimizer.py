@@ -241,7 +241,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad = torch.view_as_real(grad.resolve_conj())
             old = [torch.view_as_real(t) for t in old]
         opmath = torch.float32 if old[0].dtype.itemsize == 2 else old[0].dtype
-        param_, *slots = (t.to(opmath) for t in old)
+        # What autograd saves must not be what copy_ overwrites below.
+        param_, *slots = (t.to(opmath, copy=bool(group["differentiable"])) for t in old)
         new = self._python_rule(group, step, param_, grad.to(opmath), *slots)
         if self._has_step:
             state["step"] += 1

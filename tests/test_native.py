@@ -69,7 +69,7 @@ def test_thread_count_does_not_matter(case, dtype, step_threads):
 @every_case
 @every_dtype
 def test_together_or_one_by_one(case, dtype):
-    values, grads = draw([(5,), (40_000,), (), (17, 33), (64,)], 2, dtype)
+    values, grads = draw([(5,), (400_000,), (), (17, 33), (64,)], 2, dtype)
     together, opt = train(case.ours, values, grads)
     for i, p in enumerate(together):
         (q,), alone = train(case.ours, values[i : i + 1], [now[i : i + 1] for now in grads])
@@ -179,7 +179,7 @@ def test_the_interpreter_lock_is_released(step_threads):
 
 
 def test_optimizers_step_in_several_threads_at_once():
-    values, grads = draw([(50_000,), (7,)], 3)
+    values, grads = draw([(500_000,), (7,)], 3)
     expected = snapshot(train(RICHEST[1].ours, values, grads)[1])
     results = [None] * 6
 
@@ -232,8 +232,7 @@ from cases import RICHEST
 torch.set_num_threads(2)
 for case in RICHEST:
     test_layouts.test_two_parameters_in_one_storage(case, None)
-    for mine_first in (True, False):
-        test_layouts.test_gradient_that_is_another_parameter(case, mine_first, None)
+    test_layouts.test_gradient_that_is_another_parameter(case, None)
 """,
         OMP_WAIT_POLICY="active",
         GOMP_SPINCOUNT="infinite",
@@ -302,7 +301,7 @@ def test_fresh_gradients_and_moved_parameters_stay_on_the_fast_path(case):
 
 def test_optimizers_and_their_tensors_are_released():
     """Nothing that was stepped is kept alive by a plan."""
-    params, opt = train(RICHEST[1].ours, *draw([(5,), (50_000,)], 2))
+    params, opt = train(RICHEST[1].ours, *draw([(5,), (500_000,)], 2))
     watched = [weakref.ref(opt), *map(weakref.ref, params)]
     watched += [weakref.ref(v) for s in opt.state.values() for v in s.values()]
     watched += [weakref.ref(p.grad) for p in params]
@@ -322,7 +321,7 @@ def test_replaced_gradients_are_not_kept():
 @richest
 def test_large_and_many(case):
     """More chunks than threads, more tensors than a block, in one call."""
-    values, grads = draw([(70_000,)] * 3 + [(3,)] * 700 + [(0,)] * 5, 2)
+    values, grads = draw([(100_000,)] * 3 + [(3,)] * 700 + [(0,)] * 5, 2)
     params, _ = train(case.ours, values, grads)
     (expected,), _ = train(case.ours, [torch.cat(values)], [[torch.cat(now)] for now in grads])
     assert bits(torch.cat([p.detach() for p in params])) == bits(expected)
