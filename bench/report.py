@@ -104,9 +104,9 @@ def progress_bar() -> Progress:
 
 def table(title: str, *columns: str, text_columns: int = 1) -> Table:
     """An empty table for 80 characters; the first `text_columns` hold words, the others numbers."""
-    result = Table(title=title, title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=f"\n{title}", title_style="bold", box=SIMPLE_HEAD, padding=0)
     result.title_justify = result.caption_justify = "left"
-    result.padding = (0, 1, 0, 0)
+    result.show_edge = False
     for index, column in enumerate(columns):
         words = index < text_columns
         result.add_column(column, justify="left" if words else "right", no_wrap=True)

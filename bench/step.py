@@ -202,7 +202,7 @@ def run(cells: list[Cell], budget: float, grads: str, device: torch.device) -> I
 def tabulate(results: list[dict[str, Any]]) -> Table:
     first = results[0]
     size = f"{first['parameters']:,} parameters in {first['tensors']:,} tensors"
-    columns = ["ms per step", *MODES, "speed-up", "µs/tensor", "GB/s", "of floor"]
+    columns = ["ms per step", *MODES, "speed-\nup", "µs per\ntensor", "GB/s", "of\nfloor"]
     table = report.table(f"{first['workload']}: {size}", *columns)
     for result in results:
         table.add_row(*row(result))
@@ -222,7 +222,7 @@ def row(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['optimizer']} {result['dtype']}",
         *(medians.get(mode, "-") for mode in MODES),
-        f"{'?' if result['busy'] else ''}{result['speedup']:.2f}x",
+        f"{'?' if result['busy'] else ''}{significant(result['speedup'])}x",
         significant(result["us_per_tensor"]),
         significant(result["gb_per_second"]),
         f"{fraction:.0%}" if fraction else "-",
@@ -234,8 +234,9 @@ def wrong_in_stock(result: dict[str, Any]) -> bool:
 
 
 def significant(value: float) -> str:
-    """Three significant digits, never in powers of ten."""
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
+    """Three significant digits, but no more than three decimals."""
+    decimals = 2 - math.floor(math.log10(value))
+    return f"{value:,.{min(max(decimals, 0), 3)}f}"
 
 
 def select_cells(options: argparse.Namespace) -> list[Cell]:

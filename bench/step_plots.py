@@ -62,7 +62,8 @@ def plot_floor(results: Results, title: str) -> Figure:
         axis.bar(x, 100 * fraction, BAR_WIDTH, color=color, alpha=opacity(result))
         edges = x - BAR_WIDTH / 2, x + BAR_WIDTH / 2
         axis.hlines(100 * stock, *edges, color="black", linewidth=1.5)
-        label(axis, x, 0, f"{100 * fraction:.0f}")
+        label(axis, x, 0, f"{100 * fraction:.0f}", offset=-11)
+    axis.tick_params(axis="x", length=0, pad=13)
     axis.axhline(100, color="black", linewidth=1, linestyle=":")
     axis.set_ylim(0, max(115, *(108 * result["fraction_of_floor"] for result in results)))
     axis.set(ylabel="% of the memory floor", title="fusedopt against a loop over the same bytes")
@@ -100,9 +101,9 @@ def opacity(result: dict[str, Any]) -> float:
     return 0.3 if result["busy"] else 1.0
 
 
-def label(axis: Axes, x: float, y: float, text: str) -> None:
+def label(axis: Axes, x: float, y: float, text: str, offset: int = 2) -> None:
     axis.annotate(
-        text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7
+        text, (x, y), (0, offset), textcoords="offset points", ha="center", va="bottom", fontsize=7
     )
 
 

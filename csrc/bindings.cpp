@@ -39,9 +39,10 @@ struct Torch {
   PyObject* parameter_type = nullptr;
   py::handle increment_version;
   py::handle own_param, own_state;
-  // Where a tensor object keeps the address of its TensorImpl, and that of its StorageImpl, in
-  // bytes; 0 if not found. Only to fetch memory ahead of time, never to learn anything.
-  std::size_t impl_offset = 0, storage_offset = 0;
+  // Where a tensor object keeps the address of its TensorImpl, and where that keeps those of its
+  // storage and its version counter, in bytes; 0 if not found. Only to fetch memory ahead of time,
+  // never to learn anything.
+  std::size_t impl_offset = 0, storage_offset = 0, version_offset = 0;
 } torch;
 
 bool is_plain_tensor(PyObject* object) {
@@ -582,7 +583,7 @@ bool Plan::find_tensors(Seen* seen) const {
 // after a backward torch's records of the tensors are in no near cache. Prefetch instructions did
 // nothing here, loads halved the time of the checks (1,000 x 64 Adam, EPYC 9005, 2026-11).
 void Plan::fetch(const Seen* block, std::size_t size) const {
-  if (torch.impl_offset == 0 || torch.storage_offset == 0) return;
+  if (torch.impl_offset == 0) return;
   constexpr std::size_t kTensors = 2 + kMaxStates + 1;
   const char* impls[kBlock * kTensors];
   std::size_t count = 0;
@@ -609,10 +610,12 @@ void Plan::fetch(const Seen* block, std::size_t size) const {
     for (const int offset : {0, 64, 128, 184}) touch(impls[i] + offset);
   }
   for (std::size_t i = 0; i < count; ++i) {
-    const char* storage = pointer_at(impls[i], torch.storage_offset);
-    if (storage == nullptr) continue;
-    touch(storage);
-    touch(storage + 40);
+    for (const std::size_t offset : {torch.storage_offset, torch.version_offset}) {
+      const char* record = offset == 0 ? nullptr : pointer_at(impls[i], offset);
+      if (record == nullptr) continue;
+      touch(record);
+      touch(record + 16);
+    }
   }
 }
 
@@ -774,29 +777,41 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
   return py::none();
 }
 
-// The offset below `end` at which `object` holds `pointer`, or 0.
-std::size_t find_pointer(const void* object, std::size_t begin, std::size_t end,
-                         std::uintptr_t pointer) {
-  for (std::size_t offset = begin; offset + sizeof(pointer) <= end; offset += sizeof(pointer)) {
-    if (std::memcmp(static_cast<const char*>(object) + offset, &pointer, sizeof(pointer)) == 0) {
-      return offset;
+// Learns the layout that fetch() uses from tensors of which something is known: two that share
+// storage and version counter, and a third. Nothing but these tensors' own memory is read.
+void find_offsets(const py::object& sample, const py::object& alias, const py::object& other) {
+  const auto address_of = [](const py::object& tensor) {
+    return tensor.attr("_cdata").cast<std::uintptr_t>();
+  };
+  const auto word = [](std::uintptr_t base, std::size_t offset) {
+    std::uintptr_t value;
+    std::memcpy(&value, reinterpret_cast<const void*>(base + offset), sizeof(value));
+    return value;
+  };
+  constexpr std::size_t kWord = sizeof(std::uintptr_t);
+  constexpr std::size_t kImplSize = 192;  // of a TensorImpl, at least; torch asserts at most 208
+  const std::uintptr_t a = address_of(sample), b = address_of(alias), c = address_of(other);
+  const auto object = reinterpret_cast<std::uintptr_t>(sample.ptr());
+  const auto object_size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);
+  for (std::size_t at = sizeof(PyObject); at + kWord <= object_size; at += kWord) {
+    if (word(object, at) == a) torch.impl_offset = at;
+  }
+  const auto storage = sample.attr("untyped_storage")().attr("_cdata").cast<std::uintptr_t>();
+  for (std::size_t at = kWord; at + kWord <= kImplSize; at += kWord) {
+    const std::uintptr_t value = word(a, at);
+    if (value == storage) {
+      torch.storage_offset = at;
+    } else if (value == word(b, at) && value != word(c, at) && value % kWord == 0) {
+      // Of two candidates neither is trusted.
+      torch.version_offset = torch.version_offset == 0 ? at : kImplSize;
     }
   }
-  return 0;
-}
-
-// Learns the layout that fetch() uses from a tensor whose addresses are known.
-void find_offsets(const py::object& sample) {
-  const auto impl = sample.attr("_cdata").cast<std::uintptr_t>();
-  const auto storage = sample.attr("untyped_storage")().attr("_cdata").cast<std::uintptr_t>();
-  const auto size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);
-  torch.impl_offset = find_pointer(sample.ptr(), sizeof(PyObject), size, impl);
-  torch.storage_offset = find_pointer(reinterpret_cast<const void*>(impl), 0, 64, storage);
+  if (torch.version_offset == kImplSize) torch.version_offset = 0;
 }
 
 void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
           const py::object& increment_version, const py::object& own_param,
-          const py::object& own_state, const py::object& sample) {
+          const py::object& own_state, const py::tuple& samples) {
   const void* pointer = py::isinstance<py::int_>(table)
                             ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
                             : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
@@ -812,7 +827,7 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.increment_version = increment_version.inc_ref();
   torch.own_param = own_param.inc_ref();
   torch.own_state = own_state.inc_ref();
-  find_offsets(sample);
+  find_offsets(samples[0], samples[1], samples[2]);
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
 }
 

@@ -46,6 +46,7 @@ def _bind(module: Any) -> None:
     for name in ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"):
         table = getattr(torch.Tensor, name, None)
         if table is not None:
+            sample = torch.zeros(1)
             module.bind(
                 table,
                 torch.Tensor,
@@ -53,7 +54,7 @@ def _bind(module: Any) -> None:
                 torch._C._increment_version,
                 _own_param,
                 _own_state,
-                torch.empty(1),
+                (sample, sample.detach(), torch.zeros(1)),
             )
             return
     raise ImportError(
