@@ -221,8 +221,8 @@ class Plan {
   Plan(const std::string& rule, std::string owner)
       : rule_(find_rule(rule)), owner_(std::move(owner)) {}
 
-  void add(std::uint32_t group, py::handle param, const py::object& state, const py::tuple& keys,
-           bool python, bool first_step);
+  void add_group(bool python);
+  void add(py::handle param, const py::object& state, const py::tuple& keys, bool first_step);
   void finish(const py::dict& state);
   py::object step(const py::list& groups, const py::dict& state, int num_threads,
                   const py::object& grads);
@@ -315,14 +315,18 @@ void Plan::own(py::object owner, Expected* expected) {
   if (expected->owned) owners_.append(std::move(owner));
 }
 
-void Plan::add(std::uint32_t group, py::handle param, const py::object& state,
-               const py::tuple& keys, bool python, bool first_step) {
-  if (groups_.size() <= group) groups_.resize(group + 1);
-  groups_[group].python = python;
+void Plan::add_group(bool python) {
+  groups_.emplace_back();
+  groups_.back().python = python;
+}
+
+// A parameter of the last group.
+void Plan::add(py::handle param, const py::object& state, const py::tuple& keys, bool first_step) {
+  Group& group = groups_.back();
   Entry entry;
   entry.param = param.ptr();
-  entry.group = group;
-  entry.index = static_cast<std::uint32_t>(groups_[group].num_params++);
+  entry.group = static_cast<std::uint32_t>(groups_.size() - 1);
+  entry.index = static_cast<std::uint32_t>(group.num_params++);
   entry.first_step = first_step;
   TensorView now;
   if (view(entry.param, &now)) {
@@ -334,7 +338,7 @@ void Plan::add(std::uint32_t group, py::handle param, const py::object& state,
     entry.data.data = now.data;
     entry.data.dtype = now.dtype;
     own(torch.own_param(param), &entry.data);
-    entry.python = python || !is_flat(now) || has_negative_bit(entry.param);
+    entry.python = group.python || !is_flat(now) || has_negative_bit(entry.param);
   } else {
     entry.python = true;
   }
@@ -871,6 +875,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("num_threads"));
   py::class_<Plan>(module, "Plan")
       .def(py::init<const std::string&, std::string>())
+      .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)
       .def("finish", &Plan::finish)
       .def("step", &Plan::step)

@@ -214,14 +214,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _make_plan(self, created: Created) -> Any:
         plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")
-        for g, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             keys = self._slots(group)
             python = bool(group.get("differentiable") or group.get("capturable"))
+            plan.add_group(python)
             for param in group["params"]:
                 state = self.state.get(param)
                 if state and not python:
                     _match_layout(param, [state.get(key) for key in keys])
-                plan.add(g, param, state or None, keys, python, param in created)
+                plan.add(param, state or None, keys, param in created)
         plan.finish(self.state)
         return plan
 

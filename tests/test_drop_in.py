@@ -642,3 +642,16 @@ def test_a_model_learns(backend):
             opt.step()
             losses.append(loss.item())
         assert losses[-1] < 0.7 * losses[0], name
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_group_without_parameters(case, place, backend):
+    values, grads = draw([(3,), (4, 5)], 3)
+    params = [leaf(v) for v in values]
+    groups = [{"params": params}]
+    groups.insert(place, {"params": []})
+    opt = case.ours(groups)
+    step_through(opt, params, grads)
+    exact, oracle = train(case.stock, values, grads)
+    assert_trained_alike(opt, params, oracle, exact)
