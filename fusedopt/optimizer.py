@@ -273,8 +273,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for value in values if isinstance(default, tuple) else (values,):
                     if isinstance(value, str):
                         raise ValueError("a string")
-                    if not (isinstance(value, Tensor) and value.device.type != "cpu"):
+                    if not isinstance(value, Tensor):
                         float(value)
+                    elif value.device.type == "cpu":
+                        float(value.detach())
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"fusedopt.{type(self).__name__}, param group {g}: {name!r} must be a number "

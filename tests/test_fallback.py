@@ -40,6 +40,10 @@ print("FILE", fusedopt.__file__)
 @pytest.fixture
 def package(tmp_path):
     """A copy of the package as it is when nothing was built."""
+    # An editable installation would find the native module of the original.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+    )
     source = Path(fusedopt.__file__).parent
     ignore = shutil.ignore_patterns("_native*", "_build_error.txt", "__pycache__")
     return Path(shutil.copytree(source, tmp_path / "fusedopt", ignore=ignore))
