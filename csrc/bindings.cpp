@@ -16,6 +16,8 @@
 
 #include "dlpack_exchange.h"
 #include "multi_tensor/apply.h"
+#include "multi_tensor/apply_cuda.h"
+#include "multi_tensor/grad_norm.h"
 #include "multi_tensor/memory_floor.h"
 #include "multi_tensor/tensor_lists.h"
 #include "update_rules/adagrad.h"
@@ -31,6 +33,12 @@ namespace py = pybind11;
 
 namespace fusedopt {
 namespace {
+
+#if FUSEDOPT_HAS_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
 
 // torch, as far as it is needed here; set once by bind() and never released.
 struct Torch {
@@ -66,6 +74,16 @@ bool read_dtype(const dlpack::DataType& type, Dtype* dtype) {
   }
 }
 
+bool read_device(const dlpack::Device& device, int* out) {
+#if defined(FUSEDOPT_CUDA_ON_HOST)
+  if (device.type == dlpack::kCpu) return *out = 0, true;  // all memory is that of one GPU
+#else
+  if (device.type == dlpack::kCpu) return *out = kCpu, true;
+  if (device.type == dlpack::kCuda) return *out = device.id, kHasCuda;
+#endif
+  return false;
+}
+
 // The tensor as it is now, or false if the kernels cannot touch it (sparse, another device, ...).
 // Conjugate and negative bits are not looked at: see has_negative_bit.
 bool view(PyObject* object, TensorView* out) {
@@ -75,12 +93,23 @@ bool view(PyObject* object, TensorView* out) {
     PyErr_Clear();  // the Python side looks at this tensor again and says what is wrong with it
     return false;
   }
-  if (tensor.device.type != dlpack::kCpu || !read_dtype(tensor.dtype, &out->dtype)) return false;
+  if (!read_device(tensor.device, &out->device) || !read_dtype(tensor.dtype, &out->dtype)) {
+    return false;
+  }
   out->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   out->ndim = tensor.ndim;
   out->shape = tensor.shape;
   out->strides = tensor.strides;
   return true;
+}
+
+// Whether it can be read and written from here.
+bool is_host(const TensorView& tensor) {
+#if defined(FUSEDOPT_CUDA_ON_HOST)
+  return tensor.device == 0;
+#else
+  return tensor.device == kCpu;
+#endif
 }
 
 bool has_negative_bit(PyObject* tensor) {
@@ -90,23 +119,32 @@ bool has_negative_bit(PyObject* tensor) {
 // Options of one param group, read by name for a rule.
 class Options {
  public:
-  Options(PyObject* group, std::string where) : group_(group), where_(std::move(where)) {}
+  Options(PyObject* group, std::string where) : group_(group), where_(std::move(where)) {
+    capturable_ = get("capturable", 0) != 0;
+  }
 
-  double operator()(const char* name) const { return number(name, find(name)); }
+  bool capturable() const { return capturable_; }
+  // The device of the numbers that the kernel reads for itself, or kCpu if there are none.
+  int device() const { return device_; }
 
-  // One item of a pair.
-  double operator()(const char* name, Py_ssize_t item) const {
+  double operator()(const char* name) const { return host_number(name, find(name)); }
+
+  double get(const char* name, double otherwise) const {
+    PyObject* value = PyDict_GetItemString(group_, name);
+    return value == nullptr || value == Py_None ? otherwise : host_number(name, value);
+  }
+
+  // One that may be a tensor on the device, which a capturable step leaves there.
+  Number number(const char* name) const { return device_number(name, find(name)); }
+
+  // One item of a pair of such.
+  Number number(const char* name, Py_ssize_t item) const {
     PyObject* pair = find(name);
     if (!PySequence_Check(pair) || PySequence_Size(pair) != 2)
       fail(name, "a pair of numbers", pair);
     const auto value = py::reinterpret_steal<py::object>(PySequence_GetItem(pair, item));
     if (!value) fail(name, "a pair of numbers", pair);
-    return number(name, value.ptr());
-  }
-
-  double get(const char* name, double otherwise) const {
-    PyObject* value = PyDict_GetItemString(group_, name);
-    return value == nullptr || value == Py_None ? otherwise : number(name, value);
+    return device_number(name, value.ptr());
   }
 
  private:
@@ -116,7 +154,17 @@ class Options {
     return value;
   }
 
-  double number(const char* name, PyObject* value) const {
+  Number device_number(const char* name, PyObject* value) const {
+    TensorView now;
+    if (!capturable_ || !view(value, &now) || now.device == kCpu || itemsize(now.dtype) < 4 ||
+        numel(now) != 1) {
+      return {host_number(name, value)};
+    }
+    device_ = now.device;
+    return {0.5, now.data, now.dtype == Dtype::kFloat64};
+  }
+
+  double host_number(const char* name, PyObject* value) const {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
     const auto as_float =
         py::reinterpret_steal<py::object>(PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
@@ -138,6 +186,8 @@ class Options {
 
   PyObject* group_;
   std::string where_;
+  bool capturable_ = false;
+  mutable int device_ = kCpu;
 };
 
 // A rule with the options of one group; what the plan needs to know of an algorithm.
@@ -145,7 +195,7 @@ class GroupRule {
  public:
   virtual ~GroupRule() = default;
   virtual unsigned state_mask() const = 0;
-  virtual PreparedUpdate prepare(double step, const SlotDtypes& dtypes) const = 0;
+  virtual PreparedUpdate prepare(double step, const SlotDtypes& dtypes, Where where) const = 0;
 };
 
 template <typename Rule>
@@ -153,8 +203,8 @@ class GroupRuleOf : public GroupRule {
  public:
   explicit GroupRuleOf(const Options& options) : rule_(Rule::from(options)) {}
   unsigned state_mask() const override { return rule_.state_mask(); }
-  PreparedUpdate prepare(double step, const SlotDtypes& dtypes) const override {
-    return fusedopt::prepare(rule_, step, dtypes);
+  PreparedUpdate prepare(double step, const SlotDtypes& dtypes, Where where) const override {
+    return fusedopt::prepare(rule_, step, dtypes, where);
   }
 
  private:
@@ -204,9 +254,11 @@ struct StateLayout {
 struct Entry {
   PyObject* param = nullptr;  // compared, and used only while its group's list holds it
   std::uint32_t group = 0, index = 0;
-  bool python = false;      // takes the Python rule
-  bool first_step = false;  // its state is new; rules without a step count want to know
-  int layout = -1;          // of its state dict, -1 if it has none
+  bool python = false;       // takes the Python rule
+  bool first_step = false;   // its state is new; rules without a step count want to know
+  bool device_step = false;  // its step count is on its device
+  int device = kCpu;
+  int layout = -1;  // of its state dict, -1 if it has none
   int ndim = 0;
   std::size_t dims = 0;  // where its shape and then its strides begin in Plan::dims_
   std::int64_t numel = 0;
@@ -221,11 +273,14 @@ class Plan {
   Plan(const std::string& rule, std::string owner)
       : rule_(find_rule(rule)), owner_(std::move(owner)) {}
 
-  void add_group(bool python);
+  // Memory for what the kernels of a device count, all zero; see apply_cuda. Tensors on a device
+  // without it take the Python rule.
+  void add_tickets(const py::object& tensor);
+  void add_group(bool python, bool capturable);
   void add(py::handle param, const py::object& state, const py::tuple& keys, bool first_step);
   void finish(const py::dict& state);
   py::object step(const py::list& groups, const py::dict& state, int num_threads,
-                  const py::object& grads);
+                  const py::object& grads, const py::object& scaling);
   py::tuple locate(std::size_t e) const {
     const Entry& entry = entries_.at(e);
     return py::make_tuple(entry.group, entry.index, !entry.python);
@@ -248,12 +303,15 @@ class Plan {
     void* data;
     Dtype dtype;
     double value;
+    int device;  // of the parameter
   };
 
   struct Group {
     std::size_t num_params = 0;
     bool python = false;
-    int state_mask = -1;  // -1 until the first step
+    bool capturable = false;
+    int state_mask = -1;        // -1 until the first step
+    int options_device = kCpu;  // see Options::device
     std::unique_ptr<GroupRule> rule;
     // Updates prepared in this step, by step count and dtypes.
     std::map<std::pair<double, std::uint32_t>, std::uint32_t> prepared;
@@ -282,7 +340,12 @@ class Plan {
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
   bool is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const;
   bool add_task(const Seen& seen, const TensorView& grad);
-  std::uint32_t prepared_update(Group* group, double step, const SlotDtypes& dtypes);
+  bool counts_on_device(const Entry& entry, const TensorView& step) const;
+  std::uint32_t prepared_update(Group* group, double step, const SlotDtypes& dtypes, int device,
+                                Where where);
+  Step& step_on(int device);
+  void read_scaling(const py::object& scaling);
+  void launch(int num_threads);
 
   const RuleEntry& rule_;
   const std::string owner_;  // for messages
@@ -303,7 +366,8 @@ class Plan {
   std::vector<PyObject*> written_;  // of the block
   std::vector<std::size_t> updated_;
   std::vector<StepCount> counts_;
-  Step step_;
+  std::vector<Step> steps_;                                       // the CPU first, then the GPUs
+  std::map<int, std::pair<py::object, std::uint32_t*>> tickets_;  // by device
 };
 
 // Gives a small tensor a second owner. A tensor that Python alone owns costs torch two trips
@@ -315,9 +379,18 @@ void Plan::own(py::object owner, Expected* expected) {
   if (expected->owned) owners_.append(std::move(owner));
 }
 
-void Plan::add_group(bool python) {
+void Plan::add_tickets(const py::object& tensor) {
+  TensorView now;
+  if (!view(tensor.ptr(), &now) || now.dtype != Dtype::kFloat32 || numel(now) < kMaxTableTensors) {
+    throw py::value_error("tickets must be float32 zeros on a device");
+  }
+  tickets_[now.device] = {tensor, static_cast<std::uint32_t*>(now.data)};
+}
+
+void Plan::add_group(bool python, bool capturable) {
   groups_.emplace_back();
   groups_.back().python = python;
+  groups_.back().capturable = capturable;
 }
 
 // A parameter of the last group.
@@ -335,10 +408,12 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
     dims_.insert(dims_.end(), now.shape, now.shape + now.ndim);
     dims_.insert(dims_.end(), now.strides, now.strides + now.ndim);
     entry.numel = numel(now);
+    entry.device = now.device;
+    if (now.device != kCpu && tickets_.count(now.device) == 0) entry.python = true;
     entry.data.data = now.data;
     entry.data.dtype = now.dtype;
     own(torch.own_param(param), &entry.data);
-    entry.python = group.python || !is_flat(now) || has_negative_bit(entry.param);
+    entry.python |= group.python || !is_flat(now) || has_negative_bit(entry.param);
   } else {
     entry.python = true;
   }
@@ -363,7 +438,11 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
     if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
     if (role == StateLayout::kStep) {
       if (numel(now) != 1 || itemsize(now.dtype) < 4) return false;
+      entry->device_step = counts_on_device(*entry, now);
+      if (entry->device_step && now.dtype != Dtype::kFloat32) return false;
+      if (!entry->device_step && !is_host(now)) return false;
     } else {
+      if (now.device != entry->device) return false;
       if (!same_layout(now, view_of(*entry, entry->data))) return false;
       dtypes.slots[dtypes.num_slots++] = now.dtype;
     }
@@ -378,6 +457,16 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
   if (rule_.has_step && !found[StateLayout::kStep]) return false;
   entry->layout = layout;
   return can_combine(dtypes);
+}
+
+// A step count beside its parameter is read and written by the kernel.
+bool Plan::counts_on_device(const Entry& entry, const TensorView& step) const {
+#if defined(FUSEDOPT_CUDA_ON_HOST)
+  static_cast<void>(step);
+  return groups_[entry.group].capturable;
+#else
+  return entry.device != kCpu && step.device == entry.device;
+#endif
 }
 
 int Plan::layout_of(PyObject* state, const py::tuple& keys) {
@@ -488,10 +577,11 @@ bool Plan::read_groups(const py::list& groups) {
       if (PyList_GET_ITEM(params, i) != entries_[e].param) return false;
     }
     const Options options(dict, owner_ + ", param group " + std::to_string(g));
-    const bool python = options.get("differentiable", 0) != 0 || options.get("capturable", 0) != 0;
-    if (python != group.python) return false;
+    const bool python = options.get("differentiable", 0) != 0;
+    if (python != group.python || options.capturable() != group.capturable) return false;
     if (python) continue;  // the Python rule reads its options itself
     group.rule = rule_.read(options);
+    group.options_device = options.device();
     const int mask = static_cast<int>(group.rule->state_mask());
     if (group.state_mask >= 0 && mask != group.state_mask) return false;
     group.state_mask = mask;
@@ -640,6 +730,8 @@ Plan::Verdict Plan::check(const Seen& seen) {
     }
   }
   if (!is_dense || !is_usable(entry, seen.grad, grad)) return Verdict::kPython;
+  const int options_device = groups_[entry.group].options_device;
+  if (options_device != kCpu && options_device != entry.device) return Verdict::kPython;
   return add_task(seen, grad) ? Verdict::kFine : Verdict::kStale;
 }
 
@@ -647,7 +739,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
 // again.
 bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
   TensorView now;
-  if (!view(tensor, &now) || now.dtype != expected->dtype ||
+  if (!view(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
       !same_layout(now, view_of(entry, *expected))) {
     return false;
   }
@@ -662,7 +754,7 @@ bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* exp
 }
 
 bool Plan::is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const {
-  if (!same_layout(now, view_of(entry, entry.data))) return false;
+  if (now.device != entry.device || !same_layout(now, view_of(entry, entry.data))) return false;
   if (!can_combine({{entry.data.dtype, now.dtype}, 2})) return false;
   const auto begin = reinterpret_cast<std::uintptr_t>(now.data);
   if (begin % itemsize(now.dtype) != 0) return false;
@@ -690,18 +782,23 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
     const Expected& expected = entry.state[StateLayout::kStep];
     TensorView now;
     if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
+    if (counts_on_device(entry, now) != entry.device_step) return false;
     if (now.data != expected.data) {
       entry.state[StateLayout::kStep].data = now.data;
       entry.state[StateLayout::kStep].owned = false;
       moved_ = true;
     }
+  }
+  if (rule_.has_step && !entry.device_step) {
+    const Expected& expected = entry.state[StateLayout::kStep];
+    const TensorView now{expected.data, expected.dtype};
     const bool is_double = now.dtype == Dtype::kFloat64;
     const double count = is_double ? *static_cast<const double*>(now.data)
                                    : static_cast<double>(*static_cast<const float*>(now.data));
     step = count + 1;
     const bool counts_on = is_double ? step > count : static_cast<float>(step) > count;
     if (!(count >= 0) || !counts_on) return false;
-    counts_.push_back({now.data, now.dtype, step});
+    counts_.push_back({now.data, now.dtype, step, entry.device});
   }
   TensorTask task;
   SlotDtypes dtypes;
@@ -723,18 +820,34 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
     if (s != StateLayout::kStep) slot(entry.state[s].data, entry.state[s].dtype);
   }
   task.numel = entry.numel;
-  task.update = prepared_update(&groups_[entry.group], step, dtypes);
-  step_.tasks.push_back(task);
+  task.first_step = entry.first_step;
+  task.step = entry.device_step ? entry.state[StateLayout::kStep].data : nullptr;
+  Group& group = groups_[entry.group];
+  const bool prepares = entry.device_step || group.options_device != kCpu;
+  const Where where = entry.device == kCpu ? Where::kCpu
+                      : prepares           ? Where::kGpuPrepares
+                                           : Where::kGpu;
+  task.update = prepared_update(&group, step, dtypes, entry.device, where);
+  step_on(entry.device).tasks.push_back(task);
   updated_.push_back(seen.entry);
   return true;
 }
 
-std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes& dtypes) {
-  const std::pair<double, std::uint32_t> key{step, dtypes.key()};
+Step& Plan::step_on(int device) {
+  const auto index = static_cast<std::size_t>(device + 1);
+  if (index >= steps_.size()) steps_.resize(index + 1);
+  return steps_[index];
+}
+
+std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes& dtypes, int device,
+                                    Where where) {
+  const auto place = static_cast<std::uint32_t>(device + 1) * 4 + static_cast<std::uint32_t>(where);
+  const std::pair<double, std::uint32_t> key{step, place << 2 * kMaxSlots | dtypes.key()};
   if (!group->prepared.empty() && key == group->last_key) return group->last_update;
+  std::vector<PreparedUpdate>& updates = step_on(device).updates;
   const auto [found, is_new] =
-      group->prepared.emplace(key, static_cast<std::uint32_t>(step_.updates.size()));
-  if (is_new) step_.updates.push_back(group->rule->prepare(step, dtypes));
+      group->prepared.emplace(key, static_cast<std::uint32_t>(updates.size()));
+  if (is_new) updates.push_back(group->rule->prepare(step, dtypes, where));
   group->last_key = key;
   return group->last_update = found->second;
 }
@@ -742,7 +855,7 @@ std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes&
 // None if the step is done. Else nothing was written, and it returns the entries that need the
 // Python side, or False if the plan does not fit any more.
 py::object Plan::step(const py::list& groups, const py::dict& state, int num_threads,
-                      const py::object& grads) {
+                      const py::object& grads, const py::object& scaling) {
   if (running_) throw std::runtime_error(owner_ + ": step() is running in another thread");
   struct Running {
     explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
@@ -755,7 +868,7 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
   moved_ = false;
   updated_.clear();
   counts_.clear();
-  step_.clear();
+  for (Step& step : steps_) step.clear();
 
   py::list todo;
   if (!read_groups(groups) || look(state, grads, &todo) == Verdict::kStale) return py::bool_(false);
@@ -767,18 +880,142 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
   }
   if (!todo.empty()) return std::move(todo);
 
+  read_scaling(scaling);
+  launch(num_threads);
+  for (const std::size_t e : updated_) entries_[e].first_step = false;
+  return py::none();
+}
+
+// The scalars of each device: {device: (found_inf, loss_scale, clip)}, where each may be None.
+void Plan::read_scaling(const py::object& scaling) {
+  if (scaling.is_none()) return;
+  for (const auto& [key, tensors] : py::cast<py::dict>(scaling)) {
+    static_cast<void>(key);
+    int device = kCpu;
+    const auto scalar = [&](const py::handle tensor, Dtype dtype) {
+      TensorView now;
+      if (tensor.is_none()) return static_cast<void*>(nullptr);
+      if (!view(tensor.ptr(), &now) || now.dtype != dtype) {
+        throw py::value_error(owner_ + ": grad_scale and found_inf must be float32 tensors");
+      }
+      device = now.device;
+      return now.data;
+    };
+    const auto [found_inf, loss_scale, clip] =
+        tensors.cast<std::tuple<py::object, py::object, py::object>>();
+    StepScaling step_scaling;
+    step_scaling.found_inf = static_cast<const float*>(scalar(found_inf, Dtype::kFloat32));
+    step_scaling.loss_scale = static_cast<const float*>(scalar(loss_scale, Dtype::kFloat32));
+    step_scaling.clip = static_cast<const double*>(scalar(clip, Dtype::kFloat64));
+    step_on(device).scaling = step_scaling;
+  }
+}
+
+void* current_stream([[maybe_unused]] int device) {
+  void* stream = nullptr;
+#if !defined(FUSEDOPT_CUDA_ON_HOST)
+  if (torch.exchange->current_work_stream(dlpack::kCuda, device, &stream) != 0) {
+    throw py::error_already_set();
+  }
+#endif
+  return stream;
+}
+
+// What can fail comes first: launches, then what is written from here.
+void Plan::launch(int num_threads) {
+  std::vector<void*> streams;
+  for (std::size_t s = 1; s < steps_.size(); ++s) {
+    const int device = static_cast<int>(s) - 1;
+    streams.push_back(steps_[s].tasks.empty() ? nullptr : current_stream(device));
+#if FUSEDOPT_HAS_CUDA
+    if (steps_[s].tasks.empty() || !is_capturing(streams.back())) continue;
+    for (std::size_t g = 0; g < groups_.size(); ++g) {
+      if (groups_[g].capturable) continue;
+      throw std::runtime_error(owner_ +
+                               ": step() is being captured into a CUDA graph, but param "
+                               "group " +
+                               std::to_string(g) +
+                               " has capturable=False; construct "
+                               "the optimizer with capturable=True");
+    }
+#endif
+  }
+  const py::gil_scoped_release release;
+  bool skipped = false;
+#if FUSEDOPT_HAS_CUDA
+  for (std::size_t s = 1; s < steps_.size(); ++s) {
+    if (steps_[s].tasks.empty()) continue;
+    const int device = static_cast<int>(s) - 1;
+    apply_cuda(steps_[s], device, streams[s - 1], tickets_.at(device).second);
+  }
+#endif
+  if (!steps_.empty()) skipped = !apply_cpu(&steps_[0], num_threads);
   for (const StepCount& count : counts_) {
+    if (skipped && count.device == kCpu) continue;
     if (count.dtype == Dtype::kFloat64) {
       *static_cast<double*>(count.data) = count.value;
     } else {
       *static_cast<float*>(count.data) = static_cast<float>(count.value);
     }
   }
-  for (const std::size_t e : updated_) entries_[e].first_step = false;
-  {
-    py::gil_scoped_release release;
-    apply_cpu(step_, num_threads);
+}
+
+void measure(const std::vector<GradToMeasure>& grads, const GradNorm& norm,
+             [[maybe_unused]] int device, int num_threads) {
+#if FUSEDOPT_HAS_CUDA
+  if (device != kCpu) {
+    void* const stream = current_stream(device);
+    const py::gil_scoped_release release;
+    return grad_norm_cuda(grads, norm, device, stream);
   }
+#endif
+  const py::gil_scoped_release release;
+  grad_norm_cpu(grads, norm, num_threads);
+}
+
+// Measures the norm of gradients on one device. `clip` is a float64 tensor there: what StepScaling
+// reads, a zero for the kernel to count in, and room for sums. None if done; the size that `clip`
+// must have if it is too small; or a list of the gradients that are no dense float tensors.
+py::object grad_norm_of(const py::list& tensors, const py::object& clip,
+                        const py::object& loss_scale, double max_norm, bool skip_nonfinite,
+                        int num_threads) {
+  constexpr std::int64_t kHeader = StepScaling::kNumClip + 1;
+  TensorView space, scale;
+  if (!view(clip.ptr(), &space) || space.dtype != Dtype::kFloat64) {
+    throw py::value_error("clip must be a float64 tensor");
+  }
+  std::vector<GradToMeasure> grads;
+  std::int64_t num_chunks = 0;
+  py::list unusual;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    TensorView now;
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    if (!view(tensor, &now) || now.device != space.device || !is_flat(now)) {
+      unusual.append(i);
+      continue;
+    }
+    grads.push_back({now.data, now.dtype, numel(now)});
+    num_chunks += grads.back().num_chunks();
+  }
+  if (!unusual.empty()) return std::move(unusual);
+  if (num_chunks > 0x7FFFFFFF) throw py::value_error("too many gradients for one norm");
+  if (numel(space) < kHeader + num_chunks) return py::int_(kHeader + num_chunks);
+
+  GradNorm norm = {};
+  norm.max_norm = max_norm;
+  norm.skip_nonfinite = skip_nonfinite;
+  norm.clip = static_cast<double*>(space.data);
+  norm.ticket = reinterpret_cast<std::uint32_t*>(norm.clip + StepScaling::kNumClip);
+  norm.partials = norm.clip + kHeader;
+  norm.num_partials = static_cast<std::uint32_t>(num_chunks);
+  if (!loss_scale.is_none()) {
+    if (!view(loss_scale.ptr(), &scale) || scale.dtype != Dtype::kFloat32 ||
+        scale.device != space.device) {
+      throw py::value_error("loss_scale must be a float32 tensor on the device of the gradients");
+    }
+    norm.loss_scale = static_cast<const float*>(scale.data);
+  }
+  measure(grads, norm, space.device, num_threads);
   return py::none();
 }
 
@@ -869,13 +1106,26 @@ void memory_floor_of(const py::list& reads, const py::list& writes, int num_thre
 
 }  // namespace
 
-PYBIND11_MODULE(_native, module) {
+PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.def("bind", &bind);
   module.def("describe", &describe);
+#if FUSEDOPT_HAS_CUDA
+  module.def("describe_cuda", &describe_cuda);
+  module.def("cuda_problem", &cuda_problem);
+  module.def("num_launches", &num_launches);
+#endif
+#if defined(FUSEDOPT_CUDA_ON_HOST)
+  module.attr("KERNEL_DEVICE") = "cpu";
+#else
+  module.attr("KERNEL_DEVICE") = kHasCuda ? "cuda" : "";
+#endif
+  module.def("grad_norm", &grad_norm_of);
+  module.attr("NUM_TICKETS") = kMaxTableTensors;
   module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
              py::arg("num_threads"));
   py::class_<Plan>(module, "Plan")
       .def(py::init<const std::string&, std::string>())
+      .def("add_tickets", &Plan::add_tickets)
       .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)
       .def("finish", &Plan::finish)

@@ -7,7 +7,7 @@
 
 namespace fusedopt::dlpack {
 
-enum DeviceType : std::int32_t { kCpu = 1 };
+enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2 };
 enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4 };
 
 struct Device {

@@ -62,6 +62,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         l1: float = 0,
+        max_grad_norm: float | None = None,
+        amp_fused: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -75,7 +78,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._finish_init(l1=l1)
+        self._finish_init(
+            l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused, capturable=capturable
+        )
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:
@@ -96,11 +101,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         sum_ = sum_ + grad * grad
         return param - lr * grad / (sum_.sqrt() + group["eps"]), sum_
 
-    def _sparse_update(self, group: Group, param: Tensor) -> None:
+    def _sparse_update(self, group: Group, param: Tensor, grad: Tensor) -> None:
         """The same equation on the rows that the gradient has."""
         state = self.state[param]
         state["step"] += 1
-        grad = (-param.grad if group["maximize"] else param.grad).coalesce()
+        grad = (-grad if group["maximize"] else grad).coalesce()
         indices, values = grad._indices(), grad._values()
 
         def sparse(new: Tensor) -> Tensor:

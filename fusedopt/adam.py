@@ -75,6 +75,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         l1: float = 0,
+        max_grad_norm: float | None = None,
+        amp_fused: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -90,7 +92,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._finish_init(l1=l1)
+        self._finish_init(l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused)
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:
@@ -165,6 +167,8 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         l1: float = 0,
+        max_grad_norm: float | None = None,
+        amp_fused: bool = False,
     ) -> None:
         torch.optim.AdamW.__init__(
             self,
@@ -180,4 +184,4 @@ class AdamW(Adam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._finish_init(l1=l1)
+        self._finish_init(l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import traceback
@@ -91,6 +92,31 @@ def _load(choice: str) -> tuple[Any, str | None]:
 
 
 native, error = _load(os.environ.get("FUSEDOPT_BACKEND", ""))
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the native module has kernels, in the sense of a GPU's, for a device that it can use.
+
+    If it was built with kernels that this GPU or its driver cannot run, warns once and says why.
+    """
+    return native is not None and device.type == native.KERNEL_DEVICE and not _problem(device)
+
+
+@functools.cache
+def _problem(device: torch.device) -> str:
+    problem = native.cuda_problem(device.index or 0)
+    if problem:
+        warnings.warn(
+            f"fusedopt: steps on {device} take the (slow) Python rule: {problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return problem
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the native module takes tensors on this device."""
+    return native is not None and (device.type == "cpu" or has_kernels(device))
 
 
 def status() -> str:

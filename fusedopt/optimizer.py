@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 Group = dict[str, Any]
+# By device: found_inf, loss scale and clip tensor (see grad_norm), or None where there is none.
+Scaling = dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]]
 # Parameters whose state this step creates, and its keys.
 Created = dict[Tensor, list[str]]
 
@@ -33,8 +36,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     _required_slots: ClassVar[tuple[str, ...]] = ()
     _all_slots: ClassVar[tuple[str, ...]]
 
+    # Clip the norm of all gradients of a step to this much; may be changed at any time.
+    max_grad_norm: float | None = None
+    # Unscale, check and skip for torch.amp.GradScaler inside the step.
+    amp_fused: bool = False
+
     # The tensor lists of the last step, as the native module remembers them. Never pickled.
     _plan: Any = None
+    # Memory on the devices, kept for good: a captured graph goes on using it.
+    _norm: GradNorm | None = None
+    _tickets: dict[torch.device, Tensor] | None = None
+    _clips: dict[torch.device, Tensor] | None = None  # of the last step
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -50,8 +62,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The new values of the parameter and of its state, computed out of place."""
         raise NotImplementedError
 
-    def _sparse_update(self, group: Group, param: Tensor) -> None:
-        """Updates ``param`` from its sparse gradient; only called if ``_takes_sparse``."""
+    def _sparse_update(self, group: Group, param: Tensor, grad: Tensor) -> None:
+        """Updates ``param`` from a sparse gradient; only called if ``_takes_sparse``."""
         raise NotImplementedError
 
     def _initial_state(self, group: Group, param: Tensor) -> Tensor:
@@ -59,25 +71,50 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Construction -----------------------------------------------------------------------------
 
-    def _finish_init(self, *, l1: float, **switches: bool) -> None:
-        """Adds the options that torch does not have, where they are on, and leaves AMP to the
-        scaler.
+    def _finish_init(
+        self, *, l1: float, max_grad_norm: float | None, amp_fused: bool, **switches: bool
+    ) -> None:
+        """Adds the options that torch does not have, where they are on.
 
         An option that is off is in no group, so that checkpoints stay those of torch.
         """
         if not l1 >= 0.0:
             raise ValueError(f"Invalid l1 value: {l1}")
+        _check_max_grad_norm(max_grad_norm)
+        self.max_grad_norm = max_grad_norm
+        self.amp_fused = amp_fused
         for name, value in {"l1": l1, **switches}.items():
             if value:
                 self.defaults[name] = value
                 for group in self.param_groups:
                     group.setdefault(name, value)
+        self._leave_amp_to_scaler()
+
+    def _leave_amp_to_scaler(self) -> None:
         # torch sets this for fused=True; unset, GradScaler unscales and skips by itself.
         self.__dict__.pop("_step_supports_amp_scaling", None)
+        if self.amp_fused:
+            self._step_supports_amp_scaling = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"max_grad_norm": self.max_grad_norm, "amp_fused": self.amp_fused}
+        return {**super().__getstate__(), **{key: value for key, value in own.items() if value}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._leave_amp_to_scaler()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last step, unscaled and before it was clipped: a 0-dim
+        float64 tensor on the device of the first gradient. None without ``max_grad_norm``.
+
+        Reading it starts no synchronization; ``.item()`` does.
+        """
+        if not self._clips:
+            return None
+        return next(iter(self._clips.values()))[NORM].clone()
 
     # step() -----------------------------------------------------------------------------------
 
@@ -102,12 +139,44 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # a compiled training step breaks its graph here
     def _take_step(self) -> None:
-        todo = self._native_step(self._plan)
+        scaling = self._grad_scaling()
+        todo = self._native_step(self._plan, scaling)
         if todo is not None:
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                self._checked_step(todo)
+                self._checked_step(todo, scaling)
 
-    def _native_step(self, plan: Any, grads: dict[int, Tensor | None] | None = None) -> Any:
+    @torch.no_grad()
+    def _grad_scaling(self) -> Scaling | None:
+        """What this step multiplies the gradients with, and whether it is skipped: from the
+        GradScaler, which sets ``grad_scale`` and ``found_inf`` for the step, and from clipping."""
+        self._clips = None
+        if self.max_grad_norm is None and not self.amp_fused:
+            return None
+        _check_max_grad_norm(self.max_grad_norm)
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        grads = [grad for grad in grads if grad is not None]
+        devices = dict.fromkeys(grad.device for grad in grads)
+
+        def on_devices(name: str) -> dict[torch.device, Tensor]:
+            value = getattr(self, name, None) if self.amp_fused else None
+            if value is None:
+                return {}
+            scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
+            return {d: scalar.reshape(()) for d, scalar in scalars.items()}
+
+        found_inf, scale = on_devices("found_inf"), on_devices("grad_scale")
+        if self.max_grad_norm is not None and grads:
+            self._norm = self._norm or GradNorm()
+            self._clips = self._norm.measure(grads, self.max_grad_norm, scale, self.amp_fused)
+        clips = self._clips or {}
+        return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
+
+    def _native_step(
+        self,
+        plan: Any,
+        scaling: Scaling | None,
+        grads: dict[int, Tensor | None] | None = None,
+    ) -> Any:
         """One native call for all groups.
 
         Returns None when the step is done. Otherwise nothing was written, and it returns the
@@ -116,10 +185,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if plan is None:
             return False
-        return plan.step(self.param_groups, self.state, torch.get_num_threads(), grads)
+        return plan.step(self.param_groups, self.state, torch.get_num_threads(), grads, scaling)
 
-    def _checked_step(self, todo: list[int] | bool) -> None:
+    def _checked_step(self, todo: list[int] | bool, scaling: Scaling | None) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        for g, group in enumerate(self.param_groups if capturing else ()):
+            if not group.get("capturable"):
+                raise RuntimeError(
+                    f"fusedopt.{type(self).__name__}: step() is being captured into a CUDA graph, "
+                    f"but param group {g} has capturable=False; construct the optimizer with "
+                    "capturable=True"
+                )
         plan, self._plan = self._plan, None  # kept only if the step succeeds
         created: Created = {}
         if todo is not False:
@@ -135,25 +212,37 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._check(g, i)
                 for g, i in self._with_grad():
                     self._complete_state(g, i, created)
+                if created and capturing:
+                    raise RuntimeError(
+                        f"fusedopt.{type(self).__name__}: the first step creates state, which "
+                        "cannot be captured into a CUDA graph; run a step before the capture"
+                    )
                 if backend.native is None:
                     plan, todo = None, None
                     for g, i in self._with_grad():
-                        self._python_step(g, i, created)
+                        self._python_step(g, i, created, scaling)
                 else:
                     plan = self._make_plan(created)
-                    todo = self._native_step(plan)
+                    todo = self._native_step(plan, scaling)
             if todo is not None:
-                self._mixed_step(plan, todo, created)
+                self._mixed_step(plan, todo, created, scaling)
         except BaseException:
-            for param, keys in created.items():
-                for key in keys:
-                    self.state[param].pop(key, None)
-                if not self.state[param]:
-                    del self.state[param]
+            self._discard(created)
             raise
+        if created and not self._has_step and scaling and any(map(_skips, scaling.values())):
+            # Without a step count, it is the state that says that there was a first step.
+            self._discard(created)
+            plan = None
         self._plan = plan
 
-    def _mixed_step(self, plan: Any, todo: Any, created: Created) -> None:
+    def _discard(self, created: Created) -> None:
+        for param, keys in created.items():
+            for key in keys:
+                self.state[param].pop(key, None)
+            if not self.state[param]:
+                del self.state[param]
+
+    def _mixed_step(self, plan: Any, todo: Any, created: Created, scaling: Scaling | None) -> None:
         """Copies gradients that have another layout than their parameter, does all that the
         native side takes in one call, and the rest with the Python rule."""
         grads: dict[int, Tensor | None] = {}
@@ -164,13 +253,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             grads[entry] = _in_layout_of(param, param.grad) if native else None
             if grads[entry] is None:
                 python.append((g, i))
-        if todo is False or self._native_step(plan, grads) is not None:
+        if todo is False or self._native_step(plan, scaling, grads) is not None:
             raise RuntimeError(
                 f"fusedopt.{type(self).__name__}: parameters, gradients or state changed while "
                 "step() was reading them; do not step one optimizer from several threads at once"
             )
         for g, i in python:
-            self._python_step(g, i, created)
+            self._python_step(g, i, created, scaling)
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
         for g, group in enumerate(self.param_groups):
@@ -181,16 +270,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _complete_state(self, g: int, i: int, created: Created) -> None:
         """Creates the state that the parameter lacks: all of it at its first step, or what an
         option needs that was switched on later (amsgrad, momentum, centered)."""
-        param = self.param_groups[g]["params"][i]
+        group = self.param_groups[g]
+        param = group["params"][i]
         for key in self._missing_state(g, i):
             state = self.state[param]
             if key != "step":
-                state[key] = self._initial_state(self.param_groups[g], param)
-            elif key in state:
-                state[key] = state[key].double()
+                state[key] = self._initial_state(group, param)
+            elif key not in state:
+                state[key] = self._new_step(group, param)
+            elif self._counts_on_device(group, param):
+                state[key] = state[key].to(dtype=torch.float32, device=param.device)
                 continue
             else:
-                state[key] = _new_step(self.param_groups[g], param)
+                state[key] = state[key].double()
+                continue
             created.setdefault(param, []).append(key)
 
     def _missing_state(self, g: int, i: int) -> list[str]:
@@ -204,20 +297,44 @@ class FusedOptimizer(torch.optim.Optimizer):
         missing = [key for key in self._slots(group) if state.get(key) is None]
         if self._has_step:
             step = state.get("step")
-            if step is None or (
-                step.dtype == torch.float32
-                and step.device.type == "cpu"
-                and step.item() >= _LAST_FLOAT32_STEP
-            ):
+            if step is None or not self._can_count(group, param, step):
                 missing.insert(0, "step")
         return missing
 
+    def _counts_on_device(self, group: Group, param: Tensor) -> bool:
+        """Whether only the device knows how many steps there were."""
+        return param.device.type != "cpu" and bool(group.get("capturable") or self.amp_fused)
+
+    def _can_count(self, group: Group, param: Tensor, step: Tensor) -> bool:
+        if step.device.type != "cpu":
+            return True
+        if self._counts_on_device(group, param):
+            return False
+        return step.dtype != torch.float32 or step.item() < _LAST_FLOAT32_STEP
+
+    def _new_step(self, group: Group, param: Tensor) -> Tensor:
+        fused = group.get("fused")
+        double = torch.get_default_dtype() == torch.float64 and not fused
+        return torch.zeros(
+            (),
+            dtype=torch.float64 if double else torch.float32,
+            device=param.device if fused or self._counts_on_device(group, param) else "cpu",
+        )
+
     def _make_plan(self, created: Created) -> Any:
         plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")
+        self._tickets = self._tickets or {}
+        for device in {p.device for group in self.param_groups for p in group["params"]}:
+            if backend.has_kernels(device):
+                if device not in self._tickets:
+                    self._tickets[device] = torch.zeros(
+                        backend.native.NUM_TICKETS, dtype=torch.float32, device=device
+                    )
+                plan.add_tickets(self._tickets[device])
         for group in self.param_groups:
             keys = self._slots(group)
-            python = bool(group.get("differentiable") or group.get("capturable"))
-            plan.add_group(python)
+            python = bool(group.get("differentiable"))
+            plan.add_group(python, bool(group.get("capturable")))
             for param in group["params"]:
                 state = self.state.get(param)
                 if state and not python:
@@ -228,12 +345,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The Python rule --------------------------------------------------------------------------
 
-    def _python_step(self, g: int, i: int, created: Created) -> None:
+    def _python_step(self, g: int, i: int, created: Created, scaling: Scaling | None) -> None:
         group = self.param_groups[g]
         param = group["params"][i]
         grad = param.grad
+        factor = None
+        if scaling is not None:
+            if _skips(scaling[param.device]):
+                return
+            factor = _grad_factor(scaling[param.device])
         if _is_sparse(grad):
-            self._sparse_update(group, param)
+            self._sparse_update(group, param, grad if factor is None else grad * factor)
             return
         state = self.state.get(param, {})
         step = self._next_step(group, param, created)
@@ -244,7 +366,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         opmath = torch.float32 if old[0].dtype.itemsize == 2 else old[0].dtype
         # What autograd saves must not be what copy_ overwrites below.
         param_, *slots = (t.to(opmath, copy=bool(group["differentiable"])) for t in old)
-        new = self._python_rule(group, step, param_, grad.to(opmath), *slots)
+        grad = grad.to(opmath)
+        grad = grad if factor is None else grad * factor
+        new = self._python_rule(group, step, param_, grad, *slots)
         if self._has_step:
             state["step"] += 1
         for tensor, value in zip(old, new, strict=True):
@@ -308,7 +432,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "several of its elements share one memory location (an expanded tensor?); "
                 "clone() it before optimizing",
             )
-        if group.get("capturable") and param.device.type == "cpu":
+        if group.get("capturable") and not (
+            param.device.type != "cpu" or backend.has_kernels(param.device)
+        ):
             fail(
                 RuntimeError,
                 "If capturable=True, params and state_steps must be on an accelerator; "
@@ -520,6 +646,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         return state
 
 
+def _check_max_grad_norm(value: Any) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and value >= 0.0):
+        raise ValueError(f"Invalid max_grad_norm value: {value}")
+
+
+def _skips(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) -> bool:
+    found_inf, _, clip = scaling
+    return bool(
+        (found_inf is not None and found_inf != 0) or (clip is not None and clip[SKIP] != 0)
+    )
+
+
+def _grad_factor(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Tensor | None:
+    _, loss_scale, clip = scaling
+    factor = None if clip is None else clip[FACTOR]
+    if loss_scale is not None:
+        factor = loss_scale.double().reciprocal() * (1.0 if factor is None else factor)
+    return factor
+
+
 def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> Any:
     try:
         count = float(step)
@@ -530,16 +676,6 @@ def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> An
     if isinstance(step, Tensor) and (saved_group.get("fused") or saved_group.get("capturable")):
         return step.to(dtype=torch.float32, device=param.device)
     return step
-
-
-def _new_step(group: Group, param: Tensor) -> Tensor:
-    fused = group.get("fused")
-    double = torch.get_default_dtype() == torch.float64 and not fused
-    return torch.zeros(
-        (),
-        dtype=torch.float64 if double else torch.float32,
-        device=param.device if fused or group.get("capturable") else "cpu",
-    )
 
 
 def _is_sparse(tensor: Tensor) -> bool:

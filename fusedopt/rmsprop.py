@@ -74,6 +74,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         *,
         eps_inside_sqrt: bool = False,
         l1: float = 0,
+        max_grad_norm: float | None = None,
+        amp_fused: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -88,7 +90,12 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             maximize,
             differentiable,
         )
-        self._finish_init(l1=l1, eps_inside_sqrt=eps_inside_sqrt)
+        self._finish_init(
+            l1=l1,
+            max_grad_norm=max_grad_norm,
+            amp_fused=amp_fused,
+            eps_inside_sqrt=eps_inside_sqrt,
+        )
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:

@@ -63,6 +63,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         l1: float = 0,
+        max_grad_norm: float | None = None,
+        amp_fused: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -76,7 +79,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._finish_init(l1=l1)
+        self._finish_init(
+            l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused, capturable=capturable
+        )
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:
@@ -101,8 +106,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
         return param - lr * direction, momentum_buffer
 
-    def _sparse_update(self, group: Group, param: Tensor) -> None:
-        grad = -param.grad if group["maximize"] else param.grad
+    def _sparse_update(self, group: Group, param: Tensor, grad: Tensor) -> None:
+        grad = -grad if group["maximize"] else grad
         momentum = group["momentum"]
         if momentum != 0:
             state = self.state[param]

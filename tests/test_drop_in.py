@@ -61,13 +61,15 @@ def outcome(build, *args, **kwargs):
 @every_name
 def test_signature(name):
     ours, stock = (inspect.signature(cls.__init__).parameters for cls in both(name))
-    extras = [p for key, p in ours.items() if key in EXTRAS]
-    assert all(p.kind is p.KEYWORD_ONLY and p.default == 0 for p in extras)
+    extras = {key for key in ours if key not in stock}
+    assert extras - {"capturable"} <= {*EXTRAS, "max_grad_norm", "amp_fused"}
+    assert all(ours[key].kind is inspect.Parameter.KEYWORD_ONLY for key in extras)
+    assert not any(ours[key].default for key in extras)
 
     def described(parameters):
-        return [(p.name, p.default, p.kind) for p in parameters if p.name not in EXTRAS]
+        return [(p.name, p.default, p.kind) for p in parameters.values() if p.name not in extras]
 
-    assert described(ours.values()) == described(stock.values())
+    assert described(ours) == described(stock)
 
 
 @every_name
@@ -78,7 +80,7 @@ def test_class(name):
     assert ours.__name__ == name and ours.__module__.startswith("fusedopt")
     assert isinstance(opt, torch.optim.Adam) == issubclass(stock, torch.optim.Adam)
     assert callable(opt.profile_hook_step)
-    assert set(fusedopt.__all__) == set(NAMES)
+    assert set(fusedopt.__all__) == {*NAMES, "clip_grad_norm_"}
 
 
 @every_name

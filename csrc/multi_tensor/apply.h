@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "launch_table.h"
 #include "tensor_view.h"
 
 namespace fusedopt {
@@ -14,31 +15,46 @@ struct PreparedUpdate;
 using ChunkKernel = void (*)(const PreparedUpdate& update, void* const* slots, std::int64_t begin,
                              std::int64_t count);
 
+// A kernel on the device: there is one for each update of each rule, in float and in double.
+struct DeviceKernel {
+  int num_slots;
+  bool has_step;
+  void (*launch)(const LaunchTable& table, void* stream);
+};
+
 constexpr std::size_t kMaxCoefficientBytes = 128;
 
-// The update of one step, with its coefficients folded and its kernel chosen.
+// The update of one step, with its kernel chosen and its coefficients folded.
 struct PreparedUpdate {
-  ChunkKernel kernel = nullptr;
   SlotDtypes dtypes;
+  ChunkKernel kernel = nullptr;                                          // on the CPU, and
+  void (*scale_grads)(PreparedUpdate* update, double factor) = nullptr;  // folds a factor in
+  const DeviceKernel* device_kernel = nullptr;                           // on a GPU
+  bool on_device = false;  // the coefficients are the rule itself, which the kernel prepares
+  std::uint16_t num_bytes = 0;
   alignas(16) std::byte coefficients[kMaxCoefficientBytes];
 };
 
 // One tensor of a step: where its slots are and which of the prepared updates it gets.
 struct TensorTask {
   std::uint32_t update;
+  bool first_step;
   std::int64_t numel;
   void* slots[kMaxSlots];
+  void* step;  // its count, if that lives on the device
 };
 
-// Runs one step over all tensors.
+// What one step does on one device.
 class Step {
  public:
   std::vector<PreparedUpdate> updates;
   std::vector<TensorTask> tasks;
+  StepScaling scaling;
 
   void clear() {
     updates.clear();
     tasks.clear();
+    scaling = {};
   }
 };
 
@@ -52,8 +68,20 @@ const char* name(Isa isa);
 template <Isa isa, typename Rule>
 PreparedUpdate prepare_cpu(const Rule& rule, double step, const SlotDtypes& dtypes);
 
+// Defined in apply_cuda.cuh; ops/ instantiates it for every rule.
 template <typename Rule>
-PreparedUpdate prepare(const Rule& rule, double step, const SlotDtypes& dtypes) {
+PreparedUpdate prepare_cuda(const Rule& rule, double step, const SlotDtypes& dtypes,
+                            bool on_device);
+
+enum class Where { kCpu, kGpu, kGpuPrepares };
+
+template <typename Rule>
+PreparedUpdate prepare(const Rule& rule, double step, const SlotDtypes& dtypes, Where where) {
+#if FUSEDOPT_HAS_CUDA
+  if (where != Where::kCpu) return prepare_cuda(rule, step, dtypes, where == Where::kGpuPrepares);
+#else
+  static_cast<void>(where);
+#endif
   switch (cpu_isa()) {
 #if FUSEDOPT_HAS_AVX512
     case Isa::avx512:
@@ -68,6 +96,14 @@ PreparedUpdate prepare(const Rule& rule, double step, const SlotDtypes& dtypes) 
   }
 }
 
-void apply_cpu(const Step& step, int num_threads);
+// Whether threads may be used: not in a forked child.
+bool can_fork();
+
+// False if the scaling says that the step is skipped: then nothing was written.
+bool apply_cpu(Step* step, int num_threads);
+
+// Launches the step on the stream of the device. With step counts on the device it needs
+// kMaxTableTensors zeros there, which are zeros again afterwards. Throws std::runtime_error.
+void apply_cuda(const Step& step, int device, void* stream, std::uint32_t* tickets);
 
 }  // namespace fusedopt

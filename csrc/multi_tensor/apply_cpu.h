@@ -103,13 +103,23 @@ void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::
   }
 }
 
+template <Isa isa, typename Update>
+void scale_grads(PreparedUpdate* prepared, double factor) {
+  Update update = coefficients<Update>(*prepared);
+  auto& grad_factor = update.penalized_grad.grad_factor;
+  grad_factor *= static_cast<std::decay_t<decltype(grad_factor)>>(factor);
+  std::memcpy(prepared->coefficients, &update, sizeof(update));
+}
+
 template <Isa isa, typename Rule>
 PreparedUpdate prepare_cpu(const Rule& rule, double step, const SlotDtypes& dtypes) {
   PreparedUpdate prepared;
   prepared.dtypes = dtypes;
   const auto use = [&](ChunkKernel kernel, const auto& update) {
     static_assert(sizeof(update) <= kMaxCoefficientBytes);
+    using Update = std::decay_t<decltype(update)>;
     prepared.kernel = kernel;
+    prepared.scale_grads = scale_grads<isa, Update>;
     std::memcpy(prepared.coefficients, &update, sizeof(update));
   };
   if (dtypes.all(Dtype::kFloat64)) {

@@ -19,13 +19,16 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-// What a tensor is on this side: memory that someone else owns, on the CPU.
+constexpr int kCpu = -1;  // a device; GPUs count from 0
+
+// What a tensor is on this side: memory that someone else owns.
 struct TensorView {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
   int ndim = 0;
   const std::int64_t* shape = nullptr;
   const std::int64_t* strides = nullptr;
+  int device = kCpu;
 };
 
 // A tensor being updated has a parameter, a gradient and up to three state tensors.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fusedopt {
@@ -24,5 +25,25 @@ constexpr int kHalfElements = 64;
 // Elements that the loop for mixed dtypes converts to float at a time. Same setting:
 // 32: 1.0, 64: 0.80, 128: 0.69, 256: 0.64, 512: 0.60.
 constexpr int kConvertElements = 512;
+
+// The constants below have not been measured on a GPU yet.
+
+// What a kernel takes as arguments: 32,764 bytes since CUDA 12.1, 4 KB before.
+#if !defined(CUDART_VERSION) || CUDART_VERSION >= 12010
+constexpr std::size_t kMaxArgumentBytes = 32764;
+#else
+constexpr std::size_t kMaxArgumentBytes = 4096;
+#endif
+constexpr std::size_t kTableBytes = kMaxArgumentBytes / 16 * 16 - 96;
+
+// Threads of a block, and elements of one tensor that a block updates: each thread has eight
+// elements in flight, eight times over.
+constexpr int kBlockThreads = 256;
+constexpr std::int64_t kBlockElements = 16384;
+
+// Elements of which one block sums the squares, and the columns it does it in: the order of the sum
+// is that of the columns, on every device.
+constexpr std::int64_t kNormElements = 65536;
+constexpr int kNormColumns = 2048;
 
 }  // namespace fusedopt

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "host_device.h"
+#include "number.h"
 #include "penalized_grad.h"
 
 namespace fusedopt {
@@ -28,12 +29,13 @@ struct AdagradUpdate {
 };
 
 struct Adagrad {
-  double lr, lr_decay, eps, weight_decay, l1;
+  Number lr;
+  double lr_decay, eps, weight_decay, l1;
   bool maximize;
 
   template <typename Options>
   static Adagrad from(const Options& options) {
-    return {options("lr"),           options("lr_decay"),    options("eps"),
+    return {options.number("lr"),    options("lr_decay"),    options("eps"),
             options("weight_decay"), options.get("l1", 0.0), options("maximize") != 0};
   }
 

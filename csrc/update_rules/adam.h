@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "host_device.h"
+#include "number.h"
 #include "penalized_grad.h"
 
 namespace fusedopt {
@@ -59,15 +60,21 @@ struct AdamUpdate {
 };
 
 struct Adam {
-  double lr, beta1, beta2, eps, weight_decay, l1;
+  Number lr, beta1, beta2;
+  double eps, weight_decay, l1;
   bool amsgrad, maximize, decoupled_weight_decay;
 
   template <typename Options>
   static Adam from(const Options& options) {
-    return {
-        options("lr"),           options("betas", 0),      options("betas", 1),
-        options("eps"),          options("weight_decay"),  options.get("l1", 0.0),
-        options("amsgrad") != 0, options("maximize") != 0, options("decoupled_weight_decay") != 0};
+    return {options.number("lr"),
+            options.number("betas", 0),
+            options.number("betas", 1),
+            options("eps"),
+            options("weight_decay"),
+            options.get("l1", 0.0),
+            options("amsgrad") != 0,
+            options("maximize") != 0,
+            options("decoupled_weight_decay") != 0};
   }
 
   static constexpr bool kHasStep = true;
@@ -82,6 +89,7 @@ struct Adam {
  private:
   template <typename T, bool kAmsgrad>
   FUSEDOPT_HD AdamUpdate<T, kAmsgrad> fold(double step) const {
+    const double lr = this->lr, beta1 = this->beta1, beta2 = this->beta2;
     const bool decoupled = decoupled_weight_decay;
     return {penalized_grad<T>(maximize, decoupled ? 0 : weight_decay, decoupled ? 0 : l1),
             static_cast<T>(decoupled ? 1 - lr * weight_decay : 1),

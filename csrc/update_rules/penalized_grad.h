@@ -6,15 +6,16 @@ namespace fusedopt {
 
 // Gradient of the penalised objective, the first line of every rule:
 //   grad = (maximize ? -grad : grad) + weight_decay * param + l1 * sign(param)
+// where clipping and loss scaling have multiplied grad before, at no cost: by way of the sign.
 // A penalty that is zero is left out, as torch does: 0 * inf must not reach the gradient.
 template <typename T>
 struct PenalizedGrad {
-  T grad_sign;
+  T grad_factor;
   T weight_decay;
   T l1;
 
   FUSEDOPT_HD T operator()(T grad, T param) const {
-    grad = grad_sign * grad;
+    grad = grad_factor * grad;
     grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
     grad = l1 != T(0) ? grad + l1 * sign(param) : grad;
     return grad;

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "host_device.h"
+#include "number.h"
 #include "penalized_grad.h"
 
 namespace fusedopt {
@@ -58,12 +59,13 @@ struct RMSpropUpdate {
 };
 
 struct RMSprop {
-  double lr, alpha, eps, weight_decay, l1, momentum;
+  Number lr;
+  double alpha, eps, weight_decay, l1, momentum;
   bool centered, maximize, eps_inside_sqrt;
 
   template <typename Options>
   static RMSprop from(const Options& options) {
-    return {options("lr"),
+    return {options.number("lr"),
             options("alpha"),
             options("eps"),
             options("weight_decay"),

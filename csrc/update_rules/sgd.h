@@ -6,6 +6,7 @@
 #pragma once
 
 #include "host_device.h"
+#include "number.h"
 #include "penalized_grad.h"
 
 namespace fusedopt {
@@ -36,12 +37,13 @@ struct SGDUpdate {
 };
 
 struct SGD {
-  double lr, momentum, dampening, weight_decay, l1;
+  Number lr;
+  double momentum, dampening, weight_decay, l1;
   bool nesterov, maximize;
 
   template <typename Options>
   static SGD from(const Options& options) {
-    return {options("lr"),           options("momentum"),    options("dampening"),
+    return {options.number("lr"),    options("momentum"),    options("dampening"),
             options("weight_decay"), options.get("l1", 0.0), options("nesterov") != 0,
             options("maximize") != 0};
   }

@@ -1,0 +1,85 @@
+#pragma once
+
+// The kernels of the rules and their launch. ops/*.cu instantiate prepare_cuda for each rule.
+
+#include <cstring>
+
+#include "apply.h"
+#include "apply_kernel.h"
+#include "launch_table.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace fusedopt {
+
+#if defined(__CUDACC__)
+
+template <typename T, typename Rule, typename Update>
+__global__ void __launch_bounds__(kBlockThreads)
+    update_kernel(const __grid_constant__ LaunchTable table) {
+  __shared__ BlockTask<Update> task;
+  if (threadIdx.x == 0) begin_block<T, Rule>(table, blockIdx.x, &task);
+  __syncthreads();
+  run_block<T>(task, threadIdx.x, blockDim.x);
+}
+
+template <typename T, typename Rule, typename Update>
+void launch(const LaunchTable& table, void* stream) {
+  update_kernel<T, Rule, Update>
+      <<<table.num_chunks, kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+}
+
+#else  // FUSEDOPT_CUDA_ON_HOST
+
+template <typename T, typename Rule, typename Update>
+void launch(const LaunchTable& table, void*) {
+  for (std::uint32_t block = 0; block < table.num_chunks; ++block) {
+    BlockTask<Update> task;
+    begin_block<T, Rule>(table, block, &task);
+    for (std::uint32_t thread = 0; thread < kBlockThreads; ++thread) {
+      run_block<T>(task, thread, kBlockThreads);
+    }
+  }
+}
+
+#endif
+
+template <typename T, typename Rule, typename Update>
+const DeviceKernel kDeviceKernel = {2 + Update::kNumStates, Rule::kHasStep,
+                                    launch<T, Rule, Update>};
+
+template <typename Rule>
+PreparedUpdate prepare_cuda(const Rule& rule, double step, const SlotDtypes& dtypes,
+                            bool on_device) {
+  PreparedUpdate prepared;
+  prepared.dtypes = dtypes;
+  prepared.on_device = on_device;
+  const auto use = [&](const DeviceKernel& kernel, const auto& update) {
+    prepared.device_kernel = &kernel;
+    const auto keep = [&](const auto& what) {
+      static_assert(sizeof(what) <= kMaxCoefficientBytes);
+      prepared.num_bytes = sizeof(what);
+      std::memcpy(prepared.coefficients, &what, sizeof(what));
+    };
+    if (on_device) {
+      keep(rule);
+    } else {
+      keep(update);
+    }
+  };
+  // What the device prepares is prepared here too, for its type alone.
+  if (dtypes.all(Dtype::kFloat64)) {
+    rule.template prepare<double>(step, [&](const auto& update) {
+      use(kDeviceKernel<double, Rule, std::decay_t<decltype(update)>>, update);
+    });
+  } else {
+    rule.template prepare<float>(step, [&](const auto& update) {
+      use(kDeviceKernel<float, Rule, std::decay_t<decltype(update)>>, update);
+    });
+  }
+  return prepared;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,8 @@
+#include "../multi_tensor/apply_cuda.cuh"
+#include "../update_rules/adagrad.h"
+
+namespace fusedopt {
+
+template PreparedUpdate prepare_cuda(const Adagrad&, double, const SlotDtypes&, bool);
+
+}  // namespace fusedopt

@@ -1,0 +1,54 @@
+#include "../multi_tensor/grad_norm_cpu.h"
+#include "../multi_tensor/half.h"
+
+namespace fusedopt {
+
+namespace {
+
+// `load(row, n, buffer)` returns n elements of the row, in the buffer if they are not in memory as T.
+template <Isa isa, typename T, typename Load>
+double sum_columns(std::int64_t count, T factor, Load&& load) {
+  alignas(64) T sums[kNormColumns] = {};
+  alignas(64) T buffer[kNormColumns];
+  for (std::int64_t row = 0; row < count; row += kNormColumns) {
+    const std::int64_t left = count - row;
+    const int n = left < kNormColumns ? static_cast<int>(left) : kNormColumns;
+    const T* const grads = load(row, n, buffer);
+#pragma omp simd
+    for (int c = 0; c < n; ++c) {
+      const T grad = grads[c] * factor;
+      sums[c] = sums[c] + grad * grad;
+    }
+  }
+  for (int half = kNormColumns / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int c = 0; c < half; ++c) sums[c] = sums[c] + sums[c + half];
+  }
+  return sums[0];
+}
+
+}  // namespace
+
+template <Isa isa>
+double sum_chunk(const GradToMeasure& grad, std::int64_t begin, double factor) {
+  const std::int64_t left = grad.numel - begin;
+  const std::int64_t count = left < kNormElements ? left : kNormElements;
+  if (grad.dtype == Dtype::kFloat64) {
+    const auto* data = static_cast<const double*>(grad.data) + begin;
+    return sum_columns<isa, double>(count, factor,
+                                    [&](std::int64_t row, int, double*) { return data + row; });
+  }
+  return sum_columns<isa, float>(count, static_cast<float>(factor),
+                                 [&](std::int64_t row, int n, float* buffer) -> const float* {
+                                   if (grad.dtype == Dtype::kFloat32) {
+                                     return static_cast<const float*>(grad.data) + begin + row;
+                                   }
+                                   load_as_float<isa>(grad.dtype, grad.data, begin + row, n,
+                                                      buffer);
+                                   return buffer;
+                                 });
+}
+
+template double sum_chunk<Isa::FUSEDOPT_ISA>(const GradToMeasure&, std::int64_t, double);
+
+}  // namespace fusedopt

@@ -1,0 +1,173 @@
+"""The norm of all gradients together, measured in one native call per device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+# What a clip tensor begins with (float64, one per device); the native module keeps more behind it.
+NORM, FACTOR, SKIP = range(3)
+_HEADER = 4
+
+
+class GradNorm:
+    r"""Measures :math:`\lVert g \rVert_2` over all gradients of a step, and what clips it.
+
+    The results stay on the devices of the gradients: nothing waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        # Kept from step to step: a captured graph goes on using the memory.
+        self._clip: dict[torch.device, Tensor] = {}
+
+    def measure(
+        self,
+        grads: Iterable[Tensor],
+        max_norm: float = float("inf"),
+        loss_scale: dict[torch.device, Tensor] | None = None,
+        skip_nonfinite: bool = False,
+    ) -> dict[torch.device, Tensor]:
+        """The clip tensor of each device: norm, factor (:math:`\\min(1, \\mathrm{max\\_norm} /
+        (\\mathrm{norm} + 10^{-6}))`), and whether to skip the step because the norm is not finite.
+
+        ``loss_scale``: what the gradients of a device are to be divided by first.
+        """
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in grads:
+            by_device.setdefault(grad.device, []).append(grad)
+        clips = {}
+        for device, of_device in by_device.items():
+            scale = (loss_scale or {}).get(device)
+            clips[device] = self._measure(device, of_device, max_norm, scale, skip_nonfinite)
+        if len(clips) > 1:
+            first = next(iter(clips.values()))
+            norms = [clip[NORM].to(first.device, non_blocking=True) for clip in clips.values()]
+            combined = _clip_of(torch.stack(norms).norm(), max_norm, skip_nonfinite)
+            for clip in clips.values():
+                clip[:_HEADER].copy_(combined, non_blocking=True)
+        return clips
+
+    def _measure(
+        self,
+        device: torch.device,
+        grads: list[Tensor],
+        max_norm: float,
+        loss_scale: Tensor | None,
+        skip_nonfinite: bool,
+    ) -> Tensor:
+        if device not in self._clip:
+            self._clip[device] = torch.zeros(_HEADER, dtype=torch.float64, device=device)
+        if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
+            self._clip[device][:_HEADER] = _clip_of(
+                _norm(grads, loss_scale), max_norm, skip_nonfinite
+            )
+            return self._clip[device]
+        while True:
+            answer = backend.native.grad_norm(
+                grads,
+                self._clip[device],
+                loss_scale,
+                max_norm,
+                skip_nonfinite,
+                torch.get_num_threads(),
+            )
+            if answer is None:
+                return self._clip[device]
+            if isinstance(answer, int):
+                self._clip[device] = torch.zeros(answer, dtype=torch.float64, device=device)
+                continue
+            grads = list(grads)
+            for i in answer:
+                grads[i] = _flat(grads[i])
+
+
+def _flat(grad: Tensor) -> Tensor:
+    """The same elements in memory of their own."""
+    if type(grad) not in (Tensor, torch.nn.Parameter):
+        raise TypeError(
+            f"gradients of type {type(grad).__name__} cannot be measured here; clip them with "
+            "torch.nn.utils.clip_grad_norm_ before step()"
+        )
+    grad = grad.detach()
+    if grad.layout is not torch.strided:
+        grad = grad.coalesce().values()
+    if grad.is_complex():
+        grad = torch.view_as_real(grad.resolve_conj())
+    if not grad.is_floating_point():
+        raise TypeError(f"gradients of dtype {grad.dtype} have no norm")
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
+def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
+    norms = [torch.linalg.vector_norm(_flat(grad).double()) for grad in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm if loss_scale is None else norm / loss_scale.double()
+
+
+def _clip_of(norm: Tensor, max_norm: float, skip_nonfinite: bool) -> Tensor:
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    skip = ~norm.isfinite() if skip_nonfinite else torch.zeros_like(norm, dtype=torch.bool)
+    return torch.stack([norm, factor, skip.double(), torch.zeros_like(norm)])
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Clip the gradients of the parameters, in place, to a norm of at most ``max_norm``.
+
+    .. math::
+        g \leftarrow g \cdot \min\!\left(1, \frac{\mathrm{max\_norm}}{\lVert g \rVert + 10^{-6}}
+        \right)
+
+    To clip and step, ``max_grad_norm=`` of the optimizers is faster: it does not write the
+    gradients.
+
+    Args:
+        parameters (Tensor or iterable of Tensor): those without a gradient are left out.
+        max_norm (float): the largest norm.
+        norm_type (float): norms other than 2 are left to torch (default: 2).
+        error_if_nonfinite (bool): raise if the norm is not finite; waits for the device
+            (default: False).
+        foreach (bool, optional): as in torch, for scaling the gradients.
+
+    Returns:
+        The norm before clipping, a 0-dim tensor.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+        TypeError: a gradient is neither floating point nor complex.
+
+    Differences from torch.nn.utils.clip_grad_norm_: the norm of float16 and bfloat16 gradients is
+    summed in float32 and clips with that accuracy; gradients of sparse layout are measured too.
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    parameters = list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    ordinary = all(type(grad) in (Tensor, torch.nn.Parameter) for grad in grads)
+    if float(norm_type) != 2.0 or not grads or not ordinary:
+        return torch.nn.utils.clip_grad_norm_(
+            parameters, max_norm, norm_type, error_if_nonfinite, foreach
+        )
+    clips = GradNorm().measure(grads)
+    norm = clips[grads[0].device][NORM].clone()
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            "so it cannot be clipped. To disable this error and scale the gradients by the "
+            "non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+    dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads)).to_real()
+    accurate = torch.promote_types(dtype, torch.float32)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.to(accurate), foreach)
+    return norm.to(dtype)
