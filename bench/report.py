@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -61,6 +62,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "gpu": _gpu(device) if device.type == "cuda" else None,
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -69,15 +71,37 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def headline(facts: dict[str, Any]) -> str:
     """One line of `environment` for the top of a plot or a table."""
-    where = facts["cpu"] if facts["device"] == "cpu" else facts["device"]
-    threads = f"{facts['threads']} threads"
-    return f"{where}, {threads}, torch {facts['torch']}, fusedopt {facts['fusedopt']}"
+    if facts["device"] == "cpu":
+        where = f"{facts['cpu']}, {facts['threads']} threads"
+    else:
+        where = f"{facts['device']}, driver {facts['gpu'].get('driver_version', '?')}"
+    return f"{where}, torch {facts['torch']}, fusedopt {facts['fusedopt']}"
 
 
 def _commit() -> str | None:
+    """What git says; outside a repository, what the environment variable COMMIT says."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return _output(describe) or os.environ.get("COMMIT")
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """What torch and, where it is installed, nvidia-smi know about a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    fields = "driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "ecc.mode.current"
+    query = ["nvidia-smi", f"--id=GPU-{properties.uuid}", "--format=csv,noheader"]
+    values = _output([*query, f"--query-gpu={','.join(fields)}"])
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        **(dict(zip(fields, values.split(", "), strict=True)) if values else {}),
+    }
+
+
+def _output(command: list[str]) -> str | None:
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -4,6 +4,10 @@ All contenders of a cell (workload, dtype, optimizer) share the parameters and t
 each per round, so that the noise of the machine hits all alike. Before every step a backward makes
 new gradients: what a step costs with warm gradients at last step's addresses is not what it costs
 in training.
+
+On a GPU there are three times. `median_ms` is the wall's: from an idle GPU until it has finished.
+`host_ms` ends when step() returns. `device_ms` is the GPU's own, with all launches in its queue:
+the cost of a step in a training whose host runs ahead; the share of the memory floor is of this.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -25,19 +29,29 @@ from torch import Tensor, nn
 
 import fusedopt
 from bench import optimizers, report, step_plots
-from bench.timing import OtherWork, elapsed_ms, pick_device
-from bench.workloads import WORKLOADS, shapes
+from bench.timing import OtherWork, device_ms, pick_device, wall_and_host_ms
+from bench.workloads import FOR_A_GPU, LARGE, WORKLOADS, shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEFAULT_BF16 = {"mlp_100x10k": list(optimizers.NAMES), "gpt2_124m": ["adam"]}
+DEFAULT_BF16 = {
+    "cpu": {"mlp_100x10k": tuple(optimizers.NAMES), "gpt2_124m": ("adam",)},
+    "cuda": dict.fromkeys(LARGE, tuple(optimizers.NAMES)),
+}
 ARGUMENTS = {"sgd": {"momentum": 0.9}}
-MODES = ("forloop", "foreach", "fused", "fusedopt", "floor")
+STOCK_MODES = ("forloop", "foreach", "fused")
+MODES = (*STOCK_MODES, "fusedopt", "floor")
+MAX_GRAD_NORM = 1.0
 
 MINIMUM_ROUNDS = 5
 SLOW_MS = 50.0
 SLOW_RATIO = 3.0
 SLOW_STRIDE = 2  # a slow contender steps in every other round
 
+COPY_BYTES = 2**30  # far beyond any cache, and small beside the states of a large model
+HEAD_START = 1.5  # of the time that the host took for the last step
+HEAD_START_MS = 0.2
+
+GPU_NOTE = "GPU only: the speed-up without the time to launch; so are GB/s and share of the floor"
 BF16_SGD_NOTE = "† torch 2.13 computes bf16 fused SGD wrongly on the CPU (pytorch #191763)"
 
 
@@ -53,7 +67,9 @@ class Cell:
 class Model:
     """The parameters that all optimizers of one workload and dtype share."""
 
-    def __init__(self, workload: str, dtype: torch.dtype, device: torch.device, grads: str):
+    def __init__(
+        self, workload: str, dtype: torch.dtype, device: torch.device, keep_grads: bool = False
+    ):
         def tensors(fill: Callable[[Tensor], Tensor]) -> list[Tensor]:
             empty = partial(torch.empty, dtype=dtype, device=device)
             return [fill(empty(shape)) for shape in shapes(workload)]
@@ -61,7 +77,7 @@ class Model:
         self.device = device
         self.params = [nn.Parameter(tensor) for tensor in tensors(torch.zero_)]
         self.grads = tensors(lambda tensor: tensor.uniform_(-0.01, 0.01))
-        self.keep_grads = grads == "kept"
+        self.keep_grads = keep_grads
         self.scratch: list[Tensor] = []
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
@@ -78,43 +94,75 @@ class Model:
     def numel(self) -> int:
         return sum(param.numel() for param in self.params)
 
-    def bytes_per_step(self, states: int) -> int:
-        """Gradients are read; parameters and `states` tensors like them are read and written."""
-        return self.numel * self.params[0].itemsize * (1 + 2 * (1 + states))
+    def bytes_per_step(self, states: int, clip: bool) -> int:
+        """Gradients are read; parameters and `states` tensors like them are read and written.
 
-    def floor(self, states: int) -> Callable[[], object] | None:
-        """A loop over as many bytes as a step has to move, without the optimizer."""
+        Clipping has to read the gradients twice: there is no coefficient before the norm.
+        """
+        return self.numel * self.params[0].itemsize * (1 + clip + 2 * (1 + states))
+
+    def floor(self, states: int, clip: bool) -> Contender | None:
+        """A loop over as many bytes as a step has to move, without the optimizer.
+
+        On a GPU it is the rate of a copy of fixed size, in the time that this many bytes take.
+        """
         if self.device.type == "cuda":
-            half = self.bytes_per_step(states) // 2
-            source = torch.zeros(half, dtype=torch.uint8, device=self.device)
-            return partial(torch.empty_like(source).copy_, source)
-        if (native := fusedopt.backend.native) is None:
+            scale = self.bytes_per_step(states, clip) / (2 * COPY_BYTES)
+            return Contender("floor", copy_on(self.device), scale)
+        if (native := fusedopt.backend.native) is None or clip:
             return None
         while len(self.scratch) < 2 + states:
             # Not zeros: pages that nobody has written yet are all one page of zeros, in the cache.
             self.scratch.append(torch.ones(self.numel, dtype=self.params[0].dtype))
         grad, *written = self.scratch[: 2 + states]
-        return partial(native.memory_floor, [grad], written, torch.get_num_threads())
+        loop = partial(native.memory_floor, [grad], written, torch.get_num_threads())
+        return Contender("floor", loop)
+
+
+@cache
+def copy_on(device: torch.device) -> Callable[[], object]:
+    source = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
 
 
 @dataclass
 class Contender:
+    """What takes its turn, and the milliseconds of every turn, times `scale`."""
+
     name: str
     work: Callable[[], object]
-    samples: list[float] = field(default_factory=list)
+    scale: float = 1.0
+    wall: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
+    def take_turn(self, model: Model) -> None:
+        model.backward()
+        wall, host = wall_and_host_ms(self.work, model.device)
+        self.wall.append(wall * self.scale)
+        self.host.append(host * self.scale)
+        if model.device.type == "cuda":
+            model.backward()
+            head_start = HEAD_START_MS + HEAD_START * host
+            self.device.append(device_ms(self.work, model.device, head_start) * self.scale)
 
 
-def build_optimizers(model: Model, name: str) -> dict[str, torch.optim.Optimizer]:
+def build_optimizers(
+    model: Model, name: str, modes: Sequence[str], clip: bool
+) -> dict[str, torch.optim.Optimizer]:
     class_name, arguments = optimizers.NAMES[name], ARGUMENTS.get(name, {})
-    stock = getattr(torch.optim, class_name)
-    built = {"fusedopt": getattr(fusedopt, class_name)(model.params, **arguments)}
+    clipping = {"max_grad_norm": MAX_GRAD_NORM} if clip else {}
+    ours, stock = getattr(fusedopt, class_name), getattr(torch.optim, class_name)
+    built = {"fusedopt": ours(model.params, **arguments, **clipping)}
     for mode, flags in optimizers.stock_modes(class_name).items():
-        built[mode] = stock(model.params, **arguments, **flags)
+        if mode in modes:
+            built[mode] = stock(model.params, **arguments, **flags)
     return built
+
+
+def clip_and_step(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+    optimizer.step()
 
 
 def states_per_parameter(optimizer: torch.optim.Optimizer) -> int:
@@ -122,19 +170,34 @@ def states_per_parameter(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.shape == param.shape for value in optimizer.state[param].values())
 
 
-def measure(model: Model, cell: Cell, budget: float) -> dict[str, Any]:
-    built = build_optimizers(model, cell.optimizer)
-    for optimizer in built.values():
-        model.backward()
-        optimizer.step()
-    contenders = [Contender(mode, optimizer.step) for mode, optimizer in built.items()]
-    states = states_per_parameter(built["forloop"])
-    if floor := model.floor(states):
-        contenders.append(Contender("floor", floor))
+def measure(model: Model, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    built = build_optimizers(model, cell.optimizer, options.modes, options.clip)
+    contenders = []
+    for mode, optimizer in built.items():
+        ours = mode == "fusedopt"
+        clips = options.clip and not ours
+        work = partial(clip_and_step, model.params, optimizer) if clips else optimizer.step
+        contenders.append(Contender(mode, work))
+    memory = {contender.name: warm_up(contender, model) for contender in contenders}
+    states = states_per_parameter(built["fusedopt"])
+    if floor := model.floor(states, options.clip):
+        contenders.append(floor)
     others = OtherWork()
-    take_turns(contenders, model, budget)
-    busy = {"busy": others.disturbs(), "cores_of_others": round(others.cores(), 2)}
-    return summarize(cell, contenders, model, states) | busy
+    take_turns(contenders, model, options.budget)
+    busy = {"busy": others.disturbs(model.device), "cores_of_others": round(others.cores(), 2)}
+    moved = model.bytes_per_step(states, options.clip)
+    return summarize(cell, contenders, model, moved) | gpu_summary(contenders, memory) | busy
+
+
+def warm_up(contender: Contender, model: Model) -> int | None:
+    """Take the first step, which makes the state, and see what memory the second needs besides."""
+    for _ in range(2):
+        model.backward()
+        if cuda := model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+            before = torch.cuda.memory_allocated(model.device)
+        contender.work()
+    return torch.cuda.max_memory_allocated(model.device) - before if cuda else None
 
 
 def take_turns(contenders: list[Contender], model: Model, budget: float) -> None:
@@ -146,23 +209,27 @@ def take_turns(contenders: list[Contender], model: Model, budget: float) -> None
         slow = slow_ones(contenders) if number % SLOW_STRIDE else ()
         for contender in contenders[first:] + contenders[:first]:
             if contender.name not in slow:
-                model.backward()
-                contender.samples.append(elapsed_ms(contender.work, model.device))
+                contender.take_turn(model)
         number += 1
 
 
 def slow_ones(contenders: list[Contender]) -> set[str]:
     """Who takes so long that a sample of each round would starve the others."""
-    limit = max(SLOW_MS, SLOW_RATIO * min(contender.median for contender in contenders))
-    return {contender.name for contender in contenders if contender.median > limit}
+    medians = {contender.name: statistics.median(contender.wall) for contender in contenders}
+    limit = max(SLOW_MS, SLOW_RATIO * min(medians.values()))
+    return {name for name, median in medians.items() if median > limit}
 
 
-def summarize(cell: Cell, contenders: list[Contender], model: Model, states: int) -> dict[str, Any]:
-    medians = {contender.name: contender.median for contender in contenders}
-    ours, floor = medians["fusedopt"], medians.get("floor")
-    stock = {name: ms for name, ms in medians.items() if name not in ("fusedopt", "floor")}
+def summarize(cell: Cell, contenders: list[Contender], model: Model, moved: int) -> dict[str, Any]:
+    """The figures of a cell: the fastest of torch is the one with the shortest wall time, and the
+    memory floor is compared with what keeps the memory busy, on a GPU the device time."""
+    medians = medians_of(contenders, "wall")
+    busy = medians_of(contenders, "device") or medians
+    if "floor" in busy:
+        medians["floor"] = busy["floor"]
+    floor = medians.get("floor")
+    stock = {name: ms for name, ms in medians.items() if name in STOCK_MODES}
     best = min(stock, key=stock.__getitem__)
-    moved = model.bytes_per_step(states)
     return {
         "workload": cell.workload,
         "dtype": cell.dtype,
@@ -171,42 +238,71 @@ def summarize(cell: Cell, contenders: list[Contender], model: Model, states: int
         "parameters": model.numel,
         "bytes_per_step": moved,
         "median_ms": medians,
-        "fastest_ms": {contender.name: min(contender.samples) for contender in contenders},
-        "rounds": {contender.name: len(contender.samples) for contender in contenders},
+        "fastest_ms": {contender.name: min(contender.wall) for contender in contenders},
+        "rounds": {contender.name: len(contender.wall) for contender in contenders},
         "best_stock_mode": best,
-        "speedup": stock[best] / ours,
-        "us_per_tensor": 1e3 * ours / len(model.params),
-        "gb_per_second": moved / ours / 1e6,
-        "fraction_of_floor": floor and floor / ours,
-        "stock_fraction_of_floor": floor and floor / stock[best],
+        "speedup": stock[best] / medians["fusedopt"],
+        "us_per_tensor": 1e3 * medians["fusedopt"] / len(model.params),
+        "gb_per_second": moved / busy["fusedopt"] / 1e6,
+        "fraction_of_floor": floor and floor / busy["fusedopt"],
+        "stock_fraction_of_floor": floor and floor / min(busy[mode] for mode in stock),
     }
 
 
-def run(cells: list[Cell], budget: float, grads: str, device: torch.device) -> Iterator[dict]:
-    """Measure `cells`; those that follow each other on one workload and dtype share its model."""
+def medians_of(contenders: list[Contender], clock: str) -> dict[str, float]:
+    samples = {contender.name: getattr(contender, clock) for contender in contenders}
+    return {name: statistics.median(ms) for name, ms in samples.items() if ms}
+
+
+def gpu_summary(contenders: list[Contender], memory: dict[str, int | None]) -> dict[str, Any]:
+    """What only a GPU has: the other two clocks, the rate of the copy, memory used by a step."""
+    device, host = medians_of(contenders, "device"), medians_of(contenders, "host")
+    if not device:
+        return {}
+    copy = next(contender for contender in contenders if contender.name == "floor")
+    del host["floor"]
+    stock = [ms for name, ms in device.items() if name in STOCK_MODES]
+    return {
+        "device_ms": device,
+        "fastest_device_ms": {contender.name: min(contender.device) for contender in contenders},
+        "device_speedup": min(stock) / device["fusedopt"],
+        "host_ms": host,
+        "copy_gb_per_second": 2 * COPY_BYTES / (device["floor"] / copy.scale) / 1e6,
+        "temporary_bytes": memory,
+    }
+
+
+def run(cells: list[Cell], options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The results of one workload after the other; its cells of one dtype share a model."""
     with report.progress_bar() as progress:
         task = progress.add_task("", total=len(cells))
         for workload, of_workload in groupby(cells, key=lambda cell: cell.workload):
             results = []
             for dtype, of_dtype in groupby(of_workload, key=lambda cell: cell.dtype):
-                model = Model(workload, DTYPES[dtype], device, grads)
+                model = Model(workload, DTYPES[dtype], options.device, options.grads == "kept")
                 for cell in of_dtype:
                     progress.update(task, description=f"{workload} {dtype} {cell.optimizer}")
-                    results.append(measure(model, cell, budget))
+                    results.append(measure(model, cell, options))
                     progress.advance(task)
                 del model  # two of them would not fit beside each other
+                if options.device.type == "cuda":
+                    torch.cuda.empty_cache()  # what is cached fits the next model badly
             report.console.print(tabulate(results))
-            yield from results
+            yield results
 
 
 def tabulate(results: list[dict[str, Any]]) -> Table:
     first = results[0]
     size = f"{first['parameters']:,} parameters in {first['tensors']:,} tensors"
-    columns = ["ms per step", *MODES, "speed-\nup", "µs per\ntensor", "GB/s", "of\nfloor"]
-    table = report.table(f"{first['workload']}: {size}", *columns)
+    modes = [mode for mode in MODES if any(mode in result["median_ms"] for result in results)]
+    columns = ["ms per step", *modes, "speed-\nup", "µs per\ntensor"]
+    if "device_ms" in first:
+        columns += ["host\nµs per", "GPU\nonly"]
+    table = report.table(f"{first['workload']}: {size}", *columns, "GB/s", "of\nfloor")
     for result in results:
-        table.add_row(*row(result))
+        table.add_row(*row(result, modes))
     notes = {
+        GPU_NOTE: "device_ms" in first,
         report.BUSY_NOTE: any(result["busy"] for result in results),
         BF16_SGD_NOTE: any(map(wrong_in_stock, results)),
     }
@@ -214,23 +310,30 @@ def tabulate(results: list[dict[str, Any]]) -> Table:
     return table
 
 
-def row(result: dict[str, Any]) -> list[str]:
+def row(result: dict[str, Any], modes: list[str]) -> list[str]:
     medians = {name: significant(ms) for name, ms in result["median_ms"].items()}
     if wrong_in_stock(result):
         medians["fused"] += "†"
     fraction = result["fraction_of_floor"]
+    gpu = []
+    if "device_ms" in result:
+        host = 1e3 * result["host_ms"]["fusedopt"] / result["tensors"]
+        gpu = [significant(host), f"{significant(result['device_speedup'])}x"]
     return [
         f"{result['optimizer']} {result['dtype']}",
-        *(medians.get(mode, "-") for mode in MODES),
+        *(medians.get(mode, "-") for mode in modes),
         f"{'?' if result['busy'] else ''}{significant(result['speedup'])}x",
         significant(result["us_per_tensor"]),
+        *gpu,
         significant(result["gb_per_second"]),
         f"{fraction:.0%}" if fraction else "-",
     ]
 
 
 def wrong_in_stock(result: dict[str, Any]) -> bool:
-    return (result["optimizer"], result["dtype"]) == ("sgd", "bf16")
+    on_cpu = "device_ms" not in result
+    wrong = on_cpu and (result["optimizer"], result["dtype"]) == ("sgd", "bf16")
+    return wrong and "fused" in result["median_ms"]
 
 
 def significant(value: float) -> str:
@@ -245,42 +348,52 @@ def select_cells(options: argparse.Namespace) -> list[Cell]:
     cells = (Cell(*names) for names in product(options.workloads, dtypes, options.optimizers))
     if options.full or options.dtypes:
         return list(cells)
+    bf16 = DEFAULT_BF16[options.device.type]
     return [
         cell
         for cell in cells
-        if cell.dtype == "fp32" or cell.optimizer in DEFAULT_BF16.get(cell.workload, ())
+        if cell.dtype == "fp32" or cell.optimizer in bf16.get(cell.workload, ())
     ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     names = list(optimizers.NAMES)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all that fit")
     parser.add_argument("--optimizers", nargs="+", type=str.lower, choices=names, default=names)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp32, some bf16")
+    parser.add_argument("--modes", nargs="+", choices=STOCK_MODES, default=STOCK_MODES)
+    parser.add_argument("--clip", action="store_true", help="and clip the norm of the gradients")
     parser.add_argument("--grads", choices=("fresh", "kept"), default="fresh")
     parser.add_argument("--budget", type=float, help="seconds per cell; default 1, full 6")
     parser.add_argument("--full", action="store_true", help="every dtype, larger budget")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench/out"))
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.device = pick_device(options.device)
+    options.budget = options.budget or (6.0 if options.full else 1.0)
+    skipped = FOR_A_GPU if options.device.type == "cpu" else ()
+    options.workloads = options.workloads or [name for name in WORKLOADS if name not in skipped]
+    if not {"foreach", "forloop"} & set(options.modes):
+        parser.error("--modes: not every optimizer of torch has a fused mode, name another too")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run the benchmark and return the files it wrote."""
     options = parse(argv)
-    device = pick_device(options.device)
     torch.set_num_threads(options.threads)
-    facts = report.environment(device)
-    budget = options.budget or (6.0 if options.full else 1.0)
-    report.console.print(f"step() on {report.headline(facts)}, {options.grads} gradients")
-    results = list(run(select_cells(options), budget, options.grads, device))
-    setup = {"grads": options.grads, "budget_seconds": budget}
-    return [
-        report.write_json(options.out / "step.json", facts, **setup, results=results),
-        *step_plots.draw(results, report.headline(facts), options.out),
-    ]
+    facts = report.environment(options.device)
+    title = f"step(){' with clipping' if options.clip else ''} on {report.headline(facts)}"
+    report.console.print(f"{title}, {options.grads} gradients")
+    setup = {"grads": options.grads, "clip": options.clip, "budget_seconds": options.budget}
+    path = options.out / ("step_clip.json" if options.clip else "step.json")
+    results: list[dict[str, Any]] = []
+    for of_workload in run(select_cells(options), options):
+        results += of_workload  # written each time: a run that is cut short keeps what it has
+        report.write_json(path, facts, **setup, results=results)
+    return [path, *step_plots.draw(results, title, path)]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The figures of the step benchmark."""
+"""The figures of the step benchmark; `python -m bench.step_plots step.json` draws them again."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -15,23 +17,29 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bench import optimizers, report
+from bench.workloads import LARGE
 
 BAR_WIDTH = 0.17
-BEYOND_CACHE = ("resnet50", "gpt2_124m", "one_large")
+BEYOND_CACHE = ("resnet50", *LARGE)
 
 Results = list[dict[str, Any]]
 
 
-def draw(results: Results, title: str, folder: Path) -> list[Path]:
-    """Write every figure for which there are `results`."""
+def draw(results: Results, title: str, path: Path) -> list[Path]:
+    """Write every figure for which there are `results` beside `path`, their JSON file."""
     large = [r for r in results if r["workload"] in BEYOND_CACHE and r["fraction_of_floor"]]
-    figures = {"step_speedup.png": (plot_speedups, results), "step_floor.png": (plot_floor, large)}
+    on_gpu = [r for r in results if "host_ms" in r]
+    figures = {
+        "speedup": (plot_speedups, results),
+        "floor": (plot_floor, large),
+        "host": (plot_host, on_gpu),
+    }
     written = []
     with pyplot.rc_context(report.STYLE):
         for name, (plot, selected) in figures.items():
             if selected:
                 figure = plot(selected, title)
-                written.append(report.write_png(folder / name, figure))
+                written.append(report.write_png(path.with_name(f"{path.stem}_{name}.png"), figure))
                 pyplot.close(figure)
     return written
 
@@ -56,6 +64,8 @@ def plot_speedups(results: Results, title: str) -> Figure:
 
 def plot_floor(results: Results, title: str) -> Figure:
     """How close to a loop that only moves the same bytes."""
+    on_gpu = "device_ms" in results[0]
+    bytes_moved = "a device-to-device copy of" if on_gpu else "a loop over"
     figure, axis = bar_chart(results, title)
     for result, x, color in grouped_bars(results):
         fraction, stock = result["fraction_of_floor"], result["stock_fraction_of_floor"]
@@ -66,10 +76,35 @@ def plot_floor(results: Results, title: str) -> Figure:
     axis.tick_params(axis="x", length=0, pad=13)
     axis.axhline(100, color="black", linewidth=1, linestyle=":")
     axis.set_ylim(0, max(115, *(108 * result["fraction_of_floor"] for result in results)))
-    axis.set(ylabel="% of the memory floor", title="fusedopt against a loop over the same bytes")
+    axis.set(ylabel="% of the memory floor", title=f"fusedopt against {bytes_moved} the same bytes")
     stock = Line2D([], [], color="black", linewidth=1.5, label="fastest mode of torch.optim")
     legend(figure, results, stock)
     return figure
+
+
+def plot_host(results: Results, title: str) -> Figure:
+    """How long the host is busy with a step before it can launch other work."""
+    figure, axis = bar_chart(results, title)
+    axis.set_yscale("log")
+    times = [host_us_per_tensor(result) for result in results]
+    for (result, x, color), (ours, stock) in zip(grouped_bars(results), times, strict=True):
+        axis.bar(x, ours, BAR_WIDTH, color=color, alpha=opacity(result))
+        axis.hlines(stock, x - BAR_WIDTH / 2, x + BAR_WIDTH / 2, color="black", linewidth=1.5)
+        label(axis, x, ours, f"{ours:.2g}")
+    axis.set_ylim(0.5 * min(map(min, times)), 2 * max(map(max, times)))
+    axis.set(ylabel="µs per tensor", title="Time of the host until step() returns")
+    stock = Line2D(
+        [], [], color="black", linewidth=1.5, label="torch.optim: fused, or the quickest"
+    )
+    legend(figure, results, stock)
+    return figure
+
+
+def host_us_per_tensor(result: dict[str, Any]) -> tuple[float, float]:
+    """Of fusedopt, and of torch's fused mode or, where there is none, its quickest to return."""
+    host = result["host_ms"]
+    stock = host.get("fused") or min(ms for mode, ms in host.items() if mode != "fusedopt")
+    return tuple(1e3 * ms / result["tensors"] for ms in (host["fusedopt"], stock))
 
 
 def bar_chart(results: Results, title: str) -> tuple[Figure, Axes]:
@@ -115,3 +150,17 @@ def legend(figure: Figure, results: Results, *more: Artist) -> None:
         handles.append(Patch(color="#cccccc", label="pale: on a busy machine"))
     columns = len(handles) if len(handles) <= 6 else 4
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.step_plots", description=__doc__)
+    parser.add_argument("json", type=Path, help="what bench.step wrote; figures go beside it")
+    path = parser.parse_args().json
+    run = json.loads(path.read_text())
+    what = "step() with clipping" if run.get("clip") else "step()"
+    title = f"{what} on {report.headline(run['environment'])}"
+    report.console.print(*draw(run["results"], title, path), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

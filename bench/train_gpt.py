@@ -223,7 +223,7 @@ def compare(options: argparse.Namespace, size: Size, device: torch.device) -> di
                 progress.update(task, advance=len(batches), description=description)
             pair.stock.validate(validation)
             pair.ours.validate(validation)
-            busy = {"busy": others.disturbs(), "cores_of_others": round(others.cores(), 2)}
+            busy = {"busy": others.disturbs(device), "cores_of_others": round(others.cores(), 2)}
             results[name] = pair.result() | busy
     return results
 

@@ -38,6 +38,17 @@ def resnet50() -> Iterator[Shape]:
     yield from ((1000, channels), (1000,))
 
 
+def llama_1b() -> Iterator[Shape]:
+    """Llama 3.2 1B; the output layer is tied to the token embedding."""
+    width, keys, hidden = 2048, 512, 8192
+    yield (128256, width)
+    for _ in range(16):
+        yield from ((width, width), (keys, width), (keys, width), (width, width))
+        yield from ((hidden, width), (hidden, width), (width, hidden))
+        yield from ((width,), (width,))
+    yield (width,)
+
+
 def convolution(channels_in: int, channels_out: int, kernel: int) -> Iterator[Shape]:
     yield (channels_out, channels_in, kernel, kernel)
     yield from norm(channels_out)
@@ -59,7 +70,10 @@ WORKLOADS: dict[str, Callable[[], Iterator[Shape]]] = {
     "resnet50": resnet50,
     "gpt2_124m": gpt2_124m,
     "one_large": repeated(1, 64 * 2**20),
+    "llama_1b": llama_1b,
 }
+FOR_A_GPU = ("llama_1b",)  # on a CPU only when asked for: 75 GB and minutes
+LARGE = ("gpt2_124m", "one_large", "llama_1b")
 
 TENSORS_AND_PARAMETERS = {
     "many_small": (1_000, 64_000),
@@ -68,6 +82,7 @@ TENSORS_AND_PARAMETERS = {
     "resnet50": (161, 25_557_032),
     "gpt2_124m": (148, 124_439_808),
     "one_large": (1, 67_108_864),
+    "llama_1b": (146, 1_235_814_400),
 }
 
 
