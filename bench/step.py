@@ -13,6 +13,7 @@ the cost of a step in a training whose host runs ahead; the share of the memory 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import statistics
 import time
@@ -51,7 +52,7 @@ COPY_BYTES = 2**30  # far beyond any cache, and small beside the states of a lar
 HEAD_START = 1.5  # of the time that the host took for the last step
 HEAD_START_MS = 0.2
 
-GPU_NOTE = "GPU only: the speed-up without the time to launch; so are GB/s and share of the floor"
+GPU_NOTE = "GPU only: speed-up without the time to launch; GB/s and floor likewise"
 BF16_SGD_NOTE = "† torch 2.13 computes bf16 fused SGD wrongly on the CPU (pytorch #191763)"
 
 
@@ -171,6 +172,7 @@ def states_per_parameter(optimizer: torch.optim.Optimizer) -> int:
 
 
 def measure(model: Model, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    gc.collect()  # an optimizer in a cycle of references would still hold its state
     built = build_optimizers(model, cell.optimizer, options.modes, options.clip)
     contenders = []
     for mode, optimizer in built.items():
@@ -295,10 +297,9 @@ def tabulate(results: list[dict[str, Any]]) -> Table:
     first = results[0]
     size = f"{first['parameters']:,} parameters in {first['tensors']:,} tensors"
     modes = [mode for mode in MODES if any(mode in result["median_ms"] for result in results)]
-    columns = ["ms per step", *modes, "speed-\nup", "µs per\ntensor"]
-    if "device_ms" in first:
-        columns += ["host\nµs per", "GPU\nonly"]
-    table = report.table(f"{first['workload']}: {size}", *columns, "GB/s", "of\nfloor")
+    gpu = ["host µs\na tensor", "GPU\nonly"] if "device_ms" in first else ["µs per\ntensor"]
+    columns = ["ms per step", *modes, "speed-\nup", *gpu, "GB/s", "of\nfloor"]
+    table = report.table(f"{first['workload']}: {size}", *columns)
     for result in results:
         table.add_row(*row(result, modes))
     notes = {
@@ -315,7 +316,7 @@ def row(result: dict[str, Any], modes: list[str]) -> list[str]:
     if wrong_in_stock(result):
         medians["fused"] += "†"
     fraction = result["fraction_of_floor"]
-    gpu = []
+    gpu = [significant(result["us_per_tensor"])]
     if "device_ms" in result:
         host = 1e3 * result["host_ms"]["fusedopt"] / result["tensors"]
         gpu = [significant(host), f"{significant(result['device_speedup'])}x"]
@@ -323,7 +324,6 @@ def row(result: dict[str, Any], modes: list[str]) -> list[str]:
         f"{result['optimizer']} {result['dtype']}",
         *(medians.get(mode, "-") for mode in modes),
         f"{'?' if result['busy'] else ''}{significant(result['speedup'])}x",
-        significant(result["us_per_tensor"]),
         *gpu,
         significant(result["gb_per_second"]),
         f"{fraction:.0%}" if fraction else "-",

@@ -93,9 +93,7 @@ def plot_host(results: Results, title: str) -> Figure:
         label(axis, x, ours, f"{ours:.2g}")
     axis.set_ylim(0.5 * min(map(min, times)), 2 * max(map(max, times)))
     axis.set(ylabel="µs per tensor", title="Time of the host until step() returns")
-    stock = Line2D(
-        [], [], color="black", linewidth=1.5, label="torch.optim: fused, or the quickest"
-    )
+    stock = Line2D([], [], color="black", linewidth=1.5, label="torch.optim, fused if it can")
     legend(figure, results, stock)
     return figure
 
