@@ -87,11 +87,13 @@ def plot_host(results: Results, title: str) -> Figure:
     figure, axis = bar_chart(results, title)
     axis.set_yscale("log")
     times = [host_us_per_tensor(result) for result in results]
+    bottom = 0.5 * min(map(min, times))
     for (result, x, color), (ours, stock) in zip(grouped_bars(results), times, strict=True):
         axis.bar(x, ours, BAR_WIDTH, color=color, alpha=opacity(result))
         axis.hlines(stock, x - BAR_WIDTH / 2, x + BAR_WIDTH / 2, color="black", linewidth=1.5)
-        label(axis, x, ours, f"{ours:.2g}")
-    axis.set_ylim(0.5 * min(map(min, times)), 2 * max(map(max, times)))
+        label(axis, x, bottom, f"{ours:.2g}" if ours < 10 else f"{ours:.0f}", offset=-11)
+    axis.tick_params(axis="x", length=0, pad=13)
+    axis.set_ylim(bottom, 2 * max(map(max, times)))
     axis.set(ylabel="µs per tensor", title="Time of the host until step() returns")
     stock = Line2D([], [], color="black", linewidth=1.5, label="torch.optim, fused if it can")
     legend(figure, results, stock)
