@@ -68,7 +68,7 @@ step() {
     record "$name" "FAILED: no time left" 0
     return 1
   fi
-  timeout --signal=INT --kill-after=5 "$limit" "$@" </dev/null 2>&1 |
+  timeout --signal=INT --kill-after=10 "$limit" "$@" </dev/null 2>&1 |
     tee "$scratch/last" >>"$log"
   code=${PIPESTATUS[0]}
   if ((code == 0)); then
@@ -96,7 +96,7 @@ finish() {
 has() { "$python" -c "import $1" 2>/dev/null; }
 
 facts() {
-  echo "commit $COMMIT"
+  echo "commit $COMMIT, FUSEDOPT_TEST_SEED=$FUSEDOPT_TEST_SEED"
   uname -srm
   "$python" --version
   for tool in gcc nvcc cmake ninja compute-sanitizer; do
