@@ -32,6 +32,15 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize (bool): ascend (default: False).
         differentiable (bool): let autograd run through ``step()`` (default: False).
         l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
+        max_grad_norm (float, optional): clip the norm of all gradients of the step together to this
+            much, as ``torch.nn.utils.clip_grad_norm_`` before the step would, but without writing
+            the gradients; ``grad_norm`` holds the norm afterwards. An attribute of the optimizer,
+            which may be changed, and not part of checkpoints (default: None).
+        amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
+            which then leaves the gradients scaled; on a GPU the step count lives there
+            (default: False).
+        capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
+            accelerator (default: False).
 
     State per parameter, made by the constructor: ``step`` (0-dim) and ``sum``, of the parameter's
     dtype, shape and strides. float16 and bfloat16 are computed in float32.
@@ -40,8 +49,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         ValueError: a hyperparameter is out of range.
         RuntimeError: at ``step()``, a sparse gradient together with a penalty.
 
-    Differences from torch.optim: ``l1``; a ``step`` that a float32 can no longer count goes on as
-    float64; sums keep the dtype they were saved in.
+    Differences from torch.optim: the options ``l1``, ``max_grad_norm``, ``amp_fused`` and
+    ``capturable``; a ``step`` that a float32 can no longer count goes on as float64; sums keep the
+    dtype they were saved in.
     """
 
     _rule = "adagrad"

@@ -42,6 +42,13 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay (bool): apply the penalties to the parameter, as AdamW
             (default: False).
         l1 (float): L1 coefficient :math:`\lambda_1`; goes where ``weight_decay`` goes (default: 0).
+        max_grad_norm (float, optional): clip the norm of all gradients of the step together to this
+            much, as ``torch.nn.utils.clip_grad_norm_`` before the step would, but without writing
+            the gradients; ``grad_norm`` holds the norm afterwards. An attribute of the optimizer,
+            which may be changed, and not part of checkpoints (default: None).
+        amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
+            which then leaves the gradients scaled; on a GPU the step count lives there
+            (default: False).
 
     State per parameter: ``step`` (0-dim), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
     ``max_exp_avg_sq``, of the parameter's dtype, shape and strides. float16 and bfloat16 are
@@ -51,8 +58,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         ValueError: a hyperparameter is out of range.
         RuntimeError: at ``step()``, a gradient is sparse.
 
-    Differences from torch.optim: ``l1``; a ``step`` that a float32 can no longer count goes on as
-    float64; moments keep the dtype they were saved in.
+    Differences from torch.optim: the options ``l1``, ``max_grad_norm`` and ``amp_fused``; a
+    ``step`` that a float32 can no longer count goes on as float64; moments keep the dtype they were
+    saved in.
     """
 
     _rule = "adam"

@@ -41,6 +41,13 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable (bool): let autograd run through ``step()`` (default: False).
         eps_inside_sqrt (bool): add eps under the root (default: False).
         l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
+        max_grad_norm (float, optional): clip the norm of all gradients of the step together to this
+            much, as ``torch.nn.utils.clip_grad_norm_`` before the step would, but without writing
+            the gradients; ``grad_norm`` holds the norm afterwards. An attribute of the optimizer,
+            which may be changed, and not part of checkpoints (default: None).
+        amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
+            which then leaves the gradients scaled; on a GPU the step count lives there
+            (default: False).
 
     State per parameter: ``step`` (0-dim), ``square_avg``, with momentum ``momentum_buffer``, if
     centered ``grad_avg``, of the parameter's dtype, shape and strides. float16 and bfloat16 are
@@ -50,8 +57,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         ValueError: a hyperparameter is out of range.
         RuntimeError: at ``step()``, a gradient is sparse.
 
-    Differences from torch.optim: ``eps_inside_sqrt`` and ``l1``; a ``step`` that a float32 can no
-    longer count goes on as float64; averages keep the dtype they were saved in.
+    Differences from torch.optim: the options ``eps_inside_sqrt``, ``l1``, ``max_grad_norm`` and
+    ``amp_fused``; a ``step`` that a float32 can no longer count goes on as float64; averages keep
+    the dtype they were saved in.
     """
 
     _rule = "rmsprop"

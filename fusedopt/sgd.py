@@ -33,6 +33,15 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach, fused: accepted and stored as torch does; the update is always fused.
         differentiable (bool): let autograd run through ``step()`` (default: False).
         l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
+        max_grad_norm (float, optional): clip the norm of all gradients of the step together to this
+            much, as ``torch.nn.utils.clip_grad_norm_`` before the step would, but without writing
+            the gradients; ``grad_norm`` holds the norm afterwards. An attribute of the optimizer,
+            which may be changed, and not part of checkpoints (default: None).
+        amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
+            which then leaves the gradients scaled; on a GPU the step count lives there
+            (default: False).
+        capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
+            accelerator (default: False).
 
     State per parameter: ``momentum_buffer`` if momentum is not 0, of the parameter's dtype, shape
     and strides. float16 and bfloat16 are computed in float32.
@@ -41,7 +50,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         ValueError: a hyperparameter is out of range.
         RuntimeError: at ``step()``, a sparse gradient together with a penalty.
 
-    Differences from torch.optim: ``l1``; the momentum buffer keeps the dtype it was saved in.
+    Differences from torch.optim: the options ``l1``, ``max_grad_norm``, ``amp_fused`` and
+    ``capturable``; the momentum buffer keeps the dtype it was saved in.
     """
 
     _rule = "sgd"
