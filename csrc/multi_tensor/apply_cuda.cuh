@@ -17,7 +17,7 @@ namespace fusedopt {
 #if defined(__CUDACC__)
 
 template <typename T, typename Rule, typename Update>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks)
     update_kernel(const __grid_constant__ LaunchTable table) {
   __shared__ BlockTask<Update> task;
   if (threadIdx.x == 0) begin_block<T, Rule>(table, blockIdx.x, &task);
