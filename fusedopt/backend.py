@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-# Written by setup.py when the native module could not be built.
-_BUILD_ERROR_FILE = Path(__file__).with_name("_build_error.txt")
+
+def build_error() -> str:
+    """What setup.py left when the native module, or the CUDA part of it, could not be built."""
+    file = Path(__file__).with_name("_build_error.txt")
+    return file.read_text() if file.exists() else ""
 
 
 # Tensors whose size is no matter: one may outlive its replacement until the next step.
@@ -75,8 +78,7 @@ def _load(choice: str) -> tuple[Any, str | None]:
         _bind(module)
     except Exception as error:
         why = "".join(traceback.format_exception_only(error)).strip()
-        if _BUILD_ERROR_FILE.exists():
-            why += "\n" + _BUILD_ERROR_FILE.read_text()
+        why = f"{why}\n{build_error()}".rstrip()
         if choice == "native":
             raise ImportError(
                 f"FUSEDOPT_BACKEND=native, but the native module cannot be used: {why}"

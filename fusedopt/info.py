@@ -18,11 +18,13 @@ def report() -> str:
     ]
     if backend.native is not None:
         lines.append(f"native:  available, {backend.native.__file__}")
+        lines.append(f"cuda:    {backend.native.describe_cuda()}")
+        lines += [f"         {line}" for line in backend.build_error().splitlines()]
     else:
         first, *rest = (backend.error or "").splitlines()
         lines.append(f"native:  not used: {first}")
         lines += [f"         {line}" for line in rest]
-    lines.append("cuda:    no kernels in this version; GPU tensors take the Python rule")
+        lines.append("cuda:    not used: the kernels are in the native module")
     lines.append("python:  available")
     return "\n".join(lines)
 
