@@ -13,10 +13,21 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2
 INSTALLED := build/installed$(subst /,-,/$(ENV))
 OFFLINE := echo "make: pip could not fetch everything; going on with what is installed (make clean, then make tries again)" >&2
 
-.PHONY: build test bench lint clean
+# With CUDA for the GPUs of this machine; without a GPU, only if either variable asks for it.
+export FUSEDOPT_CUDA_ARCHS := $(or $(FUSEDOPT_CUDA_ARCHS),$(sort $(subst .,,$(shell \
+  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]'))))
+export FUSEDOPT_CUDA := $(or $(FUSEDOPT_CUDA),$(if $(FUSEDOPT_CUDA_ARCHS),auto,0))
+
+.PHONY: build on_host test bench lint clean
 build: $(INSTALLED)
 
-test: build
+# The CUDA kernels as C++, for tests without a GPU; where there is what a native module needs.
+on_host: build
+	@! ls fusedopt/_native*.so >/dev/null 2>&1 || { export PATH="$(ENV)/bin:$$PATH"; \
+	  cmake -S csrc -B build/on_host -G Ninja -DFUSEDOPT_CUDA=on_host \
+	    -DPython_EXECUTABLE='$(abspath $(PY))' >/dev/null && ninja -C build/on_host --quiet; }
+
+test: on_host
 	$(PY) -m pytest $(ARGS)
 
 bench: build
@@ -31,6 +42,12 @@ clean:
 	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 
+# What was installed with other settings is out of date.
+SETTINGS := FUSEDOPT_CUDA=$(FUSEDOPT_CUDA) FUSEDOPT_CUDA_ARCHS=$(FUSEDOPT_CUDA_ARCHS)
+ifneq ($(SETTINGS),$(shell cat $(INSTALLED) 2>/dev/null))
+.PHONY: $(INSTALLED)
+endif
+
 $(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@echo "make: installing into $(ENV)"
 	@mkdir -p build
@@ -40,8 +57,8 @@ $(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@$(PIP) -c build/constraints.txt 'setuptools>=77' pybind11 cmake ninja || $(OFFLINE)
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[dev]' || $(OFFLINE)
-	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: no native module, see above"
-	@touch $@
+	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: not all was built, see above"
+	@echo '$(SETTINGS)' >$@
 
 # With a system-wide torch the environment sees that torch, and pip comes from the system too.
 .venv/bin/python:
