@@ -92,7 +92,6 @@ std::int64_t num_launches() { return launches; }
 
 #if defined(FUSEDOPT_CUDA_ON_HOST)
 
-std::string describe_cuda() { return "kernels run on the CPU"; }
 std::string cuda_problem(int) { return ""; }
 bool is_capturing(void*) { return false; }
 DeviceGuard::DeviceGuard(int device) : device_(device) {}
@@ -117,8 +116,6 @@ std::string version(int number) {  // 13000 is 13.0
 __global__ void probe_kernel() {}
 
 }  // namespace
-
-std::string describe_cuda() { return "CUDA " + version(CUDART_VERSION) + ", " FUSEDOPT_CUDA_ARCHS; }
 
 std::string cuda_problem(int device) {
   int driver = 0, major = 0, minor = 0;

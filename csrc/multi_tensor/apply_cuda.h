@@ -5,9 +5,6 @@
 
 namespace fusedopt {
 
-// What was built, in one line.
-std::string describe_cuda();
-
 // Why the kernels cannot run on this device, and what to do about it; empty if they can.
 std::string cuda_problem(int device);
 
