@@ -36,7 +36,7 @@ void launch(const LaunchTable& table, void* stream) {
 template <typename T, typename Rule, typename Update>
 void launch(const LaunchTable& table, void*) {
   for (std::uint32_t block = 0; block < table.num_chunks; ++block) {
-    BlockTask<Update> task;
+    BlockTask<Update> task = {};
     begin_block<T, Rule>(table, block, &task);
     for (std::uint32_t thread = 0; thread < kBlockThreads; ++thread) {
       run_block<T>(task, thread, kBlockThreads);
