@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,18 +57,46 @@ def step_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+def skip_or_fail(why: str) -> None:
+    if os.environ.get("FUSEDOPT_REQUIRE_NATIVE", "0") not in ("", "0"):
+        pytest.fail(f"FUSEDOPT_REQUIRE_NATIVE is set, but: {why}")
+    pytest.skip(why)
+
+
 def require_native() -> None:
     if fusedopt.backend.native is None:
-        if os.environ.get("FUSEDOPT_REQUIRE_NATIVE", "0") not in ("", "0"):
-            pytest.fail(f"FUSEDOPT_REQUIRE_NATIVE is set, but: {fusedopt.backend.error}")
-        pytest.skip("no native module")
+        skip_or_fail(fusedopt.backend.error or "no native module")
 
 
-@pytest.fixture(params=["python", "native"])
+@functools.cache
+def _load_kernels() -> Any:
+    place = Path(os.environ.get("FUSEDOPT_ON_HOST") or Path(__file__).parents[1] / "build/on_host")
+    found = [*place.glob("_native_on_host*.so")] if place.is_dir() else [place]
+    if not found or not found[0].exists():
+        return None
+    spec = importlib.util.spec_from_file_location("_native_on_host", found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fusedopt.backend._bind(module)
+    return module
+
+
+def require_kernels() -> Any:
+    """The module that runs the body of the GPU's kernels on the CPU, where all memory is that of
+    one GPU."""
+    module = _load_kernels()
+    if module is None:
+        skip_or_fail("no module in build/on_host or at FUSEDOPT_ON_HOST")
+    return module
+
+
+@pytest.fixture(params=["python", "native", "kernels"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test on both backends, within one process."""
+    """Runs the test on every backend, within one process."""
     if request.param == "native":
         require_native()
+    elif request.param == "kernels":
+        monkeypatch.setattr(fusedopt.backend, "native", require_kernels())
     else:
         monkeypatch.setattr(fusedopt.backend, "native", None)
     return request.param
@@ -74,3 +106,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def native() -> None:
     """For tests of what only the native module promises."""
     require_native()
+
+
+@pytest.fixture
+def kernels() -> Any:
+    """For tests that compare the native module with this one."""
+    require_native()
+    return require_kernels()
