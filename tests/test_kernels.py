@@ -3,6 +3,7 @@ CPU path. What is left for a GPU to prove: alignment of its loads, streams, grap
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from test_native import script
 
 import fusedopt
-from fusedopt.grad_norm import FACTOR, NORM, SKIP, GradNorm
+from fusedopt.grad_norm import NORM, SKIP, GradNorm
 
 pytestmark = pytest.mark.usefixtures("kernels")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -213,10 +214,10 @@ def test_every_mixture_of_dtypes(slots, kernels):
             opt.step()
             if at:
                 assert kernels.num_launches() - launches == on_kernels
-            for p, key in ((p, key) for p in params for key in opt.state.get(p, {})):
-                if at == 0 and key != "step":
-                    state = opt.state[p][key].to(random.choice(FLOATS))
-                    opt.state[p][key] = Memory([state], [random.choice([0, 0, 0, 4])]).views[0]
+            for state in (opt.state.get(p, {}) for p in params if at == 0):
+                for key in [key for key in state if key != "step"]:
+                    value = state[key].to(random.choice(FLOATS))
+                    state[key] = Memory([value], [random.choice([0, 0, 0, 4])]).views[0]
         return opt
 
     assert_same(kernels, run)
@@ -362,6 +363,21 @@ def test_nothing_to_do_is_no_launch(kernels):
     assert opt.state[params[0]]["step"] == 1
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_empty_parameters_do_not_take_the_python_rule(capturable, kernels):
+    for module in (fusedopt.backend.native, kernels)[capturable:]:
+        with running(module):
+            params = [torch.zeros(s, requires_grad=True) for s in (0, 3, (4, 0), 0)]
+            opt = fusedopt.Adam(params, capturable=capturable)
+            with mock.patch.object(opt, "_python_step") as python_step:
+                for _ in range(3):
+                    set_grads(params[:2] + params[3:])
+                    params[2].grad = torch.zeros(4, 0)
+                    opt.step()
+        python_step.assert_not_called()
+        assert [opt.state[p]["step"] for p in params] == [3] * 4
+
+
 @st.composite
 def lists(draw):
     """Runs of tensors of one size, cut into groups, and which of them get a gradient when."""
@@ -433,3 +449,285 @@ def test_any_list_updates_every_element_once(name, chosen, kernels):
         return opt
 
     assert_same(kernels, run)
+
+
+# Prepared in the kernel -----------------------------------------------------------------------
+
+
+def all_tickets(opt):
+    return torch.cat([tickets.view(torch.int32) for tickets in opt._tickets.values()])
+
+
+@every_case
+@every_dtype
+def test_steps_that_the_kernel_counts(case, dtype, kernels):
+    """capturable=True ends as capturable=False does; with late gradients, empty tensors, and many
+    blocks that all read the count of one tensor."""
+
+    def run(on_kernels):
+        params = params_of([1, 0, 9, BLOCK, 5 * BLOCK + 3, 7, 300], dtype)
+        opt = case.ours(params, capturable=on_kernels)
+        for at in range(5):
+            set_grads(params)
+            if at < 2:
+                params[2].grad = params[4].grad = None
+            params[5].grad = params[5].grad if at % 2 else None
+            opt.step()
+            assert not all_tickets(opt).any() if on_kernels else True
+        if "step" in opt.state.get(params[0], {}):
+            assert [opt.state[p]["step"].item() for p in params] == [5, 5, 3, 5, 3, 2, 5]
+        return opt
+
+    assert_same(kernels, run)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_tickets_of_several_tables(amsgrad, kernels):
+    def run(on_kernels):
+        sizes = [3] * 1500
+        sizes[::100] = [random.choice([1, 0, BLOCK + 1, 3 * BLOCK]) for _ in sizes[::100]]
+        params = params_of(sizes, torch.float32)
+        opt = fusedopt.Adam(params, amsgrad=amsgrad, capturable=on_kernels)
+        for at in range(3):
+            set_grads(params)
+            for p in params[: 700 if at == 0 else 0]:
+                p.grad = None
+            launches = kernels.num_launches()
+            opt.step()
+            if on_kernels:
+                assert kernels.num_launches() - launches > 1
+                assert not all_tickets(opt).any()
+        return opt
+
+    assert_same(kernels, run)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+@every_dtype
+def test_options_on_the_device_change_between_steps(name, kind, dtype, kernels):
+    """In place, and the plan stays."""
+
+    def run(on_kernels):
+        params = params_of([5, BLOCK + 3, 1], dtype)
+        more = {"betas": (torch.tensor(0.9, dtype=kind), torch.tensor(0.95, dtype=kind))}
+        more = more if name.startswith("Adam") else {}
+        lr = torch.tensor(0.1, dtype=kind)
+        more |= {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+        opt = getattr(fusedopt, name)(params, lr=lr, capturable=on_kernels, **more)
+        plans = set()
+        for at in range(5):
+            set_grads(params)
+            opt.step()
+            plans.add(id(opt._plan))
+            opt.param_groups[0]["lr"].fill_(0.1 / (at + 2))
+            for i, beta in enumerate(more.get("betas", ())):
+                opt.param_groups[0]["betas"][i].copy_(beta * 0.99)
+        assert len(plans) == 1
+        return opt
+
+    assert_same(kernels, run)
+
+
+# Scaling --------------------------------------------------------------------------------------
+
+
+@every_case
+@every_dtype
+def test_scaling_clipping_and_skipping(case, dtype, kernels):
+    """In one run: a step, a skipped one, one whose norm is not finite, one that is not clipped."""
+
+    def run(on_kernels):
+        params = params_of([1, 0, 9, 2 * BLOCK + 3, 7], dtype)
+        opt = case.ours(params, max_grad_norm=0.5, amp_fused=True, capturable=on_kernels)
+        opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+        for at, skips in enumerate([True, False, True, False, True, False]):
+            set_grads(params)
+            opt.found_inf = torch.tensor(float(at in (0, 2)))
+            if at == 4:
+                params[3].grad[-1] = math.inf
+            if at == 5:
+                opt.max_grad_norm = 1e6
+            before = snapshot(opt)
+            opt.step()
+            if skips:
+                assert snapshot(opt)[:1] == before[:1]
+                assert at == 0 or snapshot(opt) == before
+            assert opt.grad_norm.isfinite() == (at != 4)
+        return opt
+
+    assert_same(kernels, run)
+
+
+@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+def test_late_parameters_in_a_skipped_step(case, kernels):
+    """Their first step is the one that is not skipped."""
+
+    def run(on_kernels):
+        params = params_of([5, BLOCK + 1], torch.float32)
+        opt = case.ours(params, amp_fused=True, capturable=on_kernels)
+        for at in range(4):
+            set_grads(params)
+            params[1].grad = params[1].grad if at else None
+            opt.found_inf = torch.tensor(float(at == 1))
+            opt.step()
+        return opt
+
+    assert_same(kernels, run)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_without_amp(scaled, value, kernels):
+    """Nothing is skipped: NaN is what torch's clipping gives, too."""
+
+    def run(on_kernels):
+        params = params_of([5, BLOCK + 1], torch.float32)
+        opt = fusedopt.SGD(params, lr=0.1, max_grad_norm=1.0, capturable=on_kernels)
+        set_grads(params)
+        params[0].grad[2] = value
+        opt.step()
+        assert not params[0].isfinite().all()
+        return opt
+
+    assert_same(kernels, run)
+
+
+NORM_SIZES = [
+    *TAILS,
+    *(k * NORM_COLUMNS + d for k in (1, 2) for d in (-1, 0, 1, 7)),
+    *(k * NORM_CHUNK + d for k in (1, 2) for d in (-1, 0, 1, NORM_COLUMNS + 3)),
+]
+
+
+def measured(grads, *more):
+    clip = next(iter(GradNorm().measure(grads, *more).values()))
+    assert not clip[SKIP + 1 :][:1].view(torch.int64).any()  # the ticket of the kernel
+    return canonical(clip[: SKIP + 1]), clip[NORM].item()
+
+
+@pytest.mark.parametrize("shift", range(9))
+@every_dtype
+def test_norm_of_every_count(shift, dtype, kernels):
+    """Each gradient alone, and all together, at every misalignment."""
+    memory = Memory([values_of(n, dtype) for n in NORM_SIZES], [shift] * len(NORM_SIZES))
+    before = bits(memory.buffer)
+    scale = {torch.device("cpu"): torch.tensor(3.0)}
+    for grads in (memory.views, *([view] for view in memory.views if len(view))):
+        exact = torch.cat([g.double() for g in grads]).norm().item()
+        for more, times in (((1.0,), 1), ((0.5, scale, True), 3)):
+            ours = measured(grads, *more)
+            with running(kernels):
+                launches = kernels.num_launches()
+                assert measured(grads, *more) == ours
+                assert kernels.num_launches() == launches + 1
+            assert ours[1] * times == pytest.approx(
+                exact, rel=1e-12 if dtype.itemsize == 8 else 1e-6
+            )
+    assert bits(memory.buffer) == before
+
+
+def test_norm_of_mixed_dtypes_is_one_launch(kernels):
+    grads = [values_of(n, dtype) for n in NORM_SIZES[-4:] for dtype in DTYPES]
+    expected = measured(grads)
+    with running(kernels):
+        launches = kernels.num_launches()
+        assert measured(grads) == expected
+    assert kernels.num_launches() == launches + 1
+    assert expected[1] == pytest.approx(torch.cat([g.double() for g in grads]).norm().item())
+
+
+GRADS_PER_TABLE = (TABLE_BYTES - 4 - 64) // 24
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(k * NORM_PARTIALS + d for k in (1, 2) for d in (-1, 0, 1)),
+        *(k * GRADS_PER_TABLE + d for k in (1, 2) for d in (0, 1)),
+    ],
+)
+def test_norm_of_many_gradients(number, kernels):
+    """Every element counts once: the squares of ones have an exact sum. ``number`` chunks, and
+    as many tables as it takes."""
+    grads = [torch.ones(5)[: 1 + i % 4] for i in range(number)]
+    expected = measured(grads)
+    assert expected[1] == math.sqrt(sum(map(len, grads)))
+    with running(kernels):
+        launches = kernels.num_launches()
+        assert measured(grads) == expected
+    assert kernels.num_launches() - launches == math.ceil(number / GRADS_PER_TABLE)
+
+
+@seed(SEED)
+@given(
+    runs=st.lists(
+        st.tuples(
+            st.sampled_from([0, 1, 7, 8, 2047, 2048, 2049, 65535, 65536, 65537, 140_000]),
+            st.integers(1, 4) | st.sampled_from([1000]),
+            st.sampled_from(DTYPES),
+            st.integers(0, 9),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    threads=st.integers(1, 4),
+)
+@relaxed
+def test_norm_of_any_list(runs, threads, kernels):
+    grads = []
+    for size, number, dtype, shift in runs:
+        one = torch.ones(size + shift, dtype=dtype)[shift:]
+        grads += [one] * (number if size < 2048 else min(number, 4))
+    torch.set_num_threads(threads)
+    expected = measured(grads)
+    assert expected[1] == math.sqrt(sum(map(len, grads)))
+    torch.set_num_threads(1)
+    with running(kernels):
+        assert measured(grads) == expected
+
+
+@every_dtype
+def test_threads_do_not_change_the_norm(dtype, kernels):
+    grads = [values_of(n, dtype) for n in (300_001, 5, 70_000, 0, NORM_CHUNK)]
+    found = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        found.append(measured(grads, 1.0))
+    assert found == [found[0]] * 4
+
+
+@every_dtype
+def test_threads_do_not_change_a_clipped_step(dtype, kernels, step_threads):
+    found = []
+    for threads in (1, 2, 4):
+        torch.manual_seed(SEED)
+        step_threads(threads)
+        params = params_of([300_001, 5, 70_000], dtype)
+        opt = fusedopt.Adam(params, max_grad_norm=0.1)
+        for _ in range(2):
+            set_grads(params)
+            opt.step()
+        found.append(outcome(opt))
+    assert found == [found[0]] * 3
+
+
+def norms():
+    """Of ordinary and special gradients; the same in every process."""
+    torch.manual_seed(20)
+    found = []
+    for dtype, special in product(DTYPES, (False, True)):
+        for n in NORM_SIZES:
+            grad = values_of(n, dtype, special)
+            grad = grad.masked_fill(~grad.isfinite(), 1e-3) if n % 2 else grad
+            found.append(measured([grad, grad[: n // 2]], 1.0)[0][-1].hex())
+    return found
+
+
+def test_norms_of_instruction_sets_agree_bit_for_bit(kernels):
+    code = "import json, test_kernels; print(json.dumps(test_kernels.norms()))"
+    supported = {"DEFAULT": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
+    levels = ("baseline", "avx2", "avx512")[:supported]
+    found = [json.loads(script(code, FUSEDOPT_CPU_ISA=isa)) for isa in levels]
+    with running(kernels):
+        assert found == [norms()] * len(levels)
