@@ -258,8 +258,8 @@ struct Entry {
   bool first_step = false;   // its state is new; rules without a step count want to know
   bool device_step = false;  // its step count is on its device
   int device = kCpu;
-  int layout = -1;  // of its state dict, -1 if it has none
-  int ndim = 0;
+  int layout = -1;       // of its state dict, -1 if it has none
+  int ndim = -1;         // below 0: the kernels cannot touch it
   std::size_t dims = 0;  // where its shape and then its strides begin in Plan::dims_
   std::int64_t numel = 0;
   Expected data;
@@ -423,7 +423,7 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
 
 // False if the kernels cannot take the state.
 bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
-  if (!PyDict_Check(state) || entry->data.data == nullptr) return false;
+  if (!PyDict_Check(state) || entry->ndim < 0) return false;
   const int layout = layout_of(state, keys);
   SlotDtypes dtypes;
   dtypes.slots[dtypes.num_slots++] = entry->data.dtype;
