@@ -3,8 +3,10 @@ CPU path. What is left for a GPU to prove: alignment of its loads, streams, grap
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
 import random
 from contextlib import contextmanager
 from itertools import pairwise, product
@@ -731,3 +733,85 @@ def test_norms_of_instruction_sets_agree_bit_for_bit(kernels):
     found = [json.loads(script(code, FUSEDOPT_CPU_ISA=isa)) for isa in levels]
     with running(kernels):
         assert found == [norms()] * len(levels)
+
+
+# More than 2^32 -------------------------------------------------------------------------------
+
+
+@contextmanager
+def repeated(pattern, numel):
+    """A tensor of ``numel`` elements in little memory: after the pattern it begins again, because
+    the same pages are mapped again. What writes one element writes all its copies."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    size, period = numel * pattern.itemsize, pattern.nbytes
+    whole = math.ceil(size / period) * period
+    read_write, shared, fixed, private, anonymous, no_reserve = 3, 1, 0x10, 2, 0x20, 0x4000
+    failed = ctypes.c_void_p(-1).value
+    base = libc.mmap(None, whole, 0, private | anonymous | no_reserve, -1, 0)
+    if base == failed:
+        pytest.skip("not enough address space")
+    pages = os.memfd_create("pattern")
+    try:
+        os.truncate(pages, period)
+        for at in range(0, whole, period):
+            assert libc.mmap(base + at, period, read_write, shared | fixed, pages, 0) != failed
+        tensor = torch.frombuffer((ctypes.c_char * size).from_address(base), dtype=pattern.dtype)
+        tensor[: len(pattern)] = pattern
+        yield tensor
+    finally:
+        os.close(pages)
+        libc.munmap(base, whole)
+
+
+linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+# No divisor of 2^32: were an offset cut to 32 bits, other elements would be touched.
+PERIOD = 48 * 2**20
+
+
+@linux
+@pytest.mark.parametrize(
+    ("backend", "dtype", "numel"),
+    [
+        ("native", torch.bfloat16, 2**32 + 12345),
+        ("kernels", torch.float64, 2**29 + 12345),
+        ("kernels", torch.bfloat16, 2**32 + 12345),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+def test_offsets_beyond_32_bits(backend, dtype, numel, step_threads):
+    """Bytes beyond 2^32, and elements beyond 2^32. Counts how often each element is updated."""
+    if backend == "kernels" and numel > 2**32 and not os.environ.get("FUSEDOPT_TEST_LARGE"):
+        pytest.skip("takes half a minute; set FUSEDOPT_TEST_LARGE=1")
+    step_threads(1)
+    period = PERIOD // dtype.itemsize
+    with (
+        repeated(torch.zeros(period, dtype=dtype), numel) as values,
+        repeated(torch.ones(PERIOD // 16 // dtype.itemsize, dtype=dtype), numel) as grad,
+    ):
+        param = values.requires_grad_()
+        param.grad = grad
+        opt = fusedopt.SGD([param], lr=1.0)
+        opt.step()
+        full, rest = divmod(numel, period)
+        found = param.detach()[:period]
+        assert (found[:rest] == -full - 1).all()
+        assert (found[rest:] == -full).all()
+        del param.grad, param, opt, found
+
+
+@linux
+@pytest.mark.parametrize("backend", ["native", "kernels"], indirect=True)
+def test_norm_beyond_32_bits(backend):
+    """Of so many elements that their count does not fit into 32 bits; the sum is exact."""
+    numel, period = 2**32 + 12345, PERIOD // 2
+    pattern = torch.ones(period, dtype=torch.bfloat16)
+    pattern[: period // 4] = 2
+    full, rest = divmod(numel, period)
+    with repeated(pattern, numel) as grad:
+        norm = next(iter(GradNorm().measure([grad]).values()))[NORM].item()
+    squares = [full * pattern.double().square().sum(), pattern[:rest].double().square().sum()]
+    assert norm == math.sqrt(sum(squares))
