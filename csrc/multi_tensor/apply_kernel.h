@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
@@ -35,6 +36,16 @@ struct alignas(kBytes) Bytes {
   Word words[kWords];
 };
 
+// What would be a misaligned address on the device is an error on the host, too.
+template <int kBytes>
+FUSEDOPT_HD void check_alignment([[maybe_unused]] const void* address) {
+#if defined(FUSEDOPT_CUDA_ON_HOST)
+  if (reinterpret_cast<std::uintptr_t>(address) % kBytes != 0) {
+    throw std::logic_error("a kernel reads or writes a misaligned address");
+  }
+#endif
+}
+
 template <int kBytes>
 FUSEDOPT_HD Bytes<kBytes> load_bytes(const void* from) {
   Bytes<kBytes> bytes;
@@ -52,6 +63,7 @@ FUSEDOPT_HD Bytes<kBytes> load_bytes(const void* from) {
     bytes.words[0] = __ldcs(static_cast<const unsigned short*>(from));
   }
 #else
+  check_alignment<kBytes>(from);
   std::memcpy(&bytes, from, kBytes);
 #endif
   return bytes;
@@ -71,6 +83,7 @@ FUSEDOPT_HD void store_bytes(void* to, const Bytes<kBytes>& bytes) {
     __stcs(static_cast<unsigned short*>(to), bytes.words[0]);
   }
 #else
+  check_alignment<kBytes>(to);
   std::memcpy(to, &bytes, kBytes);
 #endif
 }
