@@ -231,6 +231,20 @@ def test_every_mixture_of_dtypes(slots, kernels):
     assert_same(kernels, run)
 
 
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_only_read(case, dtype, kernels):
+    """A NaN with a payload would come back as another one."""
+    signalling = {torch.bfloat16: 0x7F81, torch.float16: 0x7C01}[dtype]
+    (param,) = params_of([8 * 4 + 3], dtype)
+    param.grad = torch.full(param.shape, signalling, dtype=torch.int16).view(dtype)
+    before = bits(param.grad)
+    with running(kernels):
+        case.ours([param]).step()
+    assert param.isnan().all()
+    assert bits(param.grad) == before
+
+
 def test_loaded_float32_moments_of_half_parameters(kernels):
     def run(_):
         wide = params_of(TAILS + AROUND_BLOCKS, torch.float32)
