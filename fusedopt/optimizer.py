@@ -367,7 +367,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # What autograd saves must not be what copy_ overwrites below.
         param_, *slots = (t.to(opmath, copy=bool(group["differentiable"])) for t in old)
         grad = grad.to(opmath)
-        grad = grad if factor is None else grad * factor
+        grad = grad if factor is None else (grad * factor).to(opmath)
         new = self._python_rule(group, step, param_, grad, *slots)
         if self._has_step:
             state["step"] += 1
