@@ -98,7 +98,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"max_grad_norm": self.max_grad_norm, "amp_fused": self.amp_fused}
-        return {**super().__getstate__(), **{key: value for key, value in own.items() if value}}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
