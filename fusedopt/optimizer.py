@@ -388,7 +388,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[g]
         for name, default in self.defaults.items():
             numbers = default if isinstance(default, tuple) else (default,)
-            if not all(isinstance(n, (int, float, Tensor)) for n in numbers):
+            if name in ("foreach", "fused") or not all(
+                isinstance(n, (int, float, Tensor)) for n in numbers
+            ):
                 continue
             try:
                 values = group[name]
