@@ -152,12 +152,12 @@ def clip_grad_norm_(
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
-    parameters = list(parameters)
+    given, parameters = parameters, list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     ordinary = all(type(grad) in (Tensor, torch.nn.Parameter) for grad in grads)
     if float(norm_type) != 2.0 or not grads or not ordinary:
         return torch.nn.utils.clip_grad_norm_(
-            parameters, max_norm, norm_type, error_if_nonfinite, foreach
+            parameters or given, max_norm, norm_type, error_if_nonfinite, foreach
         )
     clips = GradNorm().measure(grads)
     norm = clips[grads[0].device][NORM].clone()
