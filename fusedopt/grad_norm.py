@@ -46,10 +46,12 @@ class GradNorm:
             clips[device] = self._measure(device, of_device, max_norm, scale, skip_nonfinite)
         if len(clips) > 1:
             first = next(iter(clips.values()))
-            norms = [clip[NORM].to(first.device, non_blocking=True) for clip in clips.values()]
+            norms = [
+                clip[NORM].to(first.device, non_blocking=first.is_cuda) for clip in clips.values()
+            ]
             combined = _clip_of(torch.stack(norms).norm(), max_norm, skip_nonfinite)
             for clip in clips.values():
-                clip[:_HEADER].copy_(combined, non_blocking=True)
+                clip[:_HEADER].copy_(combined, non_blocking=clip.is_cuda)
         return clips
 
     def _measure(
