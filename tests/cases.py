@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedopt
 
@@ -230,7 +231,7 @@ def states(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[dict[str, A
 
 def bits(t: Tensor) -> tuple:
     """A snapshot of a tensor that compares equal only if every bit is the same."""
-    data = t.detach().resolve_conj()
+    data = t.detach().resolve_conj().cpu()
     if data.is_sparse:
         data = data.coalesce()
         return (tuple(t.shape), t.dtype, bits(data.indices()), bits(data.values()))
@@ -295,6 +296,70 @@ def assert_trained_alike(
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return bits(a) == bits(b)
+
+
+# GradScaler -----------------------------------------------------------------------------------
+
+
+class Amp:
+    """A model in training with a GradScaler of its own or of another, by steps that are spelled:
+    u unscale_ first, c unscale_ and clip, a accumulate over two backwards, o overflow, . nothing
+    of that."""
+
+    def __init__(self, build: Any, scaler: Any = None, device: str = "cpu", **more: Any):
+        self.device = device
+        self.model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        with torch.no_grad():
+            for i, p in enumerate(self.model.parameters()):
+                p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape) + 0.1 * i)
+        self.params = [*self.model.to(device).parameters()]
+        self.opt = build([{"params": self.params[:1]}, {"params": self.params[1:]}], **more)
+        self.scaler = scaler or torch.amp.GradScaler(device, init_scale=256.0, growth_interval=3)
+        self.log = []
+
+    def step(self, kind: str, at: int) -> None:
+        self.opt.zero_grad()
+        for more in range(2 if "a" in kind else 1):
+            inputs = torch.linspace(0, 2, 8, device=self.device).view(2, 4)
+            loss = self.model(inputs + at + more).square().sum()
+            self.scaler.scale(loss).backward()
+        if "o" in kind:
+            self.params[2].grad[0, at % 3] = (math.inf, -math.inf, math.nan)[at % 3]
+        if "u" in kind or "c" in kind:
+            self.scaler.unscale_(self.opt)
+        if "c" in kind:
+            nn.utils.clip_grad_norm_(self.params, 1.5)
+        before, fresh = snapshot(self.opt), not any(states(self.opt, self.params))
+        grads = [bits(p.grad) for p in self.params]
+        self.scaler.step(self.opt)
+        assert not hasattr(self.opt, "found_inf") and not hasattr(self.opt, "grad_scale")
+        if getattr(self.opt, "amp_fused", False):
+            assert [bits(p.grad) for p in self.params] == grads
+        if "o" in kind:
+            if fresh:  # there may be state now, but no step was counted
+                assert snapshot(self.opt)[0] == before[0]
+                assert not any(s.get("step", 0) for s in states(self.opt, self.params))
+            else:
+                assert snapshot(self.opt) == before
+
+    def run(self, kinds: str) -> Amp:
+        for at, kind in enumerate(kinds.split()):
+            self.step(kind, at)
+            self.scaler.update()
+            self.log.append((kind, self.scaler.get_scale(), self.scaler.state_dict()))
+        return self
+
+
+FLOWS = [
+    ". . . . . .",
+    "u u u . .",
+    "c c . c",
+    "o . . .",
+    "o o a . c",
+    ". o . u",
+    ". . . . uo . co . ao a",
+    "co uo c c",
+]
 
 
 # Layouts --------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from cases import (
     CASES,
     COMPLEX_CASES,
     DTYPES,
+    FLOWS,
     GRAD_LAYOUTS,
     LAYOUTS,
     NAMES,
     RICHEST,
+    Amp,
     Case,
     assert_near,
     assert_trained_alike,
@@ -26,7 +28,6 @@ from cases import (
     gradient_like,
     leaf,
     snapshot,
-    states,
     step_through,
     train,
 )
@@ -495,63 +496,6 @@ def test_clip_grad_norm_in_place_and_without_a_graph(backend):
 # amp_fused ------------------------------------------------------------------------------------
 
 
-class Amp:
-    """A model in training with a GradScaler of its own or of another, by steps that are spelled:
-    u unscale_ first, c unscale_ and clip, a accumulate over two backwards, o overflow, . nothing
-    of that."""
-
-    def __init__(self, build, scaler=None, **more):
-        self.model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-        with torch.no_grad():
-            for i, p in enumerate(self.model.parameters()):
-                p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape) + 0.1 * i)
-        self.params = [*self.model.parameters()]
-        self.opt = build([{"params": self.params[:1]}, {"params": self.params[1:]}], **more)
-        self.scaler = scaler or torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
-        self.log = []
-
-    def step(self, kind, at):
-        self.opt.zero_grad()
-        for more in range(2 if "a" in kind else 1):
-            loss = self.model(torch.linspace(0, 2, 8).view(2, 4) + at + more).square().sum()
-            self.scaler.scale(loss).backward()
-        if "o" in kind:
-            self.params[2].grad[0, at % 3] = (INF, -INF, NAN)[at % 3]
-        if "u" in kind or "c" in kind:
-            self.scaler.unscale_(self.opt)
-        if "c" in kind:
-            nn.utils.clip_grad_norm_(self.params, 1.5)
-        before, fresh = snapshot(self.opt), not any(states(self.opt, self.params))
-        grads = [bits(p.grad) for p in self.params]
-        self.scaler.step(self.opt)
-        assert not hasattr(self.opt, "found_inf") and not hasattr(self.opt, "grad_scale")
-        if getattr(self.opt, "amp_fused", False):
-            assert [bits(p.grad) for p in self.params] == grads
-        if "o" in kind:
-            if fresh:  # there may be state now, but no step was counted
-                assert snapshot(self.opt)[0] == before[0]
-                assert not any(s.get("step", 0) for s in states(self.opt, self.params))
-            else:
-                assert snapshot(self.opt) == before
-
-    def run(self, kinds):
-        for at, kind in enumerate(kinds.split()):
-            self.step(kind, at)
-            self.scaler.update()
-            self.log.append((kind, self.scaler.get_scale(), self.scaler.state_dict()))
-        return self
-
-
-FLOWS = [
-    ". . . . . .",
-    "u u u . .",
-    "c c . c",
-    "o . . .",
-    "o o a . c",
-    ". o . u",
-    ". . . . uo . co . ao a",
-    "co uo c c",
-]
 MOMENTUM = [
     Case("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.5}),
     Case("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.5, "maximize": True, "l1": 0.01}),
