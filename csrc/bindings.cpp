@@ -276,7 +276,7 @@ class Plan {
   // Memory for what the kernels of a device count, all zero; see apply_cuda. Tensors on a device
   // without it take the Python rule.
   void add_tickets(const py::object& tensor);
-  void add_group(bool python, bool capturable);
+  void add_group(bool python, bool capturable, bool amp_fused);
   void add(py::handle param, const py::object& state, const py::tuple& keys, bool first_step);
   void finish(const py::dict& state);
   py::object step(const py::list& groups, const py::dict& state, int num_threads,
@@ -310,6 +310,7 @@ class Plan {
     std::size_t num_params = 0;
     bool python = false;
     bool capturable = false;
+    bool amp_fused = false;
     int state_mask = -1;        // -1 until the first step
     int options_device = kCpu;  // see Options::device
     std::unique_ptr<GroupRule> rule;
@@ -387,10 +388,11 @@ void Plan::add_tickets(const py::object& tensor) {
   tickets_[now.device] = {tensor, static_cast<std::uint32_t*>(now.data)};
 }
 
-void Plan::add_group(bool python, bool capturable) {
+void Plan::add_group(bool python, bool capturable, bool amp_fused) {
   groups_.emplace_back();
   groups_.back().python = python;
   groups_.back().capturable = capturable;
+  groups_.back().amp_fused = amp_fused;
 }
 
 // A parameter of the last group.
@@ -463,7 +465,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
 bool Plan::counts_on_device(const Entry& entry, const TensorView& step) const {
 #if defined(FUSEDOPT_CUDA_ON_HOST)
   static_cast<void>(step);
-  return groups_[entry.group].capturable;
+  return groups_[entry.group].capturable || groups_[entry.group].amp_fused;
 #else
   return entry.device != kCpu && step.device == entry.device;
 #endif
@@ -879,8 +881,13 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
     list_written();
   }
   if (!todo.empty()) return std::move(todo);
-
   read_scaling(scaling);
+  for (const StepCount& count : counts_) {
+    // Only the GPU knows whether it will count this step.
+    if (count.device != kCpu && step_on(count.device).scaling.found_inf != nullptr) {
+      return py::bool_(false);
+    }
+  }
   launch(num_threads);
   for (const std::size_t e : updated_) entries_[e].first_step = false;
   return py::none();

@@ -97,8 +97,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step_supports_amp_scaling = True
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "amp_fused": self.amp_fused}
-        return {**super().__getstate__(), **own}
+        own = {"max_grad_norm": self.max_grad_norm, "amp_fused": self.amp_fused or None}
+        return super().__getstate__() | {k: v for k, v in own.items() if v is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -303,14 +303,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _counts_on_device(self, group: Group, param: Tensor) -> bool:
         """Whether only the device knows how many steps there were."""
-        return param.device.type != "cpu" and bool(group.get("capturable") or self.amp_fused)
+        accelerated = param.device.type != "cpu" or backend.has_kernels(param.device)
+        return accelerated and bool(group.get("capturable") or self.amp_fused)
 
     def _can_count(self, group: Group, param: Tensor, step: Tensor) -> bool:
-        if step.device.type != "cpu":
-            return True
         if self._counts_on_device(group, param):
-            return False
-        return step.dtype != torch.float32 or step.item() < _LAST_FLOAT32_STEP
+            return step.device == param.device
+        if step.device.type != "cpu" or step.dtype != torch.float32:
+            return True
+        return step.item() < _LAST_FLOAT32_STEP
 
     def _new_step(self, group: Group, param: Tensor) -> Tensor:
         fused = group.get("fused")
@@ -334,7 +335,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             keys = self._slots(group)
             python = bool(group.get("differentiable"))
-            plan.add_group(python, bool(group.get("capturable")))
+            plan.add_group(python, bool(group.get("capturable")), self.amp_fused)
             for param in group["params"]:
                 state = self.state.get(param)
                 if state and not python:

@@ -734,6 +734,8 @@ def test_an_unfused_checkpoint_in_a_fused_optimizer(name, amp, backend):
 @richest
 def test_capturable_on_the_cpu(case, backend):
     """An error of the step, as with stock, and nothing has changed."""
+    if backend == "kernels":
+        pytest.skip("its memory is that of a GPU")
     values, grads = draw([(5,), (2, 3)], 3)
     params = [leaf(v) for v in values]
     opt = case.ours(params, capturable=True)
