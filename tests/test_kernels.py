@@ -503,6 +503,27 @@ def test_steps_that_the_kernel_counts(case, dtype, kernels):
     assert_same(kernels, run)
 
 
+@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+def test_groups_that_count_on_the_device_and_others(case, kernels):
+    """One launch for each kind."""
+
+    def run(on_kernels):
+        params = params_of([3, BLOCK + 1, 5, 40_000], torch.float32)
+        lr = [torch.tensor(0.1), 0.2, torch.tensor(0.3), 0.4]
+        groups = [{"params": [p], "lr": x} for p, x in zip(params, lr, strict=True)]
+        opt = case.ours(groups)
+        for group in opt.param_groups[::2]:
+            group["capturable"] = on_kernels
+        for _ in range(3):
+            set_grads(params)
+            launches = kernels.num_launches()
+            opt.step()
+            assert kernels.num_launches() - launches == 2 * on_kernels
+        return opt
+
+    assert_same(kernels, run)
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_tickets_of_several_tables(amsgrad, kernels):
     def run(on_kernels):
