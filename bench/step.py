@@ -1,10 +1,10 @@
 """Times `step()` of fusedopt, of every implementation in torch.optim, and of a bare memory loop.
 
-All contenders of a cell (workload, dtype, optimizer) share the parameters and take turns, so that the
-noise of the machine hits all alike. Before every step a backward makes new gradients: what a step
-costs with warm gradients at last step's addresses is not what it costs in training. A training has
-one optimizer: a turn of quick steps is a few in a row, and the first, whose state others have pushed
-out of the cache, is not timed.
+All contenders of a cell (workload, dtype, optimizer) share the parameters and take turns, so that
+the noise of the machine hits all alike. Before every step a backward makes new gradients: what a
+step costs with warm gradients at last step's addresses is not what it costs in training. A training
+has one optimizer: a turn of quick steps is a few in a row, and the first, whose state others have
+pushed out of the cache, is not timed.
 
 On a GPU there are three times. `median_ms` is the wall's: from an idle GPU until it has finished.
 `host_ms` ends when step() returns. `device_ms` is the GPU's own, with all launches in its queue:
