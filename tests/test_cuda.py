@@ -53,7 +53,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 @pytest.fixture(autouse=True)
-def kernels():
+def gpu():
     if not fusedopt.backend.has_kernels(torch.device(DEVICE, 0)):
         text = f"no kernels for this GPU: {fusedopt.backend.status()}"
         if os.environ.get("FUSEDOPT_REQUIRE_NATIVE", "0") not in ("", "0"):
