@@ -121,6 +121,24 @@ def runs_on(device: torch.device) -> bool:
     return native is not None and (device.type == "cpu" or has_kernels(device))
 
 
+def is_capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def capture_error(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what}, which cannot be captured into a CUDA graph: run a step before the capture"
+    )
+
+
+def lasting_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for what one step leaves to the next; a captured graph would make it anew."""
+    if device.type == "cuda" and is_capturing():
+        raise capture_error("fusedopt sets memory aside at the first step")
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 def status() -> str:
     """Which backend runs, in one line."""
     if native is None:

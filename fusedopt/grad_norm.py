@@ -63,7 +63,7 @@ class GradNorm:
         skip_nonfinite: bool,
     ) -> Tensor:
         if device not in self._clip:
-            self._clip[device] = torch.zeros(_HEADER, dtype=torch.float64, device=device)
+            self._clip[device] = backend.lasting_zeros(_HEADER, torch.float64, device)
         if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
             self._clip[device][:_HEADER] = _clip_of(
                 _norm(grads, loss_scale), max_norm, skip_nonfinite
@@ -81,7 +81,7 @@ class GradNorm:
             if answer is None:
                 return self._clip[device]
             if isinstance(answer, int):
-                self._clip[device] = torch.zeros(answer, dtype=torch.float64, device=device)
+                self._clip[device] = backend.lasting_zeros(answer, torch.float64, device)
                 continue
             grads = list(grads)
             for i in answer:

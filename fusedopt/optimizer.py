@@ -38,8 +38,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Clip the norm of all gradients of a step to this much; may be changed at any time.
     max_grad_norm: float | None = None
-    # Unscale, check and skip for torch.amp.GradScaler inside the step.
-    amp_fused: bool = False
+    _amp_fused: bool = False
 
     # The tensor lists of the last step, as the native module remembers them. Never pickled.
     _plan: Any = None
@@ -82,28 +81,34 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"Invalid l1 value: {l1}")
         _check_max_grad_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
-        self.amp_fused = amp_fused
         for name, value in {"l1": l1, **switches}.items():
             if value:
                 self.defaults[name] = value
                 for group in self.param_groups:
                     group.setdefault(name, value)
-        self._leave_amp_to_scaler()
+        self.amp_fused = amp_fused
 
-    def _leave_amp_to_scaler(self) -> None:
+    @property
+    def amp_fused(self) -> bool:
+        """Whether ``step()`` unscales and skips for ``torch.amp.GradScaler``. May be changed."""
+        return self._amp_fused
+
+    @amp_fused.setter
+    def amp_fused(self, value: bool) -> None:
+        self._amp_fused = value
         # torch sets this for fused=True; unset, GradScaler unscales and skips by itself.
         self.__dict__.pop("_step_supports_amp_scaling", None)
-        if self.amp_fused:
+        if value:
             self._step_supports_amp_scaling = True
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "amp_fused": self.amp_fused or None}
+        own = {"max_grad_norm": self.max_grad_norm, "_amp_fused": self._amp_fused or None}
         return super().__getstate__() | {k: v for k, v in own.items() if v is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
-        self._leave_amp_to_scaler()
+        self.amp_fused = self._amp_fused
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -189,7 +194,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _checked_step(self, todo: list[int] | bool, scaling: Scaling | None) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        capturing = backend.is_capturing()
         for g, group in enumerate(self.param_groups if capturing else ()):
             if not group.get("capturable"):
                 raise RuntimeError(
@@ -210,13 +215,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._check_options(g)
                 for g, i in self._with_grad():
                     self._check(g, i)
+                if capturing and any(self._missing_state(g, i) for g, i in self._with_grad()):
+                    raise backend.capture_error(f"fusedopt.{type(self).__name__} creates state")
                 for g, i in self._with_grad():
                     self._complete_state(g, i, created)
-                if created and capturing:
-                    raise RuntimeError(
-                        f"fusedopt.{type(self).__name__}: the first step creates state, which "
-                        "cannot be captured into a CUDA graph; run a step before the capture"
-                    )
                 if backend.native is None:
                     plan, todo = None, None
                     for g, i in self._with_grad():
@@ -328,9 +330,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for device in {p.device for group in self.param_groups for p in group["params"]}:
             if backend.has_kernels(device):
                 if device not in self._tickets:
-                    self._tickets[device] = torch.zeros(
-                        backend.native.NUM_TICKETS, dtype=torch.float32, device=device
-                    )
+                    count = backend.native.NUM_TICKETS
+                    self._tickets[device] = backend.lasting_zeros(count, torch.float32, device)
                 plan.add_tickets(self._tickets[device])
         for group in self.param_groups:
             keys = self._slots(group)
