@@ -37,6 +37,17 @@ FUSEDOPT_HD Update coefficients(const PreparedUpdate& prepared) {
   return update;
 }
 
+// Calls use(update), which the compiler sees once with penalties and once without: what is tested for
+// every element otherwise took Adam a third of its time (100 x 10,000 in the cache, two threads of an
+// EPYC 9005, 2026-11: 0.25 to 0.15 ms, bfloat16 0.32 to 0.20; RMSprop and SGD within 10%).
+template <typename Update, typename Use>
+FUSEDOPT_HD void with_coefficients(const PreparedUpdate& prepared, Use&& use) {
+  Update update = coefficients<Update>(prepared);
+  if (update.has_penalty()) return use(update);
+  update.drop_penalty();
+  use(update);
+}
+
 // One dtype everywhere that needs no conversion: straight over the arrays.
 template <Isa isa, typename T, typename Update>
 void plain_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
@@ -45,8 +56,10 @@ void plain_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64
   for (int slot = 0; slot < 2 + Update::kNumStates; ++slot) {
     arrays[slot] = static_cast<T*>(slots[slot]) + begin;
   }
-  update_elements<isa>(coefficients<Update>(prepared), count, arrays[0], arrays[1], arrays + 2,
-                       std::make_index_sequence<Update::kNumStates>());
+  with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
+    update_elements<isa>(update, count, arrays[0], arrays[1], arrays + 2,
+                         std::make_index_sequence<Update::kNumStates>());
+  });
 }
 
 // One half dtype everywhere: a few vectors at a time, which the compiler unrolls, so that
@@ -69,13 +82,14 @@ template <Isa isa, typename Half, typename Update>
 void half_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
                  std::int64_t count) {
   constexpr std::make_index_sequence<Update::kNumStates> states;
-  const Update update = coefficients<Update>(prepared);
-  std::int64_t done = 0;
-  for (; done + kHalfElements <= count; done += kHalfElements) {
-    update_halves<isa, Half>(update, kHalfElements, slots, begin + done, states);
-  }
-  const int left = static_cast<int>(count - done);
-  update_halves<isa, Half>(update, left, slots, begin + done, states);
+  with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
+    std::int64_t done = 0;
+    for (; done + kHalfElements <= count; done += kHalfElements) {
+      update_halves<isa, Half>(update, kHalfElements, slots, begin + done, states);
+    }
+    const int left = static_cast<int>(count - done);
+    update_halves<isa, Half>(update, left, slots, begin + done, states);
+  });
 }
 
 // Any mix of float32, bfloat16 and float16: block by block through float buffers.
@@ -83,24 +97,25 @@ template <Isa isa, typename Update>
 void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
                        std::int64_t count) {
   constexpr int kNumSlots = 2 + Update::kNumStates;
-  const Update update = coefficients<Update>(prepared);
   const Dtype* const dtypes = prepared.dtypes.slots;
   alignas(64) float buffers[kNumSlots][kConvertElements];
   float* arrays[kMaxSlots];
   for (int slot = 0; slot < kNumSlots; ++slot) arrays[slot] = buffers[slot];
-  for (std::int64_t done = 0; done < count; done += kConvertElements) {
-    const std::int64_t left = count - done;
-    const int n = left < kConvertElements ? static_cast<int>(left) : kConvertElements;
-    for (int slot = 0; slot < kNumSlots; ++slot) {
-      load_as_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
+  with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
+    for (std::int64_t done = 0; done < count; done += kConvertElements) {
+      const std::int64_t left = count - done;
+      const int n = left < kConvertElements ? static_cast<int>(left) : kConvertElements;
+      for (int slot = 0; slot < kNumSlots; ++slot) {
+        load_as_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
+      }
+      update_elements<isa>(update, n, arrays[0], arrays[1], arrays + 2,
+                           std::make_index_sequence<Update::kNumStates>());
+      for (int slot = 0; slot < kNumSlots; ++slot) {
+        if (slot == 1) continue;  // the gradient is only read
+        store_from_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
+      }
     }
-    update_elements<isa>(update, n, arrays[0], arrays[1], arrays + 2,
-                         std::make_index_sequence<Update::kNumStates>());
-    for (int slot = 0; slot < kNumSlots; ++slot) {
-      if (slot == 1) continue;  // the gradient is only read
-      store_from_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
-    }
-  }
+  });
 }
 
 template <Isa isa, typename Update>

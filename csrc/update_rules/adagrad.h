@@ -20,6 +20,9 @@ struct AdagradUpdate {
   T decayed_lr;
   T eps;
 
+  FUSEDOPT_HD bool has_penalty() const { return penalized_grad.has_penalty(); }
+  FUSEDOPT_HD void drop_penalty() { penalized_grad.drop_penalty(); }
+
   FUSEDOPT_HD void operator()(T& param, T grad, T& sum) const {
     using std::sqrt;
     grad = penalized_grad(grad, param);

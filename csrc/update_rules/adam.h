@@ -26,6 +26,12 @@ struct AdamUpdate {
   T eps;
   T step_size;  // lr / (1 - beta1^t)
 
+  FUSEDOPT_HD bool has_penalty() const { return penalized_grad.has_penalty() || param_l1 != T(0); }
+  FUSEDOPT_HD void drop_penalty() {
+    penalized_grad.drop_penalty();
+    param_l1 = T(0);
+  }
+
   FUSEDOPT_HD void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq) const {
     update_moments(param, grad, exp_avg, exp_avg_sq);
     update_param(param, exp_avg, exp_avg_sq);

@@ -21,6 +21,10 @@ struct PenalizedGrad {
     return grad;
   }
 
+  // Of an update without penalties, a copy that has dropped them is the same and can be faster.
+  FUSEDOPT_HD bool has_penalty() const { return weight_decay != T(0) || l1 != T(0); }
+  FUSEDOPT_HD void drop_penalty() { weight_decay = l1 = T(0); }
+
   FUSEDOPT_HD static T sign(T x) { return x > T(0) ? T(1) : (x < T(0) ? T(-1) : T(0)); }
 };
 

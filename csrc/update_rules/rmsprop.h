@@ -23,6 +23,9 @@ struct RMSpropUpdate {
   T eps_inside, eps_outside;  // one of them is eps, the other 0
   T momentum;
 
+  FUSEDOPT_HD bool has_penalty() const { return penalized_grad.has_penalty(); }
+  FUSEDOPT_HD void drop_penalty() { penalized_grad.drop_penalty(); }
+
   FUSEDOPT_HD void operator()(T& param, T grad, T& square_avg) const {
     update(param, grad, square_avg, nullptr, nullptr);
   }

@@ -22,6 +22,9 @@ struct SGDUpdate {
   bool nesterov;
   bool first_step;
 
+  FUSEDOPT_HD bool has_penalty() const { return penalized_grad.has_penalty(); }
+  FUSEDOPT_HD void drop_penalty() { penalized_grad.drop_penalty(); }
+
   FUSEDOPT_HD void operator()(T& param, T grad) const {
     grad = penalized_grad(grad, param);
     param = param - lr * grad;
