@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusedopt
 
@@ -141,3 +142,25 @@ def test_info_as_installed():
     if fusedopt.backend.native:
         assert fusedopt.backend.native.__file__ in out
         assert any(isa in out for isa in ("baseline", "avx2", "avx512", "neon"))
+
+
+def test_a_gpu_that_the_kernels_cannot_run_on(kernels, monkeypatch):
+    """One warning, which says why and what to do, and right steps without a launch."""
+    problem = "the kernels are built for sm_90, cuda:0 is sm_75: build with FUSEDOPT_CUDA_ARCHS=75"
+    monkeypatch.setattr(fusedopt.backend, "native", kernels)
+    monkeypatch.setattr(kernels, "cuda_problem", lambda device: problem)
+    fusedopt.backend._problem.cache_clear()
+    launches = kernels.num_launches()
+    params = [torch.linspace(-1, 1, 37).requires_grad_() for _ in range(2)]
+    ours, stock = fusedopt.Adam(params[:1]), torch.optim.Adam(params[1:], foreach=False)
+    try:
+        with pytest.warns(RuntimeWarning, match="Python rule: the kernels are built") as caught:
+            for _ in range(3):
+                for p, opt in zip(params, (ours, stock), strict=True):
+                    p.grad = p.detach() * 2 + 0.3
+                    opt.step()
+    finally:
+        fusedopt.backend._problem.cache_clear()
+    assert len(caught) == 1 and "FUSEDOPT_CUDA_ARCHS=75" in str(caught[0].message)
+    assert kernels.num_launches() == launches
+    torch.testing.assert_close(*params)
