@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
@@ -18,6 +19,21 @@ def stock_modes(name: str) -> dict[str, dict[str, bool]]:
         "foreach": {"foreach": True},
     }
     return modes | {"fused": {"fused": True}} if fused else modes
+
+
+@functools.cache
+def runs(name: str, mode: str, device: torch.device) -> bool:
+    """Whether that mode of `torch.optim.<name>` takes parameters on the device.
+
+    Before torch 2.12, Adagrad's fused mode does not on a GPU.
+    """
+    param = torch.nn.Parameter(torch.zeros(1, device=device))
+    param.grad = torch.zeros_like(param)
+    try:
+        getattr(torch.optim, name)([param], **stock_modes(name)[mode]).step()
+    except RuntimeError:
+        return False
+    return True
 
 
 def best_stock_mode(name: str) -> tuple[str, dict[str, bool]]:

@@ -172,7 +172,7 @@ def build_optimizers(
     ours, stock = getattr(fusedopt, class_name), getattr(torch.optim, class_name)
     built = {"fusedopt": ours(model.params, **arguments, **clipping)}
     for mode, flags in optimizers.stock_modes(class_name).items():
-        if mode in modes:
+        if mode in modes and optimizers.runs(class_name, mode, model.device):
             built[mode] = stock(model.params, **arguments, **flags)
     return built
 

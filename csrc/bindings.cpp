@@ -157,7 +157,7 @@ class Options {
   Number device_number(const char* name, PyObject* value) const {
     TensorView now;
     if (!capturable_ || !view(value, &now) || now.device == kCpu || itemsize(now.dtype) < 4 ||
-        numel(now) != 1) {
+        numel(now) != 1 || (device_ != kCpu && device_ != now.device)) {
       return {host_number(name, value)};
     }
     device_ = now.device;
@@ -785,6 +785,7 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
     TensorView now;
     if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
     if (counts_on_device(entry, now) != entry.device_step) return false;
+    if (!entry.device_step && !is_host(now)) return false;
     if (now.data != expected.data) {
       entry.state[StateLayout::kStep].data = now.data;
       entry.state[StateLayout::kStep].owned = false;

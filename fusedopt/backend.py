@@ -39,8 +39,10 @@ def _own_state(tensor: Tensor) -> Any:
 
 def _own_param(param: Tensor) -> Any:
     """The node that accumulates the gradient of a small parameter: the only owner that
-    torch.utils.swap_tensors tolerates."""
-    if param.nbytes > _SMALL_BYTES or not (param.requires_grad and param.is_leaf):
+    torch.utils.swap_tensors tolerates. On a GPU the node would stay on the stream that it was made
+    on, and a backward in a CUDA graph must be on that of the capture."""
+    small = param.nbytes <= _SMALL_BYTES and param.device.type == "cpu"
+    if not (small and param.requires_grad and param.is_leaf):
         return None
     return get_gradient_edge(param).node
 
@@ -135,7 +137,7 @@ def capture_error(what: str) -> RuntimeError:
 def lasting_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for what one step leaves to the next; a captured graph would make it anew."""
     if device.type == "cuda" and is_capturing():
-        raise capture_error("fusedopt sets memory aside at the first step")
+        raise capture_error("the first step sets memory aside")
     return torch.zeros(size, dtype=dtype, device=device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ class GradNorm:
     The results stay on the devices of the gradients: nothing waits for a GPU.
     """
 
-    def __init__(self) -> None:
-        # Kept from step to step: a captured graph goes on using the memory.
+    def __init__(self, zeros: Callable[..., Tensor] = backend.lasting_zeros) -> None:
+        self._zeros = zeros
+        # Kept from step to step, and what has become too small too: a captured graph goes on using
+        # the memory.
         self._clip: dict[torch.device, Tensor] = {}
+        self._outgrown: list[Tensor] = []
 
     def measure(
         self,
@@ -63,7 +66,7 @@ class GradNorm:
         skip_nonfinite: bool,
     ) -> Tensor:
         if device not in self._clip:
-            self._clip[device] = backend.lasting_zeros(_HEADER, torch.float64, device)
+            self._clip[device] = self._zeros(_HEADER, dtype=torch.float64, device=device)
         if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
             self._clip[device][:_HEADER] = _clip_of(
                 _norm(grads, loss_scale), max_norm, skip_nonfinite
@@ -81,7 +84,8 @@ class GradNorm:
             if answer is None:
                 return self._clip[device]
             if isinstance(answer, int):
-                self._clip[device] = backend.lasting_zeros(answer, torch.float64, device)
+                self._outgrown.append(self._clip[device])
+                self._clip[device] = self._zeros(answer, dtype=torch.float64, device=device)
                 continue
             grads = list(grads)
             for i in answer:
@@ -161,7 +165,7 @@ def clip_grad_norm_(
         return torch.nn.utils.clip_grad_norm_(
             parameters or given, max_norm, norm_type, error_if_nonfinite, foreach
         )
-    clips = GradNorm().measure(grads)
+    clips = GradNorm(torch.zeros).measure(grads)
     norm = clips[grads[0].device][NORM].clone()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(

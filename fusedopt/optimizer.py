@@ -96,6 +96,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @amp_fused.setter
     def amp_fused(self, value: bool) -> None:
         self._amp_fused = value
+        self._plan = None  # it knows where steps are counted
         # torch sets this for fused=True; unset, GradScaler unscales and skips by itself.
         self.__dict__.pop("_step_supports_amp_scaling", None)
         if value:

@@ -602,6 +602,35 @@ def test_graph_replay_skips_an_overflow(case):
 
 
 @plain
+def test_capture_of_a_whole_iteration(case):
+    """Backward and all, after eager iterations on another stream than that of the capture."""
+
+    def iterate(params, opt):
+        for p in params:
+            p.grad = None
+        sum((p * p).sum() for p in params).backward()
+        opt.step()
+
+    values, _ = draw([(100,), (33,)], 1)
+    results = []
+    for captures in (False, True):
+        params = [leaf(put(v)) for v in values]
+        opt = case.ours(params, capturable=True)
+        for _ in range(2 if captures else 5):
+            iterate(params, opt)
+        if captures:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                iterate(params, opt)
+            for _ in range(3):
+                graph.replay()
+        torch.cuda.synchronize()
+        results.append([p.detach().clone() for p in params])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@plain
 def test_capture_without_capturable(case):
     values, grads = draw([(100,), (33,)], 3)
     params, opt = train_on(DEVICE, case.ours, values, grads[:1])
@@ -625,7 +654,7 @@ def test_the_first_step_cannot_be_captured(case, capturable):
     params = [leaf(put(v)) for v in values]
     opt = case.ours(params, capturable=capturable)
     set_grads(params, grads[0])
-    with pytest.raises(RuntimeError, match="first step" if capturable else "capturable"):
+    with pytest.raises(RuntimeError, match="before the capture" if capturable else "capturable"):
         captured(opt)
     torch.cuda.synchronize()
     step_through(opt, params, grads)

@@ -126,16 +126,15 @@ std::string cuda_problem(int device) {
   }
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  cudaError_t error;
-  try {
-    const DeviceGuard guard(device);
-    error = cudaFuncGetAttributes(&attributes, probe_kernel);
-  } catch (const std::runtime_error& what) {
-    return what.what();
-  }
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // it has been heard
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
+      error != cudaErrorInvalidDeviceFunction && error != cudaErrorInvalidKernelImage) {
+    check(error, "loading the kernels", device);
+  }
   const std::string arch = std::to_string(major) + std::to_string(minor);
   return "the kernels are built for " FUSEDOPT_CUDA_ARCHS ", cuda:" + std::to_string(device) +
          " is sm_" + arch + " (" + cudaGetErrorString(error) +
@@ -143,8 +142,12 @@ std::string cuda_problem(int device) {
 }
 
 bool is_capturing(void* stream) {
+  if (stream == nullptr) return false;  // the legacy stream cannot be captured
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
+    cudaGetLastError();  // another stream's capture: the launch will tell
+    return false;
+  }
   return status != cudaStreamCaptureStatusNone;
 }
 
