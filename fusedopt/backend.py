@@ -118,6 +118,10 @@ def _problem(device: torch.device) -> str:
     return problem
 
 
+def is_accelerator(device: torch.device) -> bool:
+    return device.type != "cpu" or has_kernels(device)
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether the native module takes tensors on this device."""
     return native is not None and (device.type == "cpu" or has_kernels(device))

@@ -306,8 +306,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _counts_on_device(self, group: Group, param: Tensor) -> bool:
         """Whether only the device knows how many steps there were."""
-        accelerated = param.device.type != "cpu" or backend.has_kernels(param.device)
-        return accelerated and bool(group.get("capturable") or self.amp_fused)
+        on = group.get("capturable") or self.amp_fused
+        return bool(on) and backend.is_accelerator(param.device)
 
     def _can_count(self, group: Group, param: Tensor, step: Tensor) -> bool:
         if self._counts_on_device(group, param):
@@ -437,9 +437,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "several of its elements share one memory location (an expanded tensor?); "
                 "clone() it before optimizing",
             )
-        if group.get("capturable") and not (
-            param.device.type != "cpu" or backend.has_kernels(param.device)
-        ):
+        if group.get("capturable") and not backend.is_accelerator(param.device):
             fail(
                 RuntimeError,
                 "If capturable=True, params and state_steps must be on an accelerator; "

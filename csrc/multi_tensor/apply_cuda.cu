@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
+#include <utility>
 
 #include "apply.h"
 #include "apply_cuda.h"
@@ -76,13 +77,13 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
 
 void apply_cuda(const Step& step, int device, void* stream, std::uint32_t* tickets) {
   const DeviceGuard guard(device);
-  // One launch, or more if there are several kernels among the updates.
-  for (std::size_t u = 0; u < step.updates.size(); ++u) {
-    const PreparedUpdate& update = step.updates[u];
-    const auto same = [&](const PreparedUpdate& other) {
-      return other.device_kernel == update.device_kernel && other.on_device == update.on_device;
-    };
-    if (std::any_of(step.updates.begin(), step.updates.begin() + u, same)) continue;
+  // One launch, or more if there are several kernels among the updates, of which there may be one
+  // for each tensor.
+  std::vector<std::pair<const DeviceKernel*, bool>> launched;
+  for (const PreparedUpdate& update : step.updates) {
+    const std::pair<const DeviceKernel*, bool> kernel{update.device_kernel, update.on_device};
+    if (std::find(launched.begin(), launched.end(), kernel) != launched.end()) continue;
+    launched.push_back(kernel);
     launch_all(step, *update.device_kernel, update.on_device, update.num_bytes, stream, tickets,
                guard);
   }

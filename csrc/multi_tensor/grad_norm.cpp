@@ -36,7 +36,7 @@ void grad_norm_cpu(const std::vector<GradToMeasure>& grads, const GradNorm& norm
     elements += grad.numel;
   }
   const SumChunk sum = sum_chunk_for(cpu_isa());
-  const double factor = norm.unscale();
+  const double factor = unscale(norm.loss_scale);
   const std::int64_t num_chunks = first_chunk.back();
   [[maybe_unused]] const bool parallel =
       num_threads > 1 && elements >= kSerialElements && can_fork();

@@ -24,10 +24,6 @@ struct GradNorm {
   std::uint32_t first_partial;  // of a launch
   std::uint32_t* ticket;        // zero, and zero again afterwards; unused on the CPU
 
-  FUSEDOPT_HD double unscale() const {
-    return loss_scale != nullptr ? 1.0 / static_cast<double>(*loss_scale) : 1.0;
-  }
-
   // torch.nn.utils.clip_grad_norm_: gradients times max_norm / (norm + 1e-6), if that is below 1.
   FUSEDOPT_HD void finish(double sum_of_squares) const {
     using std::sqrt;

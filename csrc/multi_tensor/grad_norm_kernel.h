@@ -59,7 +59,8 @@ FUSEDOPT_HD void sum_block(const LaunchTable& table, std::uint32_t block, T* sum
   const auto count = static_cast<std::uint32_t>(left < kNormElements ? left : kNormElements);
   const void* data = static_cast<const char*>(table.pointers(t)[0]) +
                      begin * static_cast<std::int64_t>(itemsize(info.dtype(0)));
-  const T factor = static_cast<T>(static_cast<const GradNorm*>(table.update(0))->unscale());
+  const T factor =
+      static_cast<T>(unscale(static_cast<const GradNorm*>(table.update(0))->loss_scale));
   const bool aligned = info.access() == Access::kVectors;
   const auto sum = [&](const auto& vectors, const auto& single) {
     sum_columns<T>(vectors, single, data, count, factor, sums, thread);

@@ -17,6 +17,11 @@ enum class Access : std::uint32_t {
   kUnaligned,  // one element at a time
 };
 
+// What gradients are multiplied with to undo a loss scale, if there is one.
+FUSEDOPT_HD double unscale(const float* loss_scale) {
+  return loss_scale != nullptr ? 1.0 / static_cast<double>(*loss_scale) : 1.0;
+}
+
 // What the whole step multiplies gradients with, or why it does nothing. Each pointer may be null.
 struct StepScaling {
   const float* found_inf = nullptr;   // not 0: the step is skipped
@@ -31,8 +36,7 @@ struct StepScaling {
   }
 
   FUSEDOPT_HD double grad_factor() const {
-    const double unscale = loss_scale != nullptr ? 1.0 / static_cast<double>(*loss_scale) : 1.0;
-    return clip != nullptr ? unscale * clip[kFactor] : unscale;
+    return clip != nullptr ? unscale(loss_scale) * clip[kFactor] : unscale(loss_scale);
   }
 };
 
