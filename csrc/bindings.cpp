@@ -45,6 +45,7 @@ struct Torch {
   const dlpack::ExchangeApi* exchange = nullptr;
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
+  PyObject* dtensor_type = nullptr;  // null while nobody has imported it
   py::handle increment_version;
   py::handle own_param, own_state;
   // Where a tensor object keeps the address of its TensorImpl, and where that keeps those of its
@@ -56,6 +57,16 @@ struct Torch {
 bool is_plain_tensor(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == torch.tensor_type || type == torch.parameter_type;
+}
+
+// What this process holds of a tensor: of a DTensor its shard, else the tensor itself. Borrowed.
+PyObject* local_of(PyObject* object) {
+  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != torch.dtensor_type) return object;
+  PyObject* const local = PyObject_GetAttr(object, name);
+  if (local == nullptr) throw py::error_already_set();
+  Py_DECREF(local);  // the DTensor goes on holding it
+  return local;
 }
 
 bool read_dtype(const dlpack::DataType& type, Dtype* dtype) {
@@ -87,7 +98,10 @@ bool read_device(const dlpack::Device& device, int* out) {
 // The tensor as it is now, or false if the kernels cannot touch it (sparse, another device, ...).
 // Conjugate and negative bits are not looked at: see has_negative_bit.
 bool view(PyObject* object, TensorView* out) {
-  if (!is_plain_tensor(object)) return false;
+  if (!is_plain_tensor(object)) {
+    object = local_of(object);
+    if (!is_plain_tensor(object)) return false;
+  }
   dlpack::Tensor tensor;
   if (torch.exchange->tensor_from_py_object_no_sync(object, &tensor) != 0) {
     PyErr_Clear();  // the Python side looks at this tensor again and says what is wrong with it
@@ -113,7 +127,7 @@ bool is_host(const TensorView& tensor) {
 }
 
 bool has_negative_bit(PyObject* tensor) {
-  return py::cast<bool>(py::handle(tensor).attr("is_neg")());
+  return py::cast<bool>(py::handle(local_of(tensor)).attr("is_neg")());
 }
 
 // Options of one param group, read by name for a rule.
@@ -259,6 +273,7 @@ struct Entry {
   bool device_step = false;  // its step count is on its device
   int device = kCpu;
   int layout = -1;       // of its state dict, -1 if it has none
+  py::object spec;       // where the shards of a DTensor are; null for other tensors
   int ndim = -1;         // below 0: the kernels cannot touch it
   std::size_t dims = 0;  // where its shape and then its strides begin in Plan::dims_
   std::int64_t numel = 0;
@@ -296,6 +311,7 @@ class Plan {
     PyObject* state = nullptr;
     PyObject* tensors[kMaxStates + 1] = {};  // as Entry::state
     PyObject* grad = nullptr;                // owned by held_
+    bool is_copy = false;                    // the gradient, made for this step
   };
 
   // A step count to be written once everything has been checked.
@@ -339,6 +355,7 @@ class Plan {
   void bump_versions();
   Verdict check(const Seen& seen);
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
+  static bool is_placed_like(PyObject* tensor, const Entry& entry);
   bool is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const;
   bool add_task(const Seen& seen, const TensorView& grad);
   bool counts_on_device(const Entry& entry, const TensorView& step) const;
@@ -414,7 +431,11 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
     if (now.device != kCpu && tickets_.count(now.device) == 0) entry.python = true;
     entry.data.data = now.data;
     entry.data.dtype = now.dtype;
-    own(torch.own_param(param), &entry.data);
+    if (is_plain_tensor(entry.param)) {
+      own(torch.own_param(param), &entry.data);
+    } else {
+      entry.spec = param.attr("_spec");
+    }
     entry.python |= group.python || !is_flat(now) || has_negative_bit(entry.param);
   } else {
     entry.python = true;
@@ -437,6 +458,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
     TensorView now;
     if (role == StateLayout::kIgnored) continue;
     if (!view(value, &now) || has_negative_bit(value)) return false;
+    if (role != StateLayout::kStep && !is_placed_like(value, *entry)) return false;
     if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
     if (role == StateLayout::kStep) {
       if (numel(now) != 1 || itemsize(now.dtype) < 4) return false;
@@ -450,7 +472,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
     }
     entry->state[role].data = now.data;
     entry->state[role].dtype = now.dtype;
-    own(torch.own_state(py::handle(value)), &entry->state[role]);
+    if (is_plain_tensor(value)) own(torch.own_state(py::handle(value)), &entry->state[role]);
     found[role] = true;
   }
   for (std::size_t s = 0; s < keys.size(); ++s) {
@@ -637,7 +659,10 @@ Plan::Verdict Plan::look_at(Seen* block, std::size_t size, const py::object& gra
   if (!grads.is_none()) {
     for (std::size_t i = 0; i < size; ++i) {
       const py::int_ key(block[i].entry);
-      if (PyObject* other = PyDict_GetItem(grads.ptr(), key.ptr())) block[i].grad = other;
+      if (PyObject* other = PyDict_GetItem(grads.ptr(), key.ptr())) {
+        block[i].grad = other;
+        block[i].is_copy = true;
+      }
     }
   }
   written_.clear();
@@ -732,6 +757,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
     }
   }
   if (!is_dense || !is_usable(entry, seen.grad, grad)) return Verdict::kPython;
+  if (!seen.is_copy && !is_placed_like(seen.grad, entry)) return Verdict::kPython;
   const int options_device = groups_[entry.group].options_device;
   if (options_device != kCpu && options_device != entry.device) return Verdict::kPython;
   return add_task(seen, grad) ? Verdict::kFine : Verdict::kStale;
@@ -742,7 +768,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
 bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
   TensorView now;
   if (!view(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
-      !same_layout(now, view_of(entry, *expected))) {
+      !same_layout(now, view_of(entry, *expected)) || !is_placed_like(tensor, entry)) {
     return false;
   }
   if (now.data != expected->data) {
@@ -751,6 +777,19 @@ bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* exp
     expected->data = now.data;
     expected->owned = false;
     moved_ = true;
+  }
+  return true;
+}
+
+// Whether the process holds the same elements of both: then shards can be updated one by one.
+bool Plan::is_placed_like(PyObject* tensor, const Entry& entry) {
+  if (!entry.spec) return is_plain_tensor(tensor);
+  if (is_plain_tensor(tensor)) return false;
+  const py::object spec = py::handle(tensor).attr("_spec");
+  if (spec.is(entry.spec)) return true;
+  for (const char* part : {"mesh", "placements", "shard_order"}) {
+    const py::object none = py::none();  // shard_order is younger than torch 2.10
+    if (!py::getattr(spec, part, none).equal(py::getattr(entry.spec, part, none))) return false;
   }
   return true;
 }
@@ -815,6 +854,10 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
   const auto writes = [&](PyObject* tensor, const Expected& expected) {
     written_.push_back(tensor);
     if (!expected.owned) held_.push_back(py::reinterpret_borrow<py::object>(tensor));
+    if (PyObject* const local = local_of(tensor); local != tensor) {
+      written_.push_back(local);
+      held_.push_back(py::reinterpret_borrow<py::object>(local));
+    }
   };
   writes(entry.param, entry.data);
   for (int s = 0; s <= kMaxStates; ++s) {
@@ -1081,6 +1124,10 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
 }
 
+void set_dtensor_type(const py::object& type) {
+  if (torch.dtensor_type == nullptr) torch.dtensor_type = type.inc_ref().ptr();
+}
+
 std::string describe() {
   std::string text = std::string("cpu, ") + name(cpu_isa());
 #if defined(_OPENMP)
@@ -1116,6 +1163,7 @@ void memory_floor_of(const py::list& reads, const py::list& writes, int num_thre
 
 PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.def("bind", &bind);
+  module.def("set_dtensor_type", &set_dtensor_type);
   module.def("describe", &describe);
   module.def("describe_cuda", [] { return FUSEDOPT_CUDA_STATUS; });  // with CUDA or why not
 #if FUSEDOPT_HAS_CUDA

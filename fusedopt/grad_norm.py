@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, dtensor
 
 # What a clip tensor begins with (float64, one per device); the native module keeps more behind it.
 NORM, FACTOR, SKIP = range(3)
 _HEADER = 4
+
+
+# Gradients that are measured together: on one device and, if they are DTensors, spread alike.
+Bucket = tuple[torch.device, dtensor.Spread | None]
 
 
 class GradNorm:
@@ -25,7 +29,7 @@ class GradNorm:
         self._zeros = zeros
         # Kept from step to step, and what has become too small too: a captured graph goes on using
         # the memory.
-        self._clip: dict[torch.device, Tensor] = {}
+        self._clip: dict[Bucket, Tensor] = {}
         self._outgrown: list[Tensor] = []
 
     def measure(
@@ -40,52 +44,55 @@ class GradNorm:
 
         ``loss_scale``: what the gradients of a device are to be divided by first.
         """
-        by_device: dict[torch.device, list[Tensor]] = {}
+        buckets: dict[Bucket, list[Tensor]] = {}
         for grad in grads:
-            by_device.setdefault(grad.device, []).append(grad)
+            shard, spread = dtensor.measurable(grad)
+            buckets.setdefault((shard.device, spread), []).append(shard)
         clips = {}
-        for device, of_device in by_device.items():
-            scale = (loss_scale or {}).get(device)
-            clips[device] = self._measure(device, of_device, max_norm, scale, skip_nonfinite)
-        if len(clips) > 1:
+        for bucket, shards in buckets.items():
+            scale = (loss_scale or {}).get(bucket[0])
+            clips[bucket] = self._measure(bucket, shards, max_norm, scale, skip_nonfinite)
+        if len(clips) > 1 or any(spread for _, spread in clips):
             first = next(iter(clips.values()))
             norms = [
-                clip[NORM].to(first.device, non_blocking=first.is_cuda) for clip in clips.values()
+                _norm_over(spread, clip[NORM]).to(first.device, non_blocking=first.is_cuda)
+                for (_, spread), clip in clips.items()
             ]
             combined = _clip_of(torch.stack(norms).norm(), max_norm, skip_nonfinite)
             for clip in clips.values():
                 clip[:_HEADER].copy_(combined, non_blocking=clip.is_cuda)
-        return clips
+        return {device: clip for (device, _), clip in clips.items()}
 
     def _measure(
         self,
-        device: torch.device,
+        bucket: Bucket,
         grads: list[Tensor],
         max_norm: float,
         loss_scale: Tensor | None,
         skip_nonfinite: bool,
     ) -> Tensor:
-        if device not in self._clip:
-            self._clip[device] = self._zeros(_HEADER, dtype=torch.float64, device=device)
+        device, _ = bucket
+        if bucket not in self._clip:
+            self._clip[bucket] = self._zeros(_HEADER, dtype=torch.float64, device=device)
         if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
-            self._clip[device][:_HEADER] = _clip_of(
+            self._clip[bucket][:_HEADER] = _clip_of(
                 _norm(grads, loss_scale), max_norm, skip_nonfinite
             )
-            return self._clip[device]
+            return self._clip[bucket]
         while True:
             answer = backend.native.grad_norm(
                 grads,
-                self._clip[device],
+                self._clip[bucket],
                 loss_scale,
                 max_norm,
                 skip_nonfinite,
                 torch.get_num_threads(),
             )
             if answer is None:
-                return self._clip[device]
+                return self._clip[bucket]
             if isinstance(answer, int):
-                self._outgrown.append(self._clip[device])
-                self._clip[device] = self._zeros(answer, dtype=torch.float64, device=device)
+                self._outgrown.append(self._clip[bucket])
+                self._clip[bucket] = self._zeros(answer, dtype=torch.float64, device=device)
                 continue
             grads = list(grads)
             for i in answer:
@@ -113,6 +120,10 @@ def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
     norms = [torch.linalg.vector_norm(_flat(grad).double()) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm if loss_scale is None else norm / loss_scale.double()
+
+
+def _norm_over(spread: dtensor.Spread | None, norm: Tensor) -> Tensor:
+    return norm if spread is None else dtensor.sum_over(norm.square(), spread).sqrt()
 
 
 def _clip_of(norm: Tensor, max_norm: float, skip_nonfinite: bool) -> Tensor:
@@ -147,26 +158,29 @@ def clip_grad_norm_(
         foreach (bool, optional): as in torch, for scaling the gradients.
 
     Returns:
-        The norm before clipping, a 0-dim tensor.
+        The norm before clipping, a 0-dim tensor; of DTensors that of the whole gradients.
 
     Raises:
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
         TypeError: a gradient is neither floating point nor complex.
 
     Differences from torch.nn.utils.clip_grad_norm_: the norm of float16 and bfloat16 gradients is
-    summed in float32 and clips with that accuracy; gradients of sparse layout are measured too.
+    summed in float32 and clips with that accuracy; gradients of sparse layout are measured too;
+    DTensors may be on several meshes, and the norm is an ordinary tensor.
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     given, parameters = parameters, list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    ordinary = all(type(grad) in (Tensor, torch.nn.Parameter) for grad in grads)
+    ordinary = all(
+        type(grad) in (Tensor, torch.nn.Parameter) or dtensor.is_dtensor(grad) for grad in grads
+    )
     if float(norm_type) != 2.0 or not grads or not ordinary:
         return torch.nn.utils.clip_grad_norm_(
             parameters or given, max_norm, norm_type, error_if_nonfinite, foreach
         )
     clips = GradNorm(torch.zeros).measure(grads)
-    norm = clips[grads[0].device][NORM].clone()
+    norm = clips[dtensor.local(grads[0]).device][NORM].clone()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
@@ -174,6 +188,15 @@ def clip_grad_norm_(
             "non-finite norm anyway, set `error_if_nonfinite=False`"
         )
     dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads)).to_real()
-    accurate = torch.promote_types(dtype, torch.float32)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.to(accurate), foreach)
+    accurate = norm.to(torch.promote_types(dtype, torch.float32))
+    factor = (max_norm / (accurate + 1e-6)).clamp(max=1.0)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in map(dtensor.local, grads):
+        by_device.setdefault(grad.device, []).append(grad)
+    for device, shards in by_device.items():
+        if foreach is False:
+            for shard in shards:
+                shard.mul_(factor.to(device))
+        else:
+            torch._foreach_mul_(shards, factor.to(device))
     return norm.to(dtype)

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from . import backend
+from . import backend, dtensor
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 Group = dict[str, Any]
@@ -167,6 +168,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             value = getattr(self, name, None) if self.amp_fused else None
             if value is None:
                 return {}
+            if dtensor.is_dtensor(value):
+                value = value.full_tensor()
             scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
             return {d: scalar.reshape(()) for d, scalar in scalars.items()}
 
@@ -326,6 +329,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
 
     def _make_plan(self, created: Created) -> Any:
+        if (cls := dtensor.dtensor_type()) is not None:
+            backend.native.set_dtensor_type(cls)
         plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")
         self._tickets = self._tickets or {}
         for device in {p.device for group in self.param_groups for p in group["params"]}:
@@ -363,7 +368,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self.state.get(param, {})
         step = self._next_step(group, param, created)
         old = [param, *(state[key] for key in self._slots(group))]
-        if param.is_complex():
+        if dtensor.is_dtensor(param) and not group["differentiable"]:
+            increment_version(old)  # what is written below is what they hold
+            grad, *old = map(dtensor.local, (dtensor.placed_like(grad, param), *old))
+        if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
             old = [torch.view_as_real(t) for t in old]
         opmath = torch.float32 if old[0].dtype.itemsize == 2 else old[0].dtype
@@ -431,7 +439,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(ValueError, "a meta tensor has no data; materialize it with to_empty() first")
         if param.is_inference() and not torch.is_inference_mode_enabled():
             fail(RuntimeError, "it was made in inference mode; clone() it outside")
-        if torch._debug_has_internal_overlap(param) == 1:
+        if torch._debug_has_internal_overlap(dtensor.local(param)) == 1:
             fail(
                 ValueError,
                 "several of its elements share one memory location (an expanded tensor?); "
@@ -465,6 +473,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self.state.get(param)
         if state is not None and not isinstance(state, dict):
             fail(TypeError, f"its state is a {type(state).__name__}, not a dict")
+        slots = {key: state[key] for key in self._slots(group) if key in state} if state else {}
+        dtensor.check(param, grad, slots, fail)
         if state:
             self._check_state(group, param, state, fail)
 
@@ -514,7 +524,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 fail(TypeError, f"state[{key!r}] has dtype {value.dtype}")
             if _is_sparse(value) and not _is_sparse(param.grad):
                 fail(RuntimeError, f"state[{key!r}] is sparse, but the gradient is dense")
-            if not _is_sparse(value) and torch._debug_has_internal_overlap(value) == 1:
+            shard = dtensor.local(value)
+            if not _is_sparse(value) and torch._debug_has_internal_overlap(shard) == 1:
                 fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
 
     def _describe(self, g: int, i: int) -> str:
@@ -633,6 +644,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{where} has {key!r} of shape {tuple(value.shape)}; is it the "
                         "checkpoint of another model?"
                     )
+                if key in self._all_slots and not dtensor.placed_alike(value, param):
+                    raise ValueError(
+                        f"{where} has {key!r} as {dtensor.placed(value)}, the parameter is "
+                        f"{dtensor.placed(param)}; load it with "
+                        "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                    )
                 if key in self._all_slots and (
                     value.is_complex() != param.is_complex()
                     or not (value.is_floating_point() or value.is_complex())
@@ -686,7 +703,9 @@ def _is_sparse(tensor: Tensor) -> bool:
 
 
 def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor | None:
-    """A copy of grad with the strides of param, or None if it is not an ordinary real tensor."""
+    """A copy of grad with the strides of param, or None if it is not an ordinary real tensor. Of
+    DTensors that of what this process holds."""
+    param, grad = dtensor.local(param), dtensor.local(dtensor.placed_like(grad, param))
     if type(grad) is not Tensor or _is_sparse(grad) or grad.is_complex():
         return None
     if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
@@ -698,7 +717,8 @@ def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor | None:
 def _match_layout(param: Tensor, state: list[Any]) -> None:
     """Gives state tensors the strides of their parameter, which may have moved to another memory
     format since they were made. Values and identity stay."""
-    for value in state:
+    param = dtensor.local(param)
+    for value in map(dtensor.local, state):
         if (
             type(value) is Tensor
             and value.layout is param.layout is torch.strided
