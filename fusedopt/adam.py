@@ -178,8 +178,7 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         amp_fused: bool = False,
     ) -> None:
-        torch.optim.AdamW.__init__(
-            self,
+        super(FusedOptimizer, self).__init__(
             params,
             lr,
             betas,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.autograd.graph import increment_version
 
 from . import backend, dtensor
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
+
+if TYPE_CHECKING:
+    from .attached import Attached
 
 Group = dict[str, Any]
 # By device: found_inf, loss scale and clip tensor (see grad_norm), or None where there is none.
@@ -47,6 +50,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     _norm: GradNorm | None = None
     _tickets: dict[torch.device, Tensor] | None = None
     _clips: dict[torch.device, Tensor] | None = None  # of the last step
+
+    # The hooks that step in the backward. Never pickled.
+    _attached: Attached | None = None
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -111,6 +117,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None
         self.amp_fused = self._amp_fused
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        if self._attached is not None:
+            self._attached.hook()
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -1,0 +1,190 @@
+"""Moving over: live optimizers of torch's become fusedopt's and back, and code that names
+``torch.optim`` gets fusedopt."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from typing import Any
+
+import torch
+
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .optimizer import FusedOptimizer
+from .rmsprop import RMSprop
+from .sgd import SGD
+
+_OURS = {cls.__name__: cls for cls in (Adam, AdamW, SGD, RMSprop, Adagrad)}
+_STOCK = {name: getattr(torch.optim, name) for name in _OURS}
+
+
+def from_torch(optimizer: torch.optim.Optimizer, *schedulers: Any) -> FusedOptimizer:
+    """Turn a live optimizer of ``torch.optim`` into fusedopt's, in place.
+
+    The object stays, and with it its state, param groups, hooks, and whatever refers to it:
+    schedulers, a ``GradScaler``, a trainer. The next ``step()`` continues the trajectory.
+
+    Args:
+        optimizer: a ``torch.optim.Adam``, ``AdamW``, ``SGD``, ``RMSprop`` or ``Adagrad``.
+        schedulers: learning-rate schedulers, which are checked to be those of this optimizer.
+
+    Returns:
+        The same object, now of fusedopt's class.
+
+    Raises:
+        TypeError: it is of another class; also of a class derived from the five, whose ``step()``
+            may be another.
+        ValueError: a scheduler belongs to another optimizer, or ``step`` of this object has been
+            replaced by other code than a scheduler's.
+    """
+    _convert(optimizer, _STOCK, _OURS, schedulers)
+    optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # what amp_fused=True sets
+    return optimizer  # type: ignore[return-value]
+
+
+def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimizer:
+    """Turn a live optimizer of fusedopt's back into ``torch.optim``'s, in place.
+
+    Args:
+        optimizer: one of fusedopt's five classes.
+        schedulers: as for :func:`from_torch`.
+
+    Returns:
+        The same object, now of torch's class.
+
+    Raises:
+        TypeError: it is of another class.
+        ValueError: an option is on that torch does not have, the optimizer is attached to a
+            backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
+    """
+    extras = _extras(type(optimizer).__name__)
+    groups = (optimizer.defaults, *optimizer.param_groups)
+    on = [name for name in extras if any(group.get(name) for group in groups)]
+    on += ["max_grad_norm"] * (getattr(optimizer, "max_grad_norm", None) is not None)
+    on += ["amp_fused"] * bool(getattr(optimizer, "amp_fused", False))
+    if on:
+        raise ValueError(
+            f"torch.optim.{type(optimizer).__name__} has no {', '.join(on)}; switch that off first"
+        )
+    if getattr(optimizer, "_attached", None) is not None:
+        raise ValueError("the optimizer is attached to a backward; detach() it first")
+    _convert(optimizer, _OURS, _STOCK, schedulers)
+    for group in groups:
+        for name in extras:
+            group.pop(name, None)
+    for name in FusedOptimizer.__annotations__:
+        optimizer.__dict__.pop(name, None)
+    if optimizer.defaults.get("fused"):
+        optimizer._step_supports_amp_scaling = True  # as torch's constructors do
+    return optimizer
+
+
+def _extras(name: str) -> list[str]:
+    """The options of param groups that fusedopt's class of this name has and torch's does not."""
+    if name not in _OURS:
+        return []
+    ours, stock = (inspect.signature(classes[name]).parameters for classes in (_OURS, _STOCK))
+    return [option for option in ours if option not in stock]
+
+
+def _convert(
+    optimizer: Any, origin: dict[str, Any], target: dict[str, Any], schedulers: tuple[Any, ...]
+) -> None:
+    name = type(optimizer).__name__
+    if type(optimizer) is not origin.get(name):
+        package = "torch.optim" if origin is _STOCK else "fusedopt"
+        raise TypeError(
+            f"takes an optimizer of a class of {package}'s itself ({', '.join(origin)}), got a "
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        )
+    for scheduler in schedulers:
+        if getattr(scheduler, "optimizer", None) is not optimizer:
+            raise ValueError(
+                f"{type(scheduler).__name__} is a scheduler of another optimizer than the one "
+                "given; convert the optimizer that it was made with"
+            )
+    step = vars(optimizer).get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        raise ValueError(
+            f"step() of this {name} has been replaced by "
+            f"{getattr(step, '__qualname__', step)}; convert the optimizer before that"
+        )
+    optimizer.__class__ = target[name]
+    optimizer._patch_step_function()  # runs the hooks of step(); __init__ does it otherwise
+    if step is not None:
+        _count_steps_of(optimizer)
+
+
+def _count_steps_of(optimizer: Any) -> None:
+    """What a scheduler does to notice steps, again: it had wrapped the step of the old class."""
+    del optimizer.step
+    step = type(optimizer).step
+    reference = weakref.ref(optimizer)
+
+    @functools.wraps(step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        opt = reference()
+        opt._opt_called = True
+        return step(opt, *args, **kwargs)
+
+    counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = counted
+
+
+class Patch:
+    """What :func:`patch` returns: as a context manager it ends by restoring what it found."""
+
+    def __init__(self, was_patched: bool) -> None:
+        self._was_patched = was_patched
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if not self._was_patched:
+            unpatch()
+
+
+def patch() -> Patch:
+    """Put fusedopt's classes under the five names in ``torch.optim``, for code that cannot be
+    edited::
+
+        with fusedopt.patch():
+            train()  # torch.optim.AdamW(...) makes a fusedopt.AdamW
+
+    Without ``with`` the names stay until :func:`unpatch`. Names that were imported before
+    (``from torch.optim import AdamW``) and optimizers that exist are not touched; see
+    :func:`from_torch`.
+
+    Raises:
+        RuntimeError: a name is not torch's own, because other code has replaced it.
+    """
+    was_patched = _is_patched()
+    for name, cls in _OURS.items():
+        setattr(torch.optim, name, cls)
+    return Patch(was_patched)
+
+
+def unpatch() -> None:
+    """Put torch's own classes back under their names in ``torch.optim``; nothing to do if they are
+    there.
+
+    Raises:
+        RuntimeError: other code has replaced a name since :func:`patch`.
+    """
+    _is_patched()
+    for name, cls in _STOCK.items():
+        setattr(torch.optim, name, cls)
+
+
+def _is_patched() -> bool:
+    for name in _OURS:
+        found = getattr(torch.optim, name)
+        if found not in (_OURS[name], _STOCK[name]):
+            raise RuntimeError(
+                f"torch.optim.{name} is {found.__module__}.{found.__qualname__}: other code has "
+                "replaced it; undo that first"
+            )
+    return torch.optim.Adam is _OURS["Adam"]
