@@ -77,7 +77,9 @@ def clipped_and_stepped(opt, params, grads, max_norms):
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_clipping_is_that_of_torch(case, dtype, backend):
-    values, grads = draw(SHAPES, 4, dtype)
+    # Rounding may change the sign of a parameter, and so the gradient by 2 * l1: large gradients
+    # make that small beside the tolerance.
+    values, grads = draw(SHAPES, 4, dtype, smallest=4)
     grads[1][1] = grads[2][0] = None
     limit = limit_for(grads)
     params, opt = train(case.ours, values, grads, max_grad_norm=limit)
