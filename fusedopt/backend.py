@@ -108,7 +108,7 @@ def has_kernels(device: torch.device) -> bool:
 
 @functools.cache
 def _problem(device: torch.device) -> str:
-    problem = native.cuda_problem(device.index or 0)
+    problem: str = native.cuda_problem(device.index or 0)
     if problem:
         warnings.warn(
             f"fusedopt: steps on {device} take the (slow) Python rule: {problem}",

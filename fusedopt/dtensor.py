@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ def dtensor_type() -> type[DTensor] | None:
     return None if module is None else module.DTensor
 
 
-def is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
     cls = dtensor_type()
     return cls is not None and isinstance(tensor, cls)
 
@@ -38,7 +38,7 @@ def local(tensor: Any) -> Any:
 
 
 def check(
-    param: Tensor, grad: Tensor, state: dict[str, Any], fail: Callable[[type[Exception], str], None]
+    param: Any, grad: Any, state: dict[str, Any], fail: Callable[[type[Exception], str], None]
 ) -> None:
     """Calls ``fail`` if the shards of a parameter cannot be updated one by one."""
     if is_dtensor(param) and any(p.is_partial() for p in param.placements):
@@ -79,7 +79,7 @@ def placed_alike(one: Any, other: Any) -> bool:
     )
 
 
-def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+def placed_like(grad: Any, param: Any) -> Any:
     """The gradient, redistributed to the placements of its parameter where it has others."""
     if placed_alike(grad, param):
         return grad

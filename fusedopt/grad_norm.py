@@ -118,7 +118,7 @@ def _flat(grad: Tensor) -> Tensor:
 
 def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
     norms = [torch.linalg.vector_norm(_flat(grad).double()) for grad in grads]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm if loss_scale is None else norm / loss_scale.double()
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from . import backend, dtensor
@@ -61,12 +62,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Names of the state tensors of one parameter, in the order of the native rule."""
         raise NotImplementedError
 
-    @staticmethod
-    def _python_rule(
-        group: Group, step: float | Tensor, param: Tensor, grad: Tensor, *state: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The new values of the parameter and of its state, computed out of place."""
-        raise NotImplementedError
+    # A static method (group, step, param, grad, *state) that names the state it takes. It returns
+    # the new values of the parameter and of its state, computed out of place.
+    _python_rule: ClassVar[Callable[..., tuple[Tensor, ...]]]
 
     def _sparse_update(self, group: Group, param: Tensor, grad: Tensor) -> None:
         """Updates ``param`` from a sparse gradient; only called if ``_takes_sparse``."""
@@ -155,7 +153,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._take_step()
         return loss
 
-    @torch._disable_dynamo  # a compiled training step breaks its graph here
+    @_disable_dynamo  # a compiled training step breaks its graph here
     def _take_step(self) -> None:
         scaling = self._grad_scaling()
         todo = self._native_step(self._plan, scaling)
@@ -207,7 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         return plan.step(self.param_groups, self.state, torch.get_num_threads(), grads, scaling)
 
-    def _checked_step(self, todo: list[int] | bool, scaling: Scaling | None) -> None:
+    def _checked_step(self, todo: Any, scaling: Scaling | None) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
         capturing = backend.is_capturing()
         for g, group in enumerate(self.param_groups if capturing else ()):
@@ -400,7 +398,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The number of this step. Rules that do not count get 1 at the first one, then 2."""
         if not self._has_step:
             return 1.0 if param in created else 2.0
-        step = self.state[param]["step"] + 1
+        step: Tensor = self.state[param]["step"] + 1
         return step if group["differentiable"] or step.device.type != "cpu" else step.item()
 
     # Checks -----------------------------------------------------------------------------------
@@ -437,7 +435,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         param = group["params"][i]
         grad = param.grad
 
-        def fail(error: type[Exception], problem: str) -> None:
+        def fail(error: type[Exception], problem: str) -> NoReturn:
             raise error(f"{self._describe(g, i)}: {problem}")
 
         if not (param.is_floating_point() or param.is_complex()):
@@ -489,7 +487,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if state:
             self._check_state(group, param, state, fail)
 
-    def _check_sparse(self, group: Group, grad: Tensor, fail: Callable[..., None]) -> None:
+    def _check_sparse(self, group: Group, grad: Tensor, fail: Callable[..., NoReturn]) -> None:
         name = type(self).__name__
         if not self._takes_sparse or grad.layout is not torch.sparse_coo:
             hint = ", please consider SparseAdam instead" if name.startswith("Adam") else ""
@@ -500,7 +498,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(RuntimeError, "l1 option is not compatible with sparse gradients")
 
     def _check_state(
-        self, group: Group, param: Tensor, state: dict[str, Any], fail: Callable[..., None]
+        self, group: Group, param: Any, state: dict[str, Any], fail: Callable[..., NoReturn]
     ) -> None:
         if self._has_step:
             step = state.get("step")
@@ -552,7 +550,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Checkpoints ------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of the ``torch.optim`` class of the same name.
 

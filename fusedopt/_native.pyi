@@ -1,0 +1,62 @@
+"""What ``csrc/bindings.cpp`` exports. Internal: it may change with every version."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+KERNEL_DEVICE: str
+NUM_TICKETS: int
+
+class Plan:
+    def __init__(self, rule: str, owner: str, /) -> None: ...
+    def add_tickets(self, tickets: Tensor, /) -> None: ...
+    def add_group(self, python: bool, capturable: bool, amp_fused: bool, /) -> None: ...
+    def add(
+        self,
+        param: Tensor,
+        state: dict[str, Any] | None,
+        keys: tuple[str, ...],
+        first_step: bool,
+        /,
+    ) -> None: ...
+    def finish(self, state: dict[Any, Any], /) -> None: ...
+    def step(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        num_threads: int,
+        grads: dict[int, Tensor | None] | None,
+        scaling: dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]] | None,
+        /,
+    ) -> list[int] | Literal[False] | None: ...
+    def locate(self, entry: int, /) -> tuple[int, int, bool]: ...
+
+def bind(
+    table: object,
+    tensor_type: type[Tensor],
+    parameter_type: type[Tensor],
+    increment_version: Callable[[Any], object],
+    own_param: Callable[[Tensor], object],
+    own_state: Callable[[Tensor], object],
+    samples: tuple[Tensor, Tensor, Tensor],
+    /,
+) -> None: ...
+def set_dtensor_type(dtensor_type: type[Tensor], /) -> None: ...
+def describe() -> str: ...
+def describe_cuda() -> str: ...
+def grad_norm(
+    grads: list[Tensor],
+    clip: Tensor,
+    loss_scale: Tensor | None,
+    max_norm: float,
+    skip_nonfinite: bool,
+    num_threads: int,
+    /,
+) -> list[int] | int | None: ...
+def memory_floor(reads: list[Tensor], writes: list[Tensor], num_threads: int) -> None: ...
+
+# Only with CUDA.
+def cuda_problem(device: int, /) -> str: ...
+def num_launches() -> int: ...
