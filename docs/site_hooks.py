@@ -1,0 +1,106 @@
+"""What happens to pages while MkDocs builds them.
+
+Formulas become MathML, which browsers show without a script. A comment such as
+``<!-- included: figures -->`` becomes what another file says: nothing is said twice.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "bench" / "recipes"
+RESULTS = ROOT / "bench" / "results"
+
+
+# Formulas ---------------------------------------------------------------------------
+
+FORMULA = re.compile(r'(?s)<(span|div) class="arithmatex">\\[([](.*?)\\[])]</\1>')
+LETTERS = re.compile(r'(?:<mi mathvariant="normal">\w</mi>){2,}')
+
+
+def _mathml(formula: re.Match[str]) -> str:
+    element, tex = formula[1], html.unescape(formula[2]).strip()
+    mathml = convert(tex, display="block" if element == "div" else "inline")
+    # The name of a function is one word, not a product of letters.
+    mathml = LETTERS.sub(
+        lambda name: f"<mi>{re.sub('<[^>]+>', '', name[0])}</mi>", mathml
+    )
+    return f'<{element} class="formula">{mathml}</{element}>'
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    return FORMULA.sub(_mathml, content)
+
+
+# Included ---------------------------------------------------------------------------
+
+
+def _in_readme(pattern: str) -> str:
+    found = re.search(pattern, (ROOT / "README.md").read_text())
+    if found is None:
+        raise PluginError(f"README.md has nothing like {pattern}")
+    return found[1]
+
+
+def _figures() -> str:
+    figures = _in_readme(r"(?s)<!-- figures -->\n(.*?)<!-- figures -->")
+    return re.sub(
+        r"\[([^]]+)\]\((?!http)[^)]+\)", r"`\1`", figures
+    )  # files of the repository
+
+
+def _variables() -> str:
+    return _in_readme(r"(?m)(^\| variable .*\n(?:^\|.*\n)+)")
+
+
+def _recipes() -> str:
+    """The recipes that can be run, each with the first sentence of its docstring."""
+    rows = ["| recipe | what it does |", "| --- | --- |"]
+    for path in sorted(RECIPES.glob("*.py")):
+        module = ast.parse(path.read_text())
+        if any(getattr(node, "name", "") == "main" for node in module.body):
+            summary = ast.get_docstring(module).split("\n\n")[0].replace("\n", " ")
+            rows.append(f"| `{path.stem}` | {summary} |")
+    return "\n".join(rows)
+
+
+def _plots(*, of_recipes: bool) -> str:
+    images = []
+    for png in sorted(RESULTS.rglob("*.png")):
+        if (RECIPES / f"{png.stem}.py").exists() == of_recipes:
+            title = png.stem.replace("_", " ")
+            images.append(
+                f"![{title}](results/{png.relative_to(RESULTS)}){{ loading=lazy }}"
+            )
+    return "\n\n".join(images)
+
+
+INCLUDED = {
+    "figures": _figures,
+    "plots": partial(_plots, of_recipes=False),
+    "variables": _variables,
+    "recipes": _recipes,
+    "plots of recipes": partial(_plots, of_recipes=True),
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for png in RESULTS.rglob("*.png"):
+        uri = f"results/{png.relative_to(RESULTS)}"
+        files.append(File.generated(config, uri, abs_src_path=str(png)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return re.sub("<!-- included: (.*) -->", lambda name: INCLUDED[name[1]](), markdown)
