@@ -1,4 +1,4 @@
-# make test, make bench (both take ARGS="..."), make lint, make build, make clean
+# make test, make bench (both take ARGS="..."), make docs, make lint, make build, make clean
 #
 # Works in the virtual environment that is active (or PYTHON=path/to/python), else in .venv, which
 # it creates. A torch that is already there is used as it is; otherwise TORCH is installed.
@@ -18,7 +18,7 @@ export FUSEDOPT_CUDA_ARCHS := $(or $(FUSEDOPT_CUDA_ARCHS),$(sort $(subst .,,$(sh
   nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]'))))
 export FUSEDOPT_CUDA := $(or $(FUSEDOPT_CUDA),$(if $(FUSEDOPT_CUDA_ARCHS),auto,0))
 
-.PHONY: build on_host test bench lint clean
+.PHONY: build on_host test bench docs lint clean
 build: $(INSTALLED)
 
 # The CUDA kernels as C++, for tests without a GPU; where there is what a native module needs.
@@ -33,14 +33,19 @@ test: on_host
 bench: build
 	$(PY) -m bench $(ARGS)
 
+# Into build/site. The variable leaves out what the theme has to say about a later MkDocs.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 lint: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	PATH="$(ENV)/bin:$$PATH" clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # What was installed with other settings is out of date.
 SETTINGS := FUSEDOPT_CUDA=$(FUSEDOPT_CUDA) FUSEDOPT_CUDA_ARCHS=$(FUSEDOPT_CUDA_ARCHS)

@@ -10,7 +10,7 @@ from .optimizer import FusedOptimizer, Group, penalized_grad, scalar
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
-    r"""Adagrad.
+    r"""Adagrad: each element has a step size that falls with the squares of its gradients.
 
     .. math::
         g_t &\leftarrow g_t + \lambda\theta_{t-1} + \lambda_1\,\mathrm{sign}(\theta_{t-1}),

@@ -18,6 +18,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         \theta_t &= \theta_{t-1} - \gamma b_t, \quad\text{with nesterov}\quad
         \theta_t = \theta_{t-1} - \gamma\,(g_t + \mu b_t)
 
+    Without momentum :math:`b_t` is :math:`g_t`.
+
     Source: Polyak, *Some methods of speeding up the convergence of iteration methods* (1964);
     Sutskever et al., *On the importance of initialization and momentum in deep learning* (2013).
 
