@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .optimizer import FusedOptimizer, Group
 
 Optimizer = TypeVar("Optimizer", bound=FusedOptimizer)
+Kept = TypeVar("Kept")
 
 
 def attach(
@@ -32,23 +35,31 @@ def attach(
         options: keyword arguments of the class.
 
     Returns:
-        The optimizer. :func:`detach` takes it out of the backward.
+        The optimizer, which must be kept: the model does not. :func:`detach` takes it out of the
+        backward.
 
     Raises:
-        TypeError: ``optimizer_class`` is none of fusedopt's.
+        TypeError: ``optimizer_class`` is none of fusedopt's, or has a ``step()`` of its own.
         ValueError: an option needs all gradients at once (``max_grad_norm``, ``amp_fused``) or the
-            graph of the step (``differentiable``); or the model is wrapped in
-            ``DistributedDataParallel`` or ``FullyShardedDataParallel``, which reduce gradients
-            after they were accumulated (``fully_shard`` works).
+            graph of the step (``differentiable``); or a parameter is attached to another optimizer;
+            or the model is wrapped in ``DistributedDataParallel`` or ``FullyShardedDataParallel``,
+            which reduce gradients after they were accumulated (``fully_shard`` works).
 
     Every ``backward()`` is a step: gradients cannot be accumulated over several, clipped by their
-    common norm, or unscaled by a ``GradScaler``. If a step raises then ``backward()`` does; the
-    parameters before it have been updated. Hooks of ``step()`` run in ``step()``.
+    common norm, or unscaled by a ``GradScaler``. Reentrant checkpointing runs a ``backward()`` for
+    each segment; a parameter that several segments share wants ``use_reentrant=False``. If a step
+    raises then ``backward()`` does; the parameters before it have been updated. Hooks of ``step()``
+    run in ``step()``.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)):
         raise TypeError(
             "attach takes one of fusedopt's classes, like fusedopt.AdamW, got "
             f"{getattr(optimizer_class, '__name__', optimizer_class)!r}"
+        )
+    if inspect.unwrap(optimizer_class.step) is not inspect.unwrap(FusedOptimizer.step):
+        raise TypeError(
+            f"{optimizer_class.__name__} has a step() of its own, which attach() would not call in "
+            "the backward"
         )
     params: Iterable[Any] = model  # type: ignore[assignment]
     if isinstance(model, torch.nn.Module):
@@ -72,43 +83,107 @@ def detach(optimizer: FusedOptimizer) -> None:
     if attached is None:
         raise ValueError(f"this {type(optimizer).__name__} is not attached to a backward")
     attached.unhook()
-    optimizer._attached = None
+    del optimizer._attached
 
 
 class Attached:
-    """The hooks of an optimizer, and for each parameter an optimizer of it alone, so that a step
-    looks at nothing else. State and options are those of the whole."""
+    """For each parameter of an optimizer a hook, and an optimizer of it alone, so that a step looks
+    at nothing else. State and options are those of the whole."""
 
     def __init__(self, whole: FusedOptimizer) -> None:
-        self._whole = whole
-        self._parts: dict[Tensor, tuple[int, FusedOptimizer]] = {}
+        self._whole = weakref.ref(whole)
+        self._parts: dict[Tensor, tuple[int, int, FusedOptimizer]] = {}
         self._handles: list[RemovableHandle] = []
 
     def hook(self) -> None:
         """Registers the parameters that are new in the optimizer."""
-        for g, group in enumerate(self._whole.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param not in self._parts and param.requires_grad:
-                    self._parts[param] = g, _part(self._whole, g, i)
-                    self._handles.append(param.register_post_accumulate_grad_hook(self._step))
+        whole = _alive(self._whole)
+        new = {
+            param: (g, i)
+            for g, group in enumerate(whole.param_groups)
+            for i, param in enumerate(group["params"])
+            if param not in self._parts and _can_require_grad(param)
+        }
+        for param, (g, i) in new.items():
+            _check_free(param, whole._describe(g, i))
+        for param, (g, i) in new.items():
+            self._parts[param] = g, i, _part(whole, g, i)
+            self._handles.append(_register(param, Hook(self)))
 
     def unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _step(self, param: Tensor) -> None:
-        whole = self._whole
+    def step(self, param: Tensor) -> None:
+        whole = _alive(self._whole)
         _check_options(whole)
-        g, part = self._parts[param]
-        part.param_groups[0].update(_of_one(whole.param_groups[g], param))
+        g, i, part = self._parts[param]
+        groups = whole.param_groups
+        if not (
+            len(groups) > g and len(groups[g]["params"]) > i and groups[g]["params"][i] is param
+        ):
+            raise RuntimeError(
+                f"fusedopt.{type(whole).__name__}: a parameter of shape {tuple(param.shape)} is no "
+                "longer where it was in param_groups; detach() the optimizer before changing them"
+            )
+        part.param_groups = [_of_one(groups[g], param)]
         part.state.clear()
         if param in whole.state:
             part.state[param] = whole.state[param]
-        part._take_step()
+        try:
+            part._take_step()
+        except (KeyError, TypeError):
+            whole._check_options(g)  # names the group of the whole
+            raise
         if param in part.state:
             whole.state[param] = part.state[param]
         param.grad = None
         whole._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
+
+
+class Hook:
+    """Steps a parameter. It keeps nothing alive: the garbage collector cannot look into the hooks
+    of tensors, and would never free a model whose hooks lead back to it."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = weakref.ref(attached)
+
+    def __call__(self, param: Tensor) -> None:
+        _alive(self.attached).step(param)
+
+
+def _alive(reference: weakref.ref[Kept]) -> Kept:
+    kept = reference()
+    if kept is None:
+        raise RuntimeError(
+            "the optimizer that attach() returned is gone; keep it while the model is trained, or "
+            "detach() it"
+        )
+    return kept
+
+
+def _check_free(param: Tensor, who: str) -> None:
+    """Two optimizers cannot use up one gradient. What is left of one that is gone goes too."""
+    hooks: dict[int, Any] = param._post_accumulate_grad_hooks or {}
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, Hook):
+            if hook.attached() is not None:
+                raise ValueError(f"{who}: it is attached to another optimizer; detach() that first")
+            del hooks[key]
+
+
+def _can_require_grad(param: Tensor) -> bool:
+    kind = param.is_floating_point() or param.is_complex()
+    return param.requires_grad or (kind and not param.is_inference())
+
+
+def _register(param: Tensor, hook: Hook) -> RemovableHandle:
+    """Also if the parameter is frozen: it may require a gradient later."""
+    requires_grad = param.requires_grad
+    param.requires_grad_()
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+    param.requires_grad_(requires_grad)
+    return handle
 
 
 def _part(whole: FusedOptimizer, g: int, i: int) -> FusedOptimizer:
@@ -121,12 +196,13 @@ def _part(whole: FusedOptimizer, g: int, i: int) -> FusedOptimizer:
             "param_groups": [_of_one(group, group["params"][i])],
         }
     )
-    part._describe = lambda *_: whole._describe(g, i)  # type: ignore[method-assign]
+    ref = weakref.ref(whole)
+    part._describe = lambda *_: _alive(ref)._describe(g, i)  # type: ignore[method-assign]
     return part
 
 
 def _of_one(group: Group, param: Tensor) -> Group:
-    return {k: v for k, v in group.items() if k != "param_names"} | {"params": [param]}
+    return {**group, "params": [param]}
 
 
 def _check_options(optimizer: FusedOptimizer) -> None:
@@ -144,10 +220,11 @@ def _check_options(optimizer: FusedOptimizer) -> None:
 
 
 def _check_model(model: torch.nn.Module) -> None:
+    reduces_later = {"DistributedDataParallel", "FullyShardedDataParallel"}
     for module in model.modules():
-        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        for name in reduces_later.intersection(cls.__name__ for cls in type(module).__mro__):
             raise ValueError(
-                f"{type(module).__name__} reduces gradients after they were accumulated, when "
+                f"{name} reduces gradients after they were accumulated, when "
                 "attach() has used them already; shard the model with "
                 "torch.distributed.fsdp.fully_shard, or use the optimizer without attach()"
             )

@@ -39,7 +39,8 @@ def from_torch(optimizer: torch.optim.Optimizer, *schedulers: Any) -> FusedOptim
         ValueError: a scheduler belongs to another optimizer, or ``step`` of this object has been
             replaced by other code than a scheduler's.
     """
-    _convert(optimizer, _STOCK, _OURS, schedulers)
+    _check(optimizer, _STOCK, schedulers)
+    _convert(optimizer, _OURS)
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # what amp_fused=True sets
     return optimizer  # type: ignore[return-value]
 
@@ -52,25 +53,32 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
         schedulers: as for :func:`from_torch`.
 
     Returns:
-        The same object, now of torch's class.
+        The same object, now of torch's class. State tensors of another dtype than their parameter's
+        are cast to it, as torch's ``load_state_dict`` does.
 
     Raises:
         TypeError: it is of another class.
         ValueError: an option is on that torch does not have, the optimizer is attached to a
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
+    _check(optimizer, _OURS, schedulers)
     extras = _extras(type(optimizer).__name__)
     groups = (optimizer.defaults, *optimizer.param_groups)
     on = [name for name in extras if any(group.get(name) for group in groups)]
-    on += ["max_grad_norm"] * (getattr(optimizer, "max_grad_norm", None) is not None)
-    on += ["amp_fused"] * bool(getattr(optimizer, "amp_fused", False))
+    on += ["max_grad_norm"] * (optimizer.max_grad_norm is not None)
+    on += ["amp_fused"] * optimizer.amp_fused
     if on:
         raise ValueError(
             f"torch.optim.{type(optimizer).__name__} has no {', '.join(on)}; switch that off first"
         )
-    if getattr(optimizer, "_attached", None) is not None:
+    if optimizer._attached is not None:
         raise ValueError("the optimizer is attached to a backward; detach() it first")
-    _convert(optimizer, _OURS, _STOCK, schedulers)
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        state = optimizer.state.get(param, {})
+        for name in optimizer._all_slots:
+            if isinstance(state.get(name), torch.Tensor):
+                state[name] = state[name].to(param.dtype)
+    _convert(optimizer, _STOCK)
     for group in groups:
         for name in extras:
             group.pop(name, None)
@@ -83,15 +91,12 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
 
 def _extras(name: str) -> list[str]:
     """The options of param groups that fusedopt's class of this name has and torch's does not."""
-    if name not in _OURS:
-        return []
     ours, stock = (inspect.signature(classes[name]).parameters for classes in (_OURS, _STOCK))
     return [option for option in ours if option not in stock]
 
 
-def _convert(
-    optimizer: Any, origin: dict[str, Any], target: dict[str, Any], schedulers: tuple[Any, ...]
-) -> None:
+def _check(optimizer: Any, origin: dict[str, Any], schedulers: tuple[Any, ...]) -> None:
+    """Raises unless it is of a class of the origin itself, with its step and these schedulers."""
     name = type(optimizer).__name__
     if type(optimizer) is not origin.get(name):
         package = "torch.optim" if origin is _STOCK else "fusedopt"
@@ -105,15 +110,21 @@ def _convert(
                 f"{type(scheduler).__name__} is a scheduler of another optimizer than the one "
                 "given; convert the optimizer that it was made with"
             )
+    # A scheduler wraps the step of the class, and nothing else is lost with its wrapper.
     step = vars(optimizer).get("step")
-    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+    if step is not None and not (
+        hasattr(step, "_wrapped_by_lr_sched") and step.__wrapped__ is type(optimizer).step
+    ):
         raise ValueError(
             f"step() of this {name} has been replaced by "
             f"{getattr(step, '__qualname__', step)}; convert the optimizer before that"
         )
-    optimizer.__class__ = target[name]
+
+
+def _convert(optimizer: Any, target: dict[str, Any]) -> None:
+    optimizer.__class__ = target[type(optimizer).__name__]
     optimizer._patch_step_function()  # runs the hooks of step(); __init__ does it otherwise
-    if step is not None:
+    if "step" in vars(optimizer):
         _count_steps_of(optimizer)
 
 
@@ -125,7 +136,7 @@ def _count_steps_of(optimizer: Any) -> None:
 
     @functools.wraps(step)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        opt = reference()
+        opt: Any = reference()
         opt._opt_called = True
         return step(opt, *args, **kwargs)
 
@@ -136,15 +147,14 @@ def _count_steps_of(optimizer: Any) -> None:
 class Patch:
     """What :func:`patch` returns: as a context manager it ends by restoring what it found."""
 
-    def __init__(self, was_patched: bool) -> None:
-        self._was_patched = was_patched
+    def __init__(self, found: dict[str, Any]) -> None:
+        self._found = found
 
     def __enter__(self) -> None:
-        pass
+        patch()
 
     def __exit__(self, *_: object) -> None:
-        if not self._was_patched:
-            unpatch()
+        _name(self._found)
 
 
 def patch() -> Patch:
@@ -161,10 +171,7 @@ def patch() -> Patch:
     Raises:
         RuntimeError: a name is not torch's own, because other code has replaced it.
     """
-    was_patched = _is_patched()
-    for name, cls in _OURS.items():
-        setattr(torch.optim, name, cls)
-    return Patch(was_patched)
+    return Patch(_name(_OURS))
 
 
 def unpatch() -> None:
@@ -174,17 +181,17 @@ def unpatch() -> None:
     Raises:
         RuntimeError: other code has replaced a name since :func:`patch`.
     """
-    _is_patched()
-    for name, cls in _STOCK.items():
-        setattr(torch.optim, name, cls)
+    _name(_STOCK)
 
 
-def _is_patched() -> bool:
-    for name in _OURS:
-        found = getattr(torch.optim, name)
-        if found not in (_OURS[name], _STOCK[name]):
+def _name(classes: dict[str, Any]) -> dict[str, Any]:
+    """Puts classes under their names in ``torch.optim``; returns those that were there."""
+    found = {name: getattr(torch.optim, name) for name in _OURS}
+    for name, cls in found.items():
+        if cls not in (_OURS[name], _STOCK[name]):
             raise RuntimeError(
-                f"torch.optim.{name} is {found.__module__}.{found.__qualname__}: other code has "
-                "replaced it; undo that first"
+                f"torch.optim.{name} is {cls}: other code has replaced it; undo that first"
             )
-    return torch.optim.Adam is _OURS["Adam"]
+    for name, cls in classes.items():
+        setattr(torch.optim, name, cls)
+    return found

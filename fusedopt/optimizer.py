@@ -119,7 +119,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         if self._attached is not None:
-            self._attached.hook()
+            try:
+                self._attached.hook()
+            except ValueError:  # a parameter is attached to another optimizer
+                self.param_groups.pop()
+                raise
 
     @property
     def grad_norm(self) -> Tensor | None:
