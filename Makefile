@@ -10,6 +10,8 @@ ENV := $(or $(IN_ENV),.venv)
 PY := $(ENV)/bin/python
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2
+# timm wants a torchvision, of which the index has only builds for CUDA. In a folder of its own, where
+# a test takes it from, it cannot break other packages beside a torch without CUDA.
 INSTALLED := build/installed$(subst /,-,/$(ENV))
 OFFLINE := echo "make: pip could not fetch everything; going on with what is installed (make clean, then make tries again)" >&2
 
@@ -62,6 +64,8 @@ $(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@$(PIP) -c build/constraints.txt 'setuptools>=77' pybind11 cmake ninja || $(OFFLINE)
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[dev]' || $(OFFLINE)
+	@$(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -W ignore -c \
+	  'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*" || $(OFFLINE)
 	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: not all was built, see above"
 	@echo '$(SETTINGS)' >$@
 

@@ -42,6 +42,7 @@ def from_torch(optimizer: torch.optim.Optimizer, *schedulers: Any) -> FusedOptim
     _check(optimizer, _STOCK, schedulers)
     _convert(optimizer, _OURS)
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # what amp_fused=True sets
+    optimizer._set_defaults()  # type: ignore[attr-defined]
     return optimizer  # type: ignore[return-value]
 
 

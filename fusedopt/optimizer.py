@@ -41,16 +41,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     _required_slots: ClassVar[tuple[str, ...]] = ()
     _all_slots: ClassVar[tuple[str, ...]]
 
-    # Clip the norm of all gradients of a step to this much; may be changed at any time.
-    max_grad_norm: float | None = None
-    _amp_fused: bool = False
+    # Clip the norm of all gradients of a step to this much; may be changed at any time. (These are
+    # set on the object: a default on the class would hide them from wrappers that inherit from it.)
+    max_grad_norm: float | None
+    _amp_fused: bool
+    _clips: dict[torch.device, Tensor] | None  # of the last step
 
     # The tensor lists of the last step, as the native module remembers them. Never pickled.
     _plan: Any = None
     # Memory on the devices, kept for good: a captured graph goes on using it.
     _norm: GradNorm | None = None
     _tickets: dict[torch.device, Tensor] | None = None
-    _clips: dict[torch.device, Tensor] | None = None  # of the last step
 
     # The hooks that step in the backward. Never pickled.
     _attached: Attached | None = None
@@ -85,6 +86,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not l1 >= 0.0:
             raise ValueError(f"Invalid l1 value: {l1}")
         _check_max_grad_norm(max_grad_norm)
+        self._set_defaults()
         self.max_grad_norm = max_grad_norm
         for name, value in {"l1": l1, **switches}.items():
             if value:
@@ -114,7 +116,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._set_defaults()
         self.amp_fused = self._amp_fused
+
+    def _set_defaults(self) -> None:
+        """What an object has that no constructor of this class made."""
+        for name, value in {"max_grad_norm": None, "_amp_fused": False, "_clips": None}.items():
+            self.__dict__.setdefault(name, value)
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)

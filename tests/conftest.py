@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,25 @@ from torch.optim.optimizer import (
 
 import fusedopt
 
+TIMM = Path(__file__).parents[1] / "build" / "timm"
+
+
+def offer_timm() -> None:
+    """timm and torchvision from the folder where make puts them, if they are not installed.
+
+    Beside a torch without CUDA the operators that torchvision has compiled cannot be loaded, and
+    it fails unless it finds those that it wants to register more about.
+    """
+    if not TIMM.is_dir() or importlib.util.find_spec("torchvision"):
+        return
+    sys.path.append(str(TIMM))
+    for name in ("nms", "qnms") if torch.version.cuda is None else ():
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+
+
+offer_timm()
 SEED = int(os.environ.get("FUSEDOPT_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
 
