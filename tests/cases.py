@@ -199,12 +199,9 @@ def gradient_like(values: Tensor, scale: float = 3.0) -> Tensor:
     return (scale * (g + g.sign())).to(values.dtype)
 
 
-def draw(
-    shapes: Any, steps: int, dtype: torch.dtype = torch.float32, smallest: float = 1
-) -> tuple[list, list]:
-    """Random parameters, and gradients for a number of steps, in absolute value at least
-    ``smallest``."""
-    scale = smallest * random.uniform(1, 5)
+def draw(shapes: Any, steps: int, dtype: torch.dtype = torch.float32) -> tuple[list, list]:
+    """Random parameters, and gradients for a number of steps."""
+    scale = random.uniform(1, 5)
     values = [torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
     return values, [[gradient_like(v, scale) for v in values] for _ in range(steps)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import io
 import pickle
@@ -77,9 +78,10 @@ def clipped_and_stepped(opt, params, grads, max_norms):
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_clipping_is_that_of_torch(case, dtype, backend):
-    # Rounding may change the sign of a parameter, and so the gradient by 2 * l1: large gradients
-    # make that small beside the tolerance.
-    values, grads = draw(SHAPES, 4, dtype, smallest=4)
+    if dtype.itemsize == 2 and "l1" in case.options:
+        # Rounding may change the sign of a parameter, and so its gradient by 2 * l1.
+        case = dataclasses.replace(case, options={**case.options, "l1": 0.002})
+    values, grads = draw(SHAPES, 4, dtype)
     grads[1][1] = grads[2][0] = None
     limit = limit_for(grads)
     params, opt = train(case.ours, values, grads, max_grad_norm=limit)
