@@ -22,6 +22,7 @@ INFO=20
 CUDA_TESTS=120
 STEP_BENCH=120
 CLIP_BENCH=30
+STORAGE_BENCH=40
 SANITIZER=60 # each of three
 OTHER_TESTS=60
 STEP_BUDGET=0.5 # per cell of the benchmark
@@ -172,6 +173,11 @@ if step clip-bench $CLIP_BENCH "${bench[@]}" --clip --budget $CLIP_BUDGET \
   cat "$scratch/last"
 fi
 cp "$scratch"/clip/*.json "$out" 2>/dev/null # its figures can be drawn from it
+
+if step storage-bench $STORAGE_BENCH env FUSEDOPT_BACKEND=native "$python" -m bench.storage \
+  --device "$device" --budget $STEP_BUDGET --workloads $clip_workload --out "$out"; then
+  cat "$scratch/last"
+fi
 
 # --- memory checkers -------------------------------------------------------------------------
 # Without torch's own pool of memory, an access beyond a tensor is one beyond an allocation.

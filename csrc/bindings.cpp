@@ -20,6 +20,7 @@
 #include "multi_tensor/grad_norm.h"
 #include "multi_tensor/memory_floor.h"
 #include "multi_tensor/tensor_lists.h"
+#include "storage/blockwise8.h"
 #include "update_rules/adagrad.h"
 #include "update_rules/adam.h"
 #include "update_rules/rmsprop.h"
@@ -71,15 +72,23 @@ PyObject* local_of(PyObject* object) {
 
 bool read_dtype(const dlpack::DataType& type, Dtype* dtype) {
   if (type.lanes != 1) return false;
-  if (type.code == dlpack::kBfloat && type.bits == 16) return *dtype = Dtype::kBFloat16, true;
-  if (type.code != dlpack::kFloat) return false;
-  switch (type.bits) {
-    case 64:
+  switch (type.code * 256 + type.bits) {
+    case dlpack::kFloat * 256 + 64:
       return *dtype = Dtype::kFloat64, true;
-    case 32:
+    case dlpack::kFloat * 256 + 32:
       return *dtype = Dtype::kFloat32, true;
-    case 16:
+    case dlpack::kFloat * 256 + 16:
       return *dtype = Dtype::kFloat16, true;
+    case dlpack::kBfloat * 256 + 16:
+      return *dtype = Dtype::kBFloat16, true;
+    case dlpack::kInt * 256 + 8:
+      return *dtype = Dtype::kInt8, true;
+    case dlpack::kUInt * 256 + 8:
+      return *dtype = Dtype::kUInt8, true;
+    case dlpack::kInt * 256 + 16:
+      return *dtype = Dtype::kInt16, true;
+    case dlpack::kInt * 256 + 64:
+      return *dtype = Dtype::kInt64, true;
     default:
       return false;
   }
@@ -97,7 +106,7 @@ bool read_device(const dlpack::Device& device, int* out) {
 
 // The tensor as it is now, or false if the kernels cannot touch it (sparse, another device, ...).
 // Conjugate and negative bits are not looked at: see has_negative_bit.
-bool view(PyObject* object, TensorView* out) {
+bool view_any(PyObject* object, TensorView* out) {
   if (!is_plain_tensor(object)) {
     object = local_of(object);
     if (!is_plain_tensor(object)) return false;
@@ -115,6 +124,10 @@ bool view(PyObject* object, TensorView* out) {
   out->shape = tensor.shape;
   out->strides = tensor.strides;
   return true;
+}
+
+bool view(PyObject* object, TensorView* out) {
+  return view_any(object, out) && is_float(out->dtype);
 }
 
 // Whether it can be read and written from here.
@@ -209,7 +222,7 @@ class GroupRule {
  public:
   virtual ~GroupRule() = default;
   virtual unsigned state_mask() const = 0;
-  virtual PreparedUpdate prepare(double step, const SlotDtypes& dtypes, Where where) const = 0;
+  virtual PreparedUpdate prepare(double step, const StoredAs& stored, Where where) const = 0;
 };
 
 template <typename Rule>
@@ -217,8 +230,8 @@ class GroupRuleOf : public GroupRule {
  public:
   explicit GroupRuleOf(const Options& options) : rule_(Rule::from(options)) {}
   unsigned state_mask() const override { return rule_.state_mask(); }
-  PreparedUpdate prepare(double step, const SlotDtypes& dtypes, Where where) const override {
-    return fusedopt::prepare(rule_, step, dtypes, where);
+  PreparedUpdate prepare(double step, const StoredAs& stored, Where where) const override {
+    return fusedopt::prepare(rule_, step, stored, where);
   }
 
  private:
@@ -261,7 +274,9 @@ struct Expected {
 
 // Order and meaning of the keys in a state dict; nearly all parameters share one.
 struct StateLayout {
-  static constexpr int kStep = kMaxStates, kIgnored = -1;  // else the index of a state slot
+  // Else the index of a state slot; the extras follow the step.
+  static constexpr int kStep = kMaxStates, kFirstExtra = kStep + 1, kIgnored = -1;
+  static constexpr int kNumRoles = kFirstExtra + kNumExtras;
   std::vector<std::pair<py::object, int>> keys;
 };
 
@@ -271,6 +286,7 @@ struct Entry {
   bool python = false;       // takes the Python rule
   bool first_step = false;   // its state is new; rules without a step count want to know
   bool device_step = false;  // its step count is on its device
+  bool needs_state = false;  // whatever its rule needs
   int device = kCpu;
   int layout = -1;       // of its state dict, -1 if it has none
   py::object spec;       // where the shards of a DTensor are; null for other tensors
@@ -279,6 +295,7 @@ struct Entry {
   std::int64_t numel = 0;
   Expected data;
   Expected state[kMaxStates + 1];  // the last is the step count
+  std::int64_t extras = -1;        // where they begin in Plan::extras_, if there are any
 };
 
 // The tensors of an optimizer as they were at the last full check. A step compares every tensor
@@ -291,8 +308,10 @@ class Plan {
   // Memory for what the kernels of a device count, all zero; see apply_cuda. Tensors on a device
   // without it take the Python rule.
   void add_tickets(const py::object& tensor);
-  void add_group(bool python, bool capturable, bool amp_fused);
-  void add(py::handle param, const py::object& state, const py::tuple& keys, bool first_step);
+  // `storage`: the options that decide how values are stored, by name.
+  void add_group(bool python, bool capturable, bool amp_fused, const py::dict& storage);
+  void add(py::handle param, const py::object& state, const py::tuple& keys,
+           const py::tuple& extras, bool first_step);
   void finish(const py::dict& state);
   py::object step(const py::list& groups, const py::dict& state, int num_threads,
                   const py::object& grads, const py::object& scaling);
@@ -309,9 +328,9 @@ class Plan {
   struct Seen {
     std::size_t entry = 0;
     PyObject* state = nullptr;
-    PyObject* tensors[kMaxStates + 1] = {};  // as Entry::state
-    PyObject* grad = nullptr;                // owned by held_
-    bool is_copy = false;                    // the gradient, made for this step
+    PyObject* tensors[StateLayout::kNumRoles] = {};
+    PyObject* grad = nullptr;  // owned by held_
+    bool is_copy = false;      // the gradient, made for this step
   };
 
   // A step count to be written once everything has been checked.
@@ -329,6 +348,8 @@ class Plan {
     bool amp_fused = false;
     int state_mask = -1;        // -1 until the first step
     int options_device = kCpu;  // see Options::device
+    float ema_weight = 0;
+    std::vector<std::pair<py::object, py::object>> storage;
     std::unique_ptr<GroupRule> rule;
     // Updates prepared in this step, by step count and dtypes.
     std::map<std::pair<double, std::uint32_t>, std::uint32_t> prepared;
@@ -337,8 +358,11 @@ class Plan {
   };
 
   void own(py::object owner, Expected* expected);
-  bool add_state(PyObject* state, const py::tuple& keys, Entry* entry);
-  int layout_of(PyObject* state, const py::tuple& keys);
+  bool add_state(PyObject* state, const py::tuple& keys, const py::tuple& extras, Entry* entry);
+  static bool is_extra(int extra, const TensorView& tensor, const Entry& entry,
+                       const TensorView& param);
+  SlotDtypes stored_as(const Entry& entry, Dtype grad) const;
+  int layout_of(PyObject* state, const py::tuple& keys, const py::tuple& extras);
   std::vector<std::int64_t> overlaps() const;
   void list_written();
   bool is_written(const void* data) const;
@@ -357,6 +381,7 @@ class Plan {
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
   static bool is_placed_like(PyObject* tensor, const Entry& entry);
   bool is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const;
+  bool are_extras_expected(const Seen& seen);
   bool add_task(const Seen& seen, const TensorView& grad);
   bool counts_on_device(const Entry& entry, const TensorView& step) const;
   std::uint32_t prepared_update(Group* group, double step, const SlotDtypes& dtypes, int device,
@@ -369,6 +394,7 @@ class Plan {
   const std::string owner_;  // for messages
   std::vector<Entry> entries_;
   std::vector<std::int64_t> dims_;
+  std::vector<Expected> extras_;  // kNumExtras for each entry that has any
   std::vector<Group> groups_;
   std::vector<StateLayout> layouts_;
   std::vector<std::int64_t> state_order_;  // entries in the order of the optimizer's state, or -1
@@ -384,7 +410,8 @@ class Plan {
   std::vector<PyObject*> written_;  // of the block
   std::vector<std::size_t> updated_;
   std::vector<StepCount> counts_;
-  std::vector<Step> steps_;                                       // the CPU first, then the GPUs
+  std::vector<std::uint64_t*> roundings_;  // counts of random bits used, on the CPU
+  std::vector<Step> steps_;                // the CPU first, then the GPUs
   std::map<int, std::pair<py::object, std::uint32_t*>> tickets_;  // by device
 };
 
@@ -405,21 +432,27 @@ void Plan::add_tickets(const py::object& tensor) {
   tickets_[now.device] = {tensor, static_cast<std::uint32_t*>(now.data)};
 }
 
-void Plan::add_group(bool python, bool capturable, bool amp_fused) {
+void Plan::add_group(bool python, bool capturable, bool amp_fused, const py::dict& storage) {
   groups_.emplace_back();
   groups_.back().python = python;
   groups_.back().capturable = capturable;
   groups_.back().amp_fused = amp_fused;
+  for (const auto& [name, value] : storage) {
+    groups_.back().storage.emplace_back(py::reinterpret_borrow<py::object>(name),
+                                        py::reinterpret_borrow<py::object>(value));
+  }
 }
 
 // A parameter of the last group.
-void Plan::add(py::handle param, const py::object& state, const py::tuple& keys, bool first_step) {
+void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
+               const py::tuple& extras, bool first_step) {
   Group& group = groups_.back();
   Entry entry;
   entry.param = param.ptr();
   entry.group = static_cast<std::uint32_t>(groups_.size() - 1);
   entry.index = static_cast<std::uint32_t>(group.num_params++);
   entry.first_step = first_step;
+  for (int e = 0; e < kScales - kMaxSlots; ++e) entry.needs_state |= !extras[e].is_none();
   TensorView now;
   if (view(entry.param, &now)) {
     entry.ndim = now.ndim;
@@ -440,35 +473,47 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
   } else {
     entry.python = true;
   }
-  if (!state.is_none() && !add_state(state.ptr(), keys, &entry)) entry.python = true;
+  if (!state.is_none() && !add_state(state.ptr(), keys, extras, &entry)) entry.python = true;
   entries_.push_back(std::move(entry));
 }
 
 // False if the kernels cannot take the state.
-bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
+bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& extras,
+                     Entry* entry) {
   if (!PyDict_Check(state) || entry->ndim < 0) return false;
-  const int layout = layout_of(state, keys);
-  SlotDtypes dtypes;
-  dtypes.slots[dtypes.num_slots++] = entry->data.dtype;
+  const int layout = layout_of(state, keys, extras);
+  Expected extra[kNumExtras];
+  bool has_extras = false;
   Py_ssize_t position = 0;
   PyObject *key, *value;
-  bool found[kMaxStates + 1] = {};
+  bool found[StateLayout::kNumRoles] = {};
   for (const auto& [name, role] : layouts_[layout].keys) {
     PyDict_Next(state, &position, &key, &value);
     TensorView now;
     if (role == StateLayout::kIgnored) continue;
-    if (!view(value, &now) || has_negative_bit(value)) return false;
-    if (role != StateLayout::kStep && !is_placed_like(value, *entry)) return false;
+    if (!view_any(value, &now) || has_negative_bit(value)) return false;
     if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
     if (role == StateLayout::kStep) {
-      if (numel(now) != 1 || itemsize(now.dtype) < 4) return false;
+      if (numel(now) != 1 || !is_float(now.dtype) || itemsize(now.dtype) < 4) return false;
       entry->device_step = counts_on_device(*entry, now);
       if (entry->device_step && now.dtype != Dtype::kFloat32) return false;
       if (!entry->device_step && !is_host(now)) return false;
     } else {
       if (now.device != entry->device) return false;
-      if (!same_layout(now, view_of(*entry, entry->data))) return false;
-      dtypes.slots[dtypes.num_slots++] = now.dtype;
+      const bool is_state = role < StateLayout::kStep;
+      const int kind = is_state ? 0 : role - StateLayout::kFirstExtra + kMaxSlots;
+      if ((is_state || kind == kMaster || kind == kEma) && !is_placed_like(value, *entry)) {
+        return false;
+      }
+      const TensorView param = view_of(*entry, entry->data);
+      if (!is_state) {
+        if (!is_extra(kind, now, *entry, param)) return false;
+        extra[kind - kMaxSlots].data = now.data;
+        extra[kind - kMaxSlots].dtype = now.dtype;
+        found[role] = has_extras = true;
+        continue;
+      }
+      if (!same_layout(now, param) || now.dtype > Dtype::kUInt8) return false;
     }
     entry->state[role].data = now.data;
     entry->state[role].dtype = now.dtype;
@@ -477,10 +522,60 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, Entry* entry) {
   }
   for (std::size_t s = 0; s < keys.size(); ++s) {
     if (!found[s]) return false;
+    const int scale = StateLayout::kFirstExtra + kScales - kMaxSlots + static_cast<int>(s);
+    if (!is_float(entry->state[s].dtype) && !found[scale]) return false;
   }
   if (rule_.has_step && !found[StateLayout::kStep]) return false;
+  for (int e = 0; e < kScales - kMaxSlots; ++e) {
+    if (!extras[e].is_none() && !found[StateLayout::kFirstExtra + e]) return false;
+  }
   entry->layout = layout;
-  return can_combine(dtypes);
+  if (has_extras) {
+    entry->extras = static_cast<std::int64_t>(extras_.size());
+    extras_.insert(extras_.end(), extra, extra + kNumExtras);
+  }
+  const SlotDtypes dtypes = stored_as(*entry, entry->data.dtype);
+  return can_combine(dtypes) && (dtypes.is_plain() || entry->data.dtype != Dtype::kFloat64);
+}
+
+// Whether the kernels can take what the state has under the name of an extra.
+bool Plan::is_extra(int extra, const TensorView& tensor, const Entry& entry,
+                    const TensorView& param) {
+  const auto address = reinterpret_cast<std::uintptr_t>(tensor.data);
+  if (tensor.device != entry.device || address % itemsize(tensor.dtype) != 0) return false;
+  if (extra == kMaster) {
+    const bool split = tensor.dtype == Dtype::kInt16 && param.dtype == Dtype::kBFloat16;
+    const bool whole = tensor.dtype == Dtype::kFloat32 && itemsize(param.dtype) == 2;
+    return (split || whole) && same_layout(tensor, param);
+  }
+  if (extra == kEma) {
+    return is_float(tensor.dtype) && tensor.dtype != kNone && same_layout(tensor, param);
+  }
+  const bool is_list = tensor.ndim == 1 && (tensor.strides[0] == 1 || tensor.shape[0] < 2);
+  if (extra == kRounding) {
+    return is_list && tensor.dtype == Dtype::kInt64 && tensor.shape[0] == 2 &&
+           param.dtype == Dtype::kBFloat16;
+  }
+  const std::int64_t scales = (entry.numel + kScaleElements - 1) / kScaleElements;
+  return is_list && tensor.dtype == Dtype::kFloat32 && tensor.shape[0] == scales;
+}
+
+SlotDtypes Plan::stored_as(const Entry& entry, Dtype grad) const {
+  SlotDtypes dtypes;
+  dtypes.slots[dtypes.num_slots++] = entry.data.dtype;
+  dtypes.slots[dtypes.num_slots++] = grad;
+  for (int s = 0; s < kMaxStates; ++s) {
+    if (entry.state[s].data != nullptr) dtypes.slots[dtypes.num_slots++] = entry.state[s].dtype;
+  }
+  if (entry.extras >= 0) {
+    const auto extra = [&](int which) -> const Expected& {
+      return extras_[static_cast<std::size_t>(entry.extras + which - kMaxSlots)];
+    };
+    if (extra(kMaster).data != nullptr) dtypes.master = extra(kMaster).dtype;
+    if (extra(kEma).data != nullptr) dtypes.ema = extra(kEma).dtype;
+    dtypes.stochastic = extra(kRounding).data != nullptr;
+  }
+  return dtypes;
 }
 
 // A step count beside its parameter is read and written by the kernel.
@@ -493,7 +588,7 @@ bool Plan::counts_on_device(const Entry& entry, const TensorView& step) const {
 #endif
 }
 
-int Plan::layout_of(PyObject* state, const py::tuple& keys) {
+int Plan::layout_of(PyObject* state, const py::tuple& keys, const py::tuple& extras) {
   StateLayout layout;
   Py_ssize_t position = 0;
   PyObject *key, *value;
@@ -502,6 +597,9 @@ int Plan::layout_of(PyObject* state, const py::tuple& keys) {
     const auto name = py::reinterpret_borrow<py::object>(key);
     for (std::size_t s = 0; s < keys.size(); ++s) {
       if (name.equal(keys[s])) role = static_cast<int>(s);
+    }
+    for (std::size_t e = 0; e < extras.size(); ++e) {
+      if (name.equal(extras[e])) role = StateLayout::kFirstExtra + static_cast<int>(e);
     }
     if (rule_.has_step && name.equal(py::str("step"))) role = StateLayout::kStep;
     layout.keys.emplace_back(name, role);
@@ -559,6 +657,7 @@ void Plan::list_written() {
     add(entry.data);
     for (int s = 0; s < kMaxStates; ++s) add(entry.state[s]);
   }
+  for (const Expected& extra : extras_) add(extra);
 }
 
 bool Plan::is_written(const void* data) const {
@@ -578,6 +677,18 @@ std::vector<std::int64_t> Plan::overlaps() const {
     for (int s = 0; s < kMaxStates; ++s) {
       if (entry.state[s].data == nullptr) continue;
       ranges.push_back(written_range(view_of(entry, entry.state[s]), owner));
+    }
+    for (int e = 0; e < kNumExtras && entry.extras >= 0; ++e) {
+      const Expected& extra = extras_[static_cast<std::size_t>(entry.extras + e)];
+      if (extra.data == nullptr) continue;
+      const std::int64_t listed =
+          e + kMaxSlots == kRounding ? 2 : (entry.numel + kScaleElements - 1) / kScaleElements;
+      const std::int64_t stride = 1;
+      const bool has_elements = e + kMaxSlots == kMaster || e + kMaxSlots == kEma;
+      ranges.push_back(written_range(has_elements
+                                         ? view_of(entry, extra)
+                                         : TensorView{extra.data, extra.dtype, 1, &listed, &stride},
+                                     owner));
     }
     const Expected& step = entry.state[StateLayout::kStep];
     if (step.data != nullptr) ranges.push_back(written_range({step.data, step.dtype}, owner));
@@ -606,6 +717,11 @@ bool Plan::read_groups(const py::list& groups) {
     if (python) continue;  // the Python rule reads its options itself
     group.rule = rule_.read(options);
     group.options_device = options.device();
+    for (const auto& [name, value] : group.storage) {
+      PyObject* const now = PyDict_GetItem(dict, name.ptr());
+      if (!value.equal(now == nullptr ? py::handle(Py_None) : py::handle(now))) return false;
+    }
+    group.ema_weight = static_cast<float>(1 - options.get("ema", 1));
     const int mask = static_cast<int>(group.rule->state_mask());
     if (group.state_mask >= 0 && mask != group.state_mask) return false;
     group.state_mask = mask;
@@ -706,7 +822,7 @@ bool Plan::find_tensors(Seen* seen) const {
 // nothing here, loads halved the time of the checks (1,000 x 64 Adam, EPYC 9005, 2026-11).
 void Plan::fetch(const Seen* block, std::size_t size) const {
   if (torch.impl_offset == 0) return;
-  constexpr std::size_t kTensors = 2 + kMaxStates + 1;
+  constexpr std::size_t kTensors = 2 + StateLayout::kStep;
   const char* impls[kBlock * kTensors];
   std::size_t count = 0;
   const auto pointer_at = [](const char* base, std::size_t offset) {
@@ -726,7 +842,7 @@ void Plan::fetch(const Seen* block, std::size_t size) const {
       continue;
     }
     add(entries_[block[i].entry].param);
-    for (PyObject* tensor : block[i].tensors) add(tensor);
+    for (int s = 0; s <= StateLayout::kStep; ++s) add(block[i].tensors[s]);
   }
   for (std::size_t i = 0; i < count; ++i) {
     for (const int offset : {0, 64, 128, 184}) touch(impls[i] + offset);
@@ -748,7 +864,8 @@ Plan::Verdict Plan::check(const Seen& seen) {
   TensorView grad;
   const bool is_dense = view(seen.grad, &grad);
   if (!is_dense && !rule_.has_step) return Verdict::kPython;
-  const bool needs_state = rule_.has_step || groups_[entry.group].state_mask != 0;
+  const bool needs_state =
+      rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
   if (needs_state && entry.layout < 0) return Verdict::kStale;
   if (!is_where_expected(entry.param, entry, &entry.data)) return Verdict::kStale;
   for (int s = 0; s < kMaxStates; ++s) {
@@ -756,6 +873,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
       return Verdict::kStale;
     }
   }
+  if (entry.extras >= 0 && !are_extras_expected(seen)) return Verdict::kStale;
   if (!is_dense || !is_usable(entry, seen.grad, grad)) return Verdict::kPython;
   if (!seen.is_copy && !is_placed_like(seen.grad, entry)) return Verdict::kPython;
   const int options_device = groups_[entry.group].options_device;
@@ -767,7 +885,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
 // again.
 bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
   TensorView now;
-  if (!view(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
+  if (!view_any(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
       !same_layout(now, view_of(entry, *expected)) || !is_placed_like(tensor, entry)) {
     return false;
   }
@@ -777,6 +895,27 @@ bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* exp
     expected->data = now.data;
     expected->owned = false;
     moved_ = true;
+  }
+  return true;
+}
+
+// As is_where_expected, of tensors that do not all look like the parameter.
+bool Plan::are_extras_expected(const Seen& seen) {
+  Entry& entry = entries_[seen.entry];
+  for (int e = 0; e < kNumExtras; ++e) {
+    PyObject* const tensor = seen.tensors[StateLayout::kFirstExtra + e];
+    Expected& expected = extras_[static_cast<std::size_t>(entry.extras + e)];
+    if (tensor == nullptr) continue;
+    TensorView now;
+    if (!view_any(tensor, &now) || now.dtype != expected.dtype ||
+        !is_extra(e + kMaxSlots, now, entry, view_of(entry, entry.data)) ||
+        has_negative_bit(tensor)) {
+      return false;
+    }
+    const bool has_elements = e + kMaxSlots == kMaster || e + kMaxSlots == kEma;
+    if (has_elements && !is_placed_like(tensor, entry)) return false;
+    moved_ |= now.data != expected.data;
+    expected.data = now.data;
   }
   return true;
 }
@@ -843,13 +982,10 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
     counts_.push_back({now.data, now.dtype, step, entry.device});
   }
   TensorTask task;
-  SlotDtypes dtypes;
-  const auto slot = [&](void* data, Dtype dtype) {
-    task.slots[dtypes.num_slots] = data;
-    dtypes.slots[dtypes.num_slots++] = dtype;
-  };
-  slot(entry.data.data, entry.data.dtype);
-  slot(grad.data, grad.dtype);
+  const SlotDtypes dtypes = stored_as(entry, grad.dtype);
+  int num_slots = 0;
+  task.slots[num_slots++] = entry.data.data;
+  task.slots[num_slots++] = grad.data;
   // What the plan does not own is held while the interpreter lock is released.
   const auto writes = [&](PyObject* tensor, const Expected& expected) {
     written_.push_back(tensor);
@@ -863,7 +999,21 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
   for (int s = 0; s <= kMaxStates; ++s) {
     if (seen.tensors[s] == nullptr) continue;
     writes(seen.tensors[s], entry.state[s]);
-    if (s != StateLayout::kStep) slot(entry.state[s].data, entry.state[s].dtype);
+    if (s != StateLayout::kStep) task.slots[num_slots++] = entry.state[s].data;
+  }
+  if (entry.extras >= 0) {
+    std::vector<void*>& pointers = step_on(entry.device).extras;
+    task.extras = static_cast<std::int64_t>(pointers.size());
+    pointers.insert(pointers.end(), task.slots, task.slots + kMaxSlots);
+    for (int e = 0; e < kNumExtras; ++e) {
+      const Expected& expected = extras_[static_cast<std::size_t>(entry.extras + e)];
+      PyObject* const tensor = seen.tensors[StateLayout::kFirstExtra + e];
+      pointers.push_back(expected.data);
+      if (tensor != nullptr) writes(tensor, expected);
+    }
+    if (dtypes.stochastic && entry.device == kCpu) {
+      roundings_.push_back(static_cast<std::uint64_t*>(pointers[task.extras + kRounding]) + 1);
+    }
   }
   task.numel = entry.numel;
   task.first_step = entry.first_step;
@@ -888,12 +1038,14 @@ Step& Plan::step_on(int device) {
 std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes& dtypes, int device,
                                     Where where) {
   const auto place = static_cast<std::uint32_t>(device + 1) * 4 + static_cast<std::uint32_t>(where);
-  const std::pair<double, std::uint32_t> key{step, place << 2 * kMaxSlots | dtypes.key()};
+  const std::pair<double, std::uint32_t> key{step, place << SlotDtypes::kKeyBits | dtypes.key()};
   if (!group->prepared.empty() && key == group->last_key) return group->last_update;
   std::vector<PreparedUpdate>& updates = step_on(device).updates;
   const auto [found, is_new] =
       group->prepared.emplace(key, static_cast<std::uint32_t>(updates.size()));
-  if (is_new) updates.push_back(group->rule->prepare(step, dtypes, where));
+  if (is_new) {
+    updates.push_back(group->rule->prepare(step, {dtypes, group->ema_weight}, where));
+  }
   group->last_key = key;
   return group->last_update = found->second;
 }
@@ -914,6 +1066,7 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
   moved_ = false;
   updated_.clear();
   counts_.clear();
+  roundings_.clear();
   for (Step& step : steps_) step.clear();
 
   py::list todo;
@@ -1001,6 +1154,9 @@ void Plan::launch(int num_threads) {
   }
 #endif
   if (!steps_.empty()) skipped = !apply_cpu(&steps_[0], num_threads);
+  if (!skipped) {
+    for (std::uint64_t* rounding : roundings_) ++*rounding;
+  }
   for (const StepCount& count : counts_) {
     if (skipped && count.device == kCpu) continue;
     if (count.dtype == Dtype::kFloat64) {
@@ -1177,6 +1333,7 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
 #endif
   module.def("grad_norm", &grad_norm_of);
   module.attr("NUM_TICKETS") = kMaxTableTensors;
+  module.attr("SCALE_ELEMENTS") = kScaleElements;
   module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
              py::arg("num_threads"));
   py::class_<Plan>(module, "Plan")

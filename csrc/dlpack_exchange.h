@@ -8,7 +8,7 @@
 namespace fusedopt::dlpack {
 
 enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4 };
+enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct Device {
   std::int32_t type;

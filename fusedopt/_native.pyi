@@ -8,16 +8,20 @@ from torch import Tensor
 
 KERNEL_DEVICE: str
 NUM_TICKETS: int
+SCALE_ELEMENTS: int
 
 class Plan:
     def __init__(self, rule: str, owner: str, /) -> None: ...
     def add_tickets(self, tickets: Tensor, /) -> None: ...
-    def add_group(self, python: bool, capturable: bool, amp_fused: bool, /) -> None: ...
+    def add_group(
+        self, python: bool, capturable: bool, amp_fused: bool, storage: dict[str, Any], /
+    ) -> None: ...
     def add(
         self,
         param: Tensor,
         state: dict[str, Any] | None,
         keys: tuple[str, ...],
+        extras: tuple[str | None, ...],
         first_step: bool,
         /,
     ) -> None: ...

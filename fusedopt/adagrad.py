@@ -41,6 +41,18 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             (default: False).
         capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
             accelerator (default: False).
+        state_dtype (torch.dtype or "8bit", optional): how the sum is stored: as
+            float32, bfloat16 or float16 whatever the dtype of the parameter, or in 8 bits with a
+            float32 scale for every 64 (tensors below 4,096 elements as float32); float64 and
+            complex parameters keep theirs (default: None, the parameter's dtype).
+        master_weights (str, optional): ``"split"`` trains bfloat16 parameters on an exact float32
+            master, whose lower half is the state ``master_remainder``; ``"fp32"`` keeps a whole one
+            for bfloat16 and float16 (default: None).
+        rounding (str, optional): ``"stochastic"`` rounds bfloat16 parameters up or down at random,
+            so that small steps are not lost; the seed comes from torch's generator and is state
+            (default: None, to nearest).
+        ema (float, optional): decay of an average of the weights, the state ``ema``; see
+            :meth:`ema_parameters` and :meth:`swap_ema` (default: None).
 
     State per parameter, made by the constructor: ``step`` (0-dim) and ``sum``, of the parameter's
     dtype, shape and strides. float16 and bfloat16 are computed in float32.
@@ -56,7 +68,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     _rule = "adagrad"
     _takes_sparse = True
-    _required_slots = _all_slots = ("sum",)
+    _required_slots = _all_slots = _unsigned_slots = ("sum",)
 
     def __init__(
         self,
@@ -74,6 +86,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         l1: float = 0,
         max_grad_norm: float | None = None,
         amp_fused: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: str | None = None,
+        rounding: str | None = None,
+        ema: float | None = None,
         capturable: bool = False,
     ) -> None:
         super().__init__(
@@ -89,8 +105,18 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             fused=fused,
         )
         self._finish_init(
-            l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused, capturable=capturable
+            l1=l1,
+            max_grad_norm=max_grad_norm,
+            amp_fused=amp_fused,
+            capturable=capturable,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            rounding=rounding,
+            ema=ema,
         )
+        for group in self.param_groups:
+            for param in group["params"] if group.get("state_dtype") else ():
+                self._store_state(group, param, "sum", self._initial_state(group, param))
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:
@@ -99,7 +125,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     def _initial_state(self, group: Group, param: Tensor) -> Tensor:
         initial = self.defaults["initial_accumulator_value"]
         value = complex(initial, initial) if param.is_complex() else initial
-        return torch.full_like(param, value, memory_format=torch.preserve_format)
+        # float32 where it will be: rounded to the parameter's dtype it would be another number.
+        wide = group.get("state_dtype") and param.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if wide else None
+        return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format)
 
     @staticmethod
     def _python_rule(

@@ -49,6 +49,18 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
             which then leaves the gradients scaled; on a GPU the step count lives there
             (default: False).
+        state_dtype (torch.dtype or "8bit", optional): how the moments are stored: as
+            float32, bfloat16 or float16 whatever the dtype of the parameter, or in 8 bits with a
+            float32 scale for every 64 (tensors below 4,096 elements as float32); float64 and
+            complex parameters keep theirs (default: None, the parameter's dtype).
+        master_weights (str, optional): ``"split"`` trains bfloat16 parameters on an exact float32
+            master, whose lower half is the state ``master_remainder``; ``"fp32"`` keeps a whole one
+            for bfloat16 and float16 (default: None).
+        rounding (str, optional): ``"stochastic"`` rounds bfloat16 parameters up or down at random,
+            so that small steps are not lost; the seed comes from torch's generator and is state
+            (default: None, to nearest).
+        ema (float, optional): decay of an average of the weights, the state ``ema``; see
+            :meth:`ema_parameters` and :meth:`swap_ema` (default: None).
 
     State per parameter: ``step`` (0-dim), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
     ``max_exp_avg_sq``, of the parameter's dtype, shape and strides. float16 and bfloat16 are
@@ -66,6 +78,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     _rule = "adam"
     _required_slots = ("exp_avg", "exp_avg_sq")
     _all_slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _unsigned_slots = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,
@@ -85,6 +98,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         l1: float = 0,
         max_grad_norm: float | None = None,
         amp_fused: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: str | None = None,
+        rounding: str | None = None,
+        ema: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -100,7 +117,15 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._finish_init(l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused)
+        self._finish_init(
+            l1=l1,
+            max_grad_norm=max_grad_norm,
+            amp_fused=amp_fused,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            rounding=rounding,
+            ema=ema,
+        )
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:
@@ -177,6 +202,10 @@ class AdamW(Adam, torch.optim.AdamW):
         l1: float = 0,
         max_grad_norm: float | None = None,
         amp_fused: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: str | None = None,
+        rounding: str | None = None,
+        ema: float | None = None,
     ) -> None:
         super(FusedOptimizer, self).__init__(
             params,
@@ -191,4 +220,12 @@ class AdamW(Adam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._finish_init(l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused)
+        self._finish_init(
+            l1=l1,
+            max_grad_norm=max_grad_norm,
+            amp_fused=amp_fused,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            rounding=rounding,
+            ema=ema,
+        )

@@ -117,6 +117,7 @@ class Attached:
     def step(self, param: Tensor) -> None:
         whole = _alive(self._whole)
         _check_options(whole)
+        whole._check_not_swapped()
         g, i, part = self._parts[param]
         groups = whole.param_groups
         if not (

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from typing import Any
 
 import torch
 
+from . import storage
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .optimizer import FusedOptimizer
@@ -63,7 +63,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
     _check(optimizer, _OURS, schedulers)
-    extras = _extras(type(optimizer).__name__)
+    extras = optimizer._own_options()
     groups = (optimizer.defaults, *optimizer.param_groups)
     on = [name for name in extras if any(group.get(name) for group in groups)]
     on += ["max_grad_norm"] * (optimizer.max_grad_norm is not None)
@@ -75,7 +75,9 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
     if optimizer._attached is not None:
         raise ValueError("the optimizer is attached to a backward; detach() it first")
     for param in (param for group in optimizer.param_groups for param in group["params"]):
-        state = optimizer.state.get(param, {})
+        if param not in optimizer.state:
+            continue
+        state = optimizer.state[param] = storage.as_stock(optimizer.state[param])
         for name in optimizer._all_slots:
             if isinstance(state.get(name), torch.Tensor):
                 state[name] = state[name].to(param.dtype)
@@ -88,12 +90,6 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
     if optimizer.defaults.get("fused"):
         optimizer._step_supports_amp_scaling = True  # as torch's constructors do
     return optimizer
-
-
-def _extras(name: str) -> list[str]:
-    """The options of param groups that fusedopt's class of this name has and torch's does not."""
-    ours, stock = (inspect.signature(classes[name]).parameters for classes in (_OURS, _STOCK))
-    return [option for option in ours if option not in stock]
 
 
 def _check(optimizer: Any, origin: dict[str, Any], schedulers: tuple[Any, ...]) -> None:

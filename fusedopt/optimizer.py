@@ -6,6 +6,8 @@ which name the native module knows the same update (``_rule``). The rest is here
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
-from . import backend, dtensor
+from . import backend, dtensor, storage
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 # By device: found_inf, loss scale and clip tensor (see grad_norm), or None where there is none.
 Scaling = dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]]
-# Parameters whose state this step creates, and its keys.
-Created = dict[Tensor, list[str]]
+# The state that this step creates or stores in another way: what was there under each key before.
+Created = dict[Tensor, dict[str, Any]]
 
 # A float32 counter stops here: adding 1 no longer changes it.
 _LAST_FLOAT32_STEP = 2**24
@@ -40,6 +42,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _takes_sparse: ClassVar[bool] = False
     _required_slots: ClassVar[tuple[str, ...]] = ()
     _all_slots: ClassVar[tuple[str, ...]]
+    _unsigned_slots: ClassVar[tuple[str, ...]] = ()  # second moments
 
     # Clip the norm of all gradients of a step to this much; may be changed at any time. (These are
     # set on the object: a default on the class would hide them from wrappers that inherit from it.)
@@ -52,6 +55,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Memory on the devices, kept for good: a captured graph goes on using it.
     _norm: GradNorm | None = None
     _tickets: dict[torch.device, Tensor] | None = None
+    _has_swapped_ema: bool = False
 
     # The hooks that step in the backward. Never pickled.
     _attached: Attached | None = None
@@ -71,13 +75,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Updates ``param`` from a sparse gradient; only called if ``_takes_sparse``."""
         raise NotImplementedError
 
+    def _state_dtype(self, group: Group, param: Tensor, key: str) -> torch.dtype | None:
+        """The dtype that the group declares for a state tensor; None if any will do."""
+        return storage.state_dtype(group, param, key in self._unsigned_slots)
+
     def _initial_state(self, group: Group, param: Tensor) -> Tensor:
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
     # Construction -----------------------------------------------------------------------------
 
     def _finish_init(
-        self, *, l1: float, max_grad_norm: float | None, amp_fused: bool, **switches: bool
+        self,
+        *,
+        l1: float,
+        max_grad_norm: float | None,
+        amp_fused: bool,
+        state_dtype: torch.dtype | str | None,
+        master_weights: str | None,
+        rounding: str | None,
+        ema: float | None,
+        **switches: bool,
     ) -> None:
         """Adds the options that torch does not have, where they are on.
 
@@ -88,8 +105,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         _check_max_grad_norm(max_grad_norm)
         self._set_defaults()
         self.max_grad_norm = max_grad_norm
-        for name, value in {"l1": l1, **switches}.items():
-            if value:
+        stored: dict[str, Any] = {
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "rounding": rounding,
+            "ema": ema,
+        }
+        storage.check_options(differentiable=self.defaults["differentiable"], **stored)
+        switched_on = {name: value for name, value in {"l1": l1, **switches}.items() if value}
+        for name, value in (switched_on | stored).items():
+            if value is not None:
                 self.defaults[name] = value
                 for group in self.param_groups:
                     group.setdefault(name, value)
@@ -167,6 +192,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @_disable_dynamo  # a compiled training step breaks its graph here
     def _take_step(self) -> None:
+        self._check_not_swapped()
         scaling = self._grad_scaling()
         todo = self._native_step(self._plan, scaling)
         if todo is not None:
@@ -263,9 +289,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan = plan
 
     def _discard(self, created: Created) -> None:
-        for param, keys in created.items():
-            for key in keys:
-                self.state[param].pop(key, None)
+        for param, before in created.items():
+            for key, value in before.items():
+                if value is None:
+                    self.state[param].pop(key, None)
+                else:
+                    self.state[param][key] = value
             if not self.state[param]:
                 del self.state[param]
 
@@ -301,17 +330,43 @@ class FusedOptimizer(torch.optim.Optimizer):
         param = group["params"][i]
         for key in self._missing_state(g, i):
             state = self.state[param]
-            if key != "step":
-                state[key] = self._initial_state(group, param)
+            before = created.setdefault(param, {})
+            before[key] = state.get(key)
+            if key in storage.EXTRAS:
+                state[key] = storage.new_extra(key, param)
+            elif key != "step":
+                before[f"{key}_scale"] = state.get(f"{key}_scale")
+                self._store_state(group, param, key, self._value_of(group, param, key))
             elif key not in state:
                 state[key] = self._new_step(group, param)
             elif self._counts_on_device(group, param):
                 state[key] = state[key].to(dtype=torch.float32, device=param.device)
-                continue
             else:
                 state[key] = state[key].double()
-                continue
-            created.setdefault(param, []).append(key)
+
+    def _value_of(self, group: Group, param: Tensor, key: str) -> Tensor:
+        """A state tensor as numbers, however it is stored; its initial value if there is none."""
+        state = self.state[param]
+        value = state.get(key)
+        if value is None:
+            return self._initial_state(group, param)
+        return storage.decode(value, state[f"{key}_scale"]) if storage.is_code(value) else value
+
+    def _store_state(
+        self, group: Group, param: Tensor, key: str, value: Tensor, step: float = 0
+    ) -> None:
+        """Puts numbers into the state, in the layout of the parameter, as the group declares."""
+        state = self.state[param]
+        state.pop(f"{key}_scale", None)
+        dtype = self._state_dtype(group, param, key)
+        dense = torch.empty_like(
+            param, dtype=value.dtype, memory_format=torch.preserve_format
+        ).copy_(value)
+        if dtype is None or dtype.is_floating_point:
+            state[key] = dense if dtype is None else dense.to(dtype)
+        else:
+            slot = self._slots(group).index(key)
+            state[key], state[f"{key}_scale"] = storage.encode(dense, dtype, step, slot)
 
     def _missing_state(self, g: int, i: int) -> list[str]:
         """What the next step of the parameter needs and does not find in its state. A step count
@@ -321,12 +376,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._has_step and _is_sparse(param.grad):
             return []  # the sparse update makes its own
         state = self.state.get(param, {})
-        missing = [key for key in self._slots(group) if state.get(key) is None]
+        missing = [key for key in self._slots(group) if not self._is_stored(group, param, key)]
         if self._has_step:
             step = state.get("step")
             if step is None or not self._can_count(group, param, step):
                 missing.insert(0, "step")
-        return missing
+        return missing + [k for k in storage.extras(group, param) if k and state.get(k) is None]
+
+    def _is_stored(self, group: Group, param: Tensor, key: str) -> bool:
+        """Whether the state has a tensor that is stored as the group declares."""
+        value = self.state.get(param, {}).get(key)
+        if value is None:
+            return False
+        dtype = self._state_dtype(group, param, key)
+        if storage.is_code(value):
+            # A scale is of neighbours in memory.
+            value, param = dtensor.local(value), dtensor.local(param)
+            return dtype in (None, value.dtype) and (
+                storage.same_layout(value, param) or not storage.is_dense(param)
+            )
+        return dtype is None or value.dtype == dtype
 
     def _counts_on_device(self, group: Group, param: Tensor) -> bool:
         """Whether only the device knows how many steps there were."""
@@ -363,12 +432,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             keys = self._slots(group)
             python = bool(group.get("differentiable"))
-            plan.add_group(python, bool(group.get("capturable")), self.amp_fused)
+            plan.add_group(
+                python,
+                bool(group.get("capturable")),
+                self.amp_fused,
+                {name: group.get(name) for name in storage.OPTIONS},
+            )
             for param in group["params"]:
                 state = self.state.get(param)
+                extras = storage.extras(group, param)
                 if state and not python:
-                    _match_layout(param, [state.get(key) for key in keys])
-                plan.add(param, state or None, keys, param in created)
+                    master, _, ema = extras
+                    _match_layout(param, [state.get(key) for key in (*keys, master, ema)])
+                scales = (f"{key}_scale" for key in (*keys, *[""] * 3)[:3])
+                is_new = self._is_new(param, created)
+                plan.add(param, state or None, keys, (*extras, *scales), is_new)
         plan.finish(self.state)
         return plan
 
@@ -385,6 +463,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             factor = _grad_factor(scaling[param.device])
         if _is_sparse(grad):
             self._sparse_update(group, param, grad if factor is None else grad * factor)
+            return
+        if storage.is_on(group) or any(
+            storage.is_code(self.state[param][key]) for key in self._slots(group)
+        ):
+            self._python_step_on_stored(group, param, grad, factor, created)
             return
         state = self.state.get(param, {})
         step = self._next_step(group, param, created)
@@ -406,18 +489,85 @@ class FusedOptimizer(torch.optim.Optimizer):
         for tensor, value in zip(old, new, strict=True):
             tensor.copy_(value)
 
+    def _python_step_on_stored(
+        self, group: Group, param: Tensor, grad: Tensor, factor: Tensor | None, created: Created
+    ) -> None:
+        state = self.state[param]
+        step = self._next_step(group, param, created)
+        keys, (master, rounding, ema) = self._slots(group), storage.extras(group, param)
+        opmath = torch.float32 if param.dtype.itemsize == 2 else param.dtype
+        grad = dtensor.local(dtensor.placed_like(grad, param)).to(opmath)
+        grad = grad if factor is None else (grad * factor).to(opmath)
+        held = dtensor.local(param)
+        if master == "master_remainder":
+            value = storage.join(held, dtensor.local(state[master]))
+        elif master is not None:
+            value = dtensor.local(state[master])
+            # A parameter that is not its master rounded was written by somebody else: it counts.
+            value = torch.where(value.to(held.dtype) == held, value, held.float())
+        else:
+            value = held.to(opmath)
+        slots = [dtensor.local(self._value_of(group, param, key)).to(opmath) for key in keys]
+        is_complex = param.is_complex()
+        if is_complex:
+            grad = torch.view_as_real(grad.resolve_conj())
+            value, *slots = map(torch.view_as_real, (value, *slots))
+        value, *slots = self._python_rule(group, step, value, grad, *slots)
+        if is_complex:
+            value, *slots = (torch.view_as_complex(t.contiguous()) for t in (value, *slots))
+        if self._has_step:
+            state["step"] += 1
+        for slot, (key, new) in enumerate(zip(keys, slots, strict=True)):
+            target = dtensor.local(state[key])
+            if storage.is_code(target):
+                new = torch.empty_like(target, dtype=new.dtype).copy_(new)  # for its strides
+                codes, scales = storage.encode(new, target.dtype, float(step), slot)
+                target.copy_(codes)
+                state[f"{key}_scale"].copy_(scales)
+            else:
+                target.copy_(new)
+        if master == "master_remainder":
+            high, low = storage.split(value)
+            held.copy_(high)
+            dtensor.local(state[master]).copy_(low)
+        elif rounding is not None:
+            held.copy_(storage.round_stochastically(value, state[rounding]))
+            state[rounding][1] += 1
+        else:
+            held.copy_(value)
+            if master is not None:
+                dtensor.local(state[master]).copy_(value)
+        if ema is not None:
+            average = dtensor.local(state[ema])
+            average.copy_(average + (1 - group["ema"]) * (value - average))
+        if held is not param:
+            increment_version([param, *(state[key] for key in keys)])
+
+    def _is_new(self, param: Tensor, created: Created) -> bool:
+        """Whether this is the first step of the parameter: its state did not exist before."""
+        before = created.get(param, {})
+        return any(before.get(key, False) is None for key in self._all_slots)
+
     def _next_step(self, group: Group, param: Tensor, created: Created) -> float | Tensor:
         """The number of this step. Rules that do not count get 1 at the first one, then 2."""
         if not self._has_step:
-            return 1.0 if param in created else 2.0
+            return 1.0 if self._is_new(param, created) else 2.0
         step: Tensor = self.state[param]["step"] + 1
         return step if group["differentiable"] or step.device.type != "cpu" else step.item()
 
     # Checks -----------------------------------------------------------------------------------
 
+    def _check_not_swapped(self) -> None:
+        if self._has_swapped_ema:
+            raise RuntimeError(
+                f"fusedopt.{type(self).__name__}: the parameters hold their averages; leave "
+                "swap_ema() before step()"
+            )
+
     def _check_options(self, g: int) -> None:
-        """Raises if a number among the options of a group is none."""
+        """Raises if a number among the options of a group is none, or an option no choice."""
         group = self.param_groups[g]
+        self._check_storage(g, group)
         for name, default in self.defaults.items():
             numbers = default if isinstance(default, tuple) else (default,)
             if name in ("foreach", "fused") or not all(
@@ -440,6 +590,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"fusedopt.{type(self).__name__}, param group {g}: {name!r} must be a number "
                     f"like {default!r}, got {group.get(name)!r}"
                 ) from error
+
+    def _check_storage(self, g: int, group: Group) -> None:
+        try:
+            storage.check_options(
+                differentiable=group.get("differentiable"),
+                **{name: group.get(name) for name in storage.OPTIONS},
+            )
+        except ValueError as error:
+            raise ValueError(f"fusedopt.{type(self).__name__}, param group {g}: {error}") from error
 
     def _check(self, g: int, i: int) -> None:
         """Raises if the parameter, its gradient or its state cannot be updated."""
@@ -494,7 +653,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self.state.get(param)
         if state is not None and not isinstance(state, dict):
             fail(TypeError, f"its state is a {type(state).__name__}, not a dict")
-        slots = {key: state[key] for key in self._slots(group) if key in state} if state else {}
+        storage.check_param(group, param, fail)
+        placed = (*self._slots(group), "master", "master_remainder", "ema")
+        slots = {key: state[key] for key in placed if key in state} if state else {}
         dtensor.check(param, grad, slots, fail)
         if state:
             self._check_state(group, param, state, fail)
@@ -506,6 +667,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(RuntimeError, f"{name} does not support sparse gradients{hint}")
         if group["weight_decay"] != 0:
             fail(RuntimeError, "weight_decay option is not compatible with sparse gradients")
+        on = [name for name in storage.OPTIONS if group.get(name) is not None]
+        if on:
+            fail(RuntimeError, f"{on[0]} option is not compatible with sparse gradients")
         if group.get("l1"):
             fail(RuntimeError, "l1 option is not compatible with sparse gradients")
 
@@ -539,7 +703,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
             if value.device != param.device:
                 fail(ValueError, f"state[{key!r}] is on {value.device}; move it to {param.device}")
-            if value.is_complex() != param.is_complex() or not (
+            if storage.is_code(value):
+                self._check_code(param, key, state, fail)
+            elif value.is_complex() != param.is_complex() or not (
                 value.is_floating_point() or value.is_complex()
             ):
                 fail(TypeError, f"state[{key!r}] has dtype {value.dtype}")
@@ -548,6 +714,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             shard = dtensor.local(value)
             if not _is_sparse(value) and torch._debug_has_internal_overlap(shard) == 1:
                 fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
+
+        for key in filter(None, storage.extras(group, param)):
+            value = state.get(key)
+            if value is not None:
+                storage.check_extra(key, value, param, fail)
+
+    def _check_code(
+        self, param: Tensor, key: str, state: dict[str, Any], fail: Callable[..., NoReturn]
+    ) -> None:
+        expected = torch.uint8 if key in self._unsigned_slots else torch.int8
+        codes, numel = dtensor.local(state[key]), dtensor.local(param).numel()
+        if param.is_complex() or codes.dtype != expected:
+            fail(TypeError, f"state[{key!r}] has dtype {codes.dtype}")
+        if not storage.is_dense(codes):
+            fail(ValueError, f"state[{key!r}] must be without gaps, its strides {codes.stride()}")
+        storage.check_scale(key, state.get(f"{key}_scale"), numel, codes, fail)
 
     def _describe(self, g: int, i: int) -> str:
         group = self.param_groups[g]
@@ -560,7 +742,77 @@ class FusedOptimizer(torch.optim.Optimizer):
             f"(shape {tuple(param.shape)}, {param.dtype}{strides})"
         )
 
+    # The average of the weights ---------------------------------------------------------------
+
+    def ema_parameters(self) -> Iterator[Tensor]:
+        """The averages of the parameters (``ema=``) in the order of the groups; of a parameter that
+        has not been updated yet the parameter itself.
+
+        Raises:
+            ValueError: no group has ``ema``.
+        """
+        if all(group.get("ema") is None for group in self.param_groups):
+            raise ValueError(
+                f"this {type(self).__name__} keeps no averages; construct it with ema="
+            )
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {}) if group.get("ema") is not None else {}
+                yield state.get("ema", param)
+
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within the context the parameters hold their averages, for validation or saving::
+
+            with optimizer.swap_ema():
+                validate(model)
+
+        Afterwards they are what they were, bit for bit. ``step()`` raises RuntimeError inside.
+        """
+        averages = list(self.ema_parameters())
+        params = [param for group in self.param_groups for param in group["params"]]
+        kept, was_swapped = [param.detach().clone() for param in params], self._has_swapped_ema
+        self._has_swapped_ema = True
+        try:
+            _copy_all(averages, params)
+            yield
+        finally:
+            _copy_all(kept, params)
+            self._has_swapped_ema = was_swapped
+
     # Checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self, *, stock: bool = False) -> dict[str, Any]:
+        """As in torch.
+
+        Args:
+            stock (bool): as ``torch.optim`` would have written it: 8-bit state as float32, and
+                without masters, averages, and options that torch does not have (default: False).
+        """
+        state_dict = super().state_dict()
+        if not stock:
+            return state_dict
+        own = self._own_options()
+        groups = [
+            {name: value for name, value in group.items() if name not in own}
+            for group in state_dict["param_groups"]
+        ]
+        state = {
+            key: storage.as_stock(value) if isinstance(value, dict) else value
+            for key, value in state_dict["state"].items()
+        }
+        return {
+            **state_dict,
+            "state": {k: v for k, v in state.items() if v},
+            "param_groups": groups,
+        }
+
+    @classmethod
+    def _own_options(cls) -> list[str]:
+        """The options of param groups that the class of torch's that this one extends has not."""
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
+        known = inspect.signature(stock).parameters
+        return [name for name in inspect.signature(cls).parameters if name not in known]
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -577,7 +829,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Differences from torch.optim: state tensors keep the dtype they were saved in (torch casts
         them to the parameter's dtype), options that the checkpoint does not know are taken from
-        the defaults, and shapes are checked.
+        the defaults, and those that torch does not have stay what they are, and shapes are checked.
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
@@ -616,12 +868,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{len(group['params'])} here)"
                 )
         loaded = []
-        for group, saved_group in zip(self.param_groups, deepcopy(saved), strict=True):
+        own = self._own_options()
+        for g, (group, saved_group) in enumerate(
+            zip(self.param_groups, deepcopy(saved), strict=True)
+        ):
             saved_group["params"] = group["params"]
             if "param_names" in group:
                 saved_group.setdefault("param_names", group["param_names"])
-            for name, default in self.defaults.items():
-                saved_group.setdefault(name, default)
+            known = {name: group[name] for name in own if name in group}
+            for name, value in {**self.defaults, **known}.items():
+                saved_group.setdefault(name, value)
+            self._check_storage(g, saved_group)
             loaded.append(saved_group)
         return loaded
 
@@ -635,15 +892,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         for key, value in state_dict["state"].items():
             if key in owner:
                 g, i = owner[key]
-                state[groups[g]["params"][i]] = self._loaded_entry(g, i, saved[g], value)
+                state[groups[g]["params"][i]] = self._loaded_entry(g, i, saved[g], groups[g], value)
             else:
                 state[key] = value
         return state
 
-    def _loaded_entry(self, g: int, i: int, saved_group: Group, saved: Any) -> dict[str, Any]:
+    def _loaded_entry(
+        self, g: int, i: int, saved_group: Group, group: Group, saved: Any
+    ) -> dict[str, Any]:
         """The state of one parameter on its device, in the dtype that it was saved in."""
         param = self.param_groups[g]["params"][i]
         where = f"{self._describe(g, i)}: the loaded state"
+
+        def fail(error: type[Exception], problem: str) -> NoReturn:
+            raise error(f"{where}: {problem}")
+
         if not isinstance(saved, dict):
             raise TypeError(f"{where} is a {type(saved).__name__}, not a dict")
         required = ("step", *self._required_slots) if self._has_step else self._required_slots
@@ -656,6 +919,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "is it the checkpoint of another optimizer?"
             )
         state = {}
+        extras = storage.extras(group, param)
         for key, value in saved.items():
             if key == "step" and self._has_step:
                 value = _loaded_step(where, param, saved_group, value)
@@ -671,17 +935,21 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{dtensor.placed(param)}; load it with "
                         "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                     )
-                if key in self._all_slots and (
+                if key in self._all_slots and storage.is_code(value):
+                    self._check_code(param, key, saved, fail)
+                elif key in self._all_slots and (
                     value.is_complex() != param.is_complex()
                     or not (value.is_floating_point() or value.is_complex())
                 ):
                     raise ValueError(f"{where} has {key!r} of dtype {value.dtype}")
+                if key in extras:
+                    storage.check_extra(key, value, param, fail, any_device=True)
                 if key in self._required_slots and _is_sparse(value):
                     raise ValueError(f"{where} has a sparse {key!r}; it must be dense")
                 if value.is_meta and not param.is_meta:
                     raise ValueError(f"{where} has {key!r} on the meta device, without data")
                 value = value.to(device=param.device)
-            elif key in self._all_slots and value is not None:
+            elif key in (*self._all_slots, *extras) and value is not None:
                 raise TypeError(f"{where} has {key!r} = {value!r}, not a tensor")
             state[key] = value
         return state
@@ -749,6 +1017,13 @@ def _match_layout(param: Tensor, state: list[Any]) -> None:
             copy = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
             if copy.stride() == param.stride():
                 value.data = copy.copy_(value)
+
+
+@torch.no_grad()
+def _copy_all(values: list[Tensor], params: list[Tensor]) -> None:
+    for value, param in zip(values, params, strict=True):
+        if value is not param:
+            param.copy_(value)
 
 
 def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:

@@ -48,6 +48,18 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
             which then leaves the gradients scaled; on a GPU the step count lives there
             (default: False).
+        state_dtype (torch.dtype or "8bit", optional): how the averages are stored: as
+            float32, bfloat16 or float16 whatever the dtype of the parameter, or in 8 bits with a
+            float32 scale for every 64 (tensors below 4,096 elements as float32); float64 and
+            complex parameters keep theirs (default: None, the parameter's dtype).
+        master_weights (str, optional): ``"split"`` trains bfloat16 parameters on an exact float32
+            master, whose lower half is the state ``master_remainder``; ``"fp32"`` keeps a whole one
+            for bfloat16 and float16 (default: None).
+        rounding (str, optional): ``"stochastic"`` rounds bfloat16 parameters up or down at random,
+            so that small steps are not lost; the seed comes from torch's generator and is state
+            (default: None, to nearest).
+        ema (float, optional): decay of an average of the weights, the state ``ema``; see
+            :meth:`ema_parameters` and :meth:`swap_ema` (default: None).
 
     State per parameter: ``step`` (0-dim), ``square_avg``, with momentum ``momentum_buffer``, if
     centered ``grad_avg``, of the parameter's dtype, shape and strides. float16 and bfloat16 are
@@ -65,6 +77,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     _rule = "rmsprop"
     _required_slots = ("square_avg",)
     _all_slots = ("square_avg", "grad_avg", "momentum_buffer")
+    _unsigned_slots = ("square_avg",)
 
     def __init__(
         self,
@@ -84,6 +97,10 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         l1: float = 0,
         max_grad_norm: float | None = None,
         amp_fused: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: str | None = None,
+        rounding: str | None = None,
+        ema: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -103,6 +120,10 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             max_grad_norm=max_grad_norm,
             amp_fused=amp_fused,
             eps_inside_sqrt=eps_inside_sqrt,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            rounding=rounding,
+            ema=ema,
         )
 
     @staticmethod
@@ -113,6 +134,12 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         if group["momentum"] > 0:
             slots.append("momentum_buffer")
         return tuple(slots)
+
+    def _state_dtype(self, group: Group, param: Tensor, key: str) -> torch.dtype | None:
+        dtype = super()._state_dtype(group, param, key)
+        # The variance is a small difference: with codes it would be negative, its root NaN.
+        is_part = group["centered"] and key != "momentum_buffer"
+        return torch.float32 if is_part and dtype in (torch.int8, torch.uint8) else dtype
 
     @staticmethod
     def _python_rule(

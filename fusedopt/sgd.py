@@ -44,6 +44,18 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             (default: False).
         capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
             accelerator (default: False).
+        state_dtype (torch.dtype or "8bit", optional): how the momentum buffer is stored: as
+            float32, bfloat16 or float16 whatever the dtype of the parameter, or in 8 bits with a
+            float32 scale for every 64 (tensors below 4,096 elements as float32); float64 and
+            complex parameters keep theirs (default: None, the parameter's dtype).
+        master_weights (str, optional): ``"split"`` trains bfloat16 parameters on an exact float32
+            master, whose lower half is the state ``master_remainder``; ``"fp32"`` keeps a whole one
+            for bfloat16 and float16 (default: None).
+        rounding (str, optional): ``"stochastic"`` rounds bfloat16 parameters up or down at random,
+            so that small steps are not lost; the seed comes from torch's generator and is state
+            (default: None, to nearest).
+        ema (float, optional): decay of an average of the weights, the state ``ema``; see
+            :meth:`ema_parameters` and :meth:`swap_ema` (default: None).
 
     State per parameter: ``momentum_buffer`` if momentum is not 0, of the parameter's dtype, shape
     and strides. float16 and bfloat16 are computed in float32.
@@ -77,6 +89,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         l1: float = 0,
         max_grad_norm: float | None = None,
         amp_fused: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: str | None = None,
+        rounding: str | None = None,
+        ema: float | None = None,
         capturable: bool = False,
     ) -> None:
         super().__init__(
@@ -92,7 +108,14 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             fused=fused,
         )
         self._finish_init(
-            l1=l1, max_grad_norm=max_grad_norm, amp_fused=amp_fused, capturable=capturable
+            l1=l1,
+            max_grad_norm=max_grad_norm,
+            amp_fused=amp_fused,
+            capturable=capturable,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            rounding=rounding,
+            ema=ema,
         )
 
     @staticmethod

@@ -17,16 +17,24 @@ using ChunkKernel = void (*)(const PreparedUpdate& update, void* const* slots, s
 
 // A kernel on the device: there is one for each update of each rule, in float and in double.
 struct DeviceKernel {
-  int num_slots;
+  int num_slots;  // pointers of a tensor
   bool has_step;
+  bool is_plain;
   void (*launch)(const LaunchTable& table, void* stream);
 };
 
-constexpr std::size_t kMaxCoefficientBytes = 128;
+constexpr std::size_t kMaxCoefficientBytes = 160;
+
+// How the values of a step are stored, where that is not plain (SlotDtypes::is_plain).
+struct StoredAs {
+  SlotDtypes dtypes;
+  float ema_weight = 0;  // ema += ema_weight * (param - ema)
+  double step = 0;       // of the update, unless only the device knows it
+};
 
 // The update of one step, with its kernel chosen and its coefficients folded.
 struct PreparedUpdate {
-  SlotDtypes dtypes;
+  StoredAs stored;
   ChunkKernel kernel = nullptr;                                          // on the CPU, and
   void (*scale_grads)(PreparedUpdate* update, double factor) = nullptr;  // folds a factor in
   const DeviceKernel* device_kernel = nullptr;                           // on a GPU
@@ -40,8 +48,9 @@ struct TensorTask {
   std::uint32_t update;
   bool first_step;
   std::int64_t numel;
-  void* slots[kMaxSlots];
-  void* step;  // its count, if that lives on the device
+  void* slots[kMaxSlots] = {};
+  void* step;                // its count, if that lives on the device
+  std::int64_t extras = -1;  // where its pointers begin in Step::extras, if it has extras
 };
 
 // What one step does on one device.
@@ -49,11 +58,17 @@ class Step {
  public:
   std::vector<PreparedUpdate> updates;
   std::vector<TensorTask> tasks;
+  std::vector<void*> extras;  // kMaxPointers for each tensor that has any: its slots, then extras
   StepScaling scaling;
+
+  void* const* pointers(const TensorTask& task) const {
+    return task.extras < 0 ? task.slots : extras.data() + task.extras;
+  }
 
   void clear() {
     updates.clear();
     tasks.clear();
+    extras.clear();
     scaling = {};
   }
 };
@@ -66,33 +81,32 @@ const char* name(Isa isa);
 
 // Defined in apply_cpu.h; ops/ instantiates it for every rule and level.
 template <Isa isa, typename Rule>
-PreparedUpdate prepare_cpu(const Rule& rule, double step, const SlotDtypes& dtypes);
+PreparedUpdate prepare_cpu(const Rule& rule, double step, const StoredAs& stored);
 
 // Defined in apply_cuda.cuh; ops/ instantiates it for every rule.
 template <typename Rule>
-PreparedUpdate prepare_cuda(const Rule& rule, double step, const SlotDtypes& dtypes,
-                            bool on_device);
+PreparedUpdate prepare_cuda(const Rule& rule, double step, const StoredAs& stored, bool on_device);
 
 enum class Where { kCpu, kGpu, kGpuPrepares };
 
 template <typename Rule>
-PreparedUpdate prepare(const Rule& rule, double step, const SlotDtypes& dtypes, Where where) {
+PreparedUpdate prepare(const Rule& rule, double step, const StoredAs& stored, Where where) {
 #if FUSEDOPT_HAS_CUDA
-  if (where != Where::kCpu) return prepare_cuda(rule, step, dtypes, where == Where::kGpuPrepares);
+  if (where != Where::kCpu) return prepare_cuda(rule, step, stored, where == Where::kGpuPrepares);
 #else
   static_cast<void>(where);
 #endif
   switch (cpu_isa()) {
 #if FUSEDOPT_HAS_AVX512
     case Isa::avx512:
-      return prepare_cpu<Isa::avx512>(rule, step, dtypes);
+      return prepare_cpu<Isa::avx512>(rule, step, stored);
 #endif
 #if FUSEDOPT_HAS_AVX2
     case Isa::avx2:
-      return prepare_cpu<Isa::avx2>(rule, step, dtypes);
+      return prepare_cpu<Isa::avx2>(rule, step, stored);
 #endif
     default:
-      return prepare_cpu<Isa::baseline>(rule, step, dtypes);
+      return prepare_cpu<Isa::baseline>(rule, step, stored);
   }
 }
 

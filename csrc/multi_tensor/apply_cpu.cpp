@@ -56,7 +56,7 @@ void run_chunk(const Step& step, const LaunchPlan& plan, std::int64_t chunk) {
   plan.for_each_piece(chunk, [&](const Piece& piece) {
     const TensorTask& task = step.tasks[piece.tensor];
     const PreparedUpdate& update = step.updates[task.update];
-    update.kernel(update, task.slots, piece.begin, piece.count);
+    update.kernel(update, step.pointers(task), piece.begin, piece.count);
   });
 }
 

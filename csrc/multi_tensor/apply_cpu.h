@@ -97,7 +97,7 @@ template <Isa isa, typename Update>
 void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
                        std::int64_t count) {
   constexpr int kNumSlots = 2 + Update::kNumStates;
-  const Dtype* const dtypes = prepared.dtypes.slots;
+  const Dtype* const dtypes = prepared.stored.dtypes.slots;
   alignas(64) float buffers[kNumSlots][kConvertElements];
   float* arrays[kMaxSlots];
   for (int slot = 0; slot < kNumSlots; ++slot) arrays[slot] = buffers[slot];
@@ -118,6 +118,12 @@ void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::
   });
 }
 
+}  // namespace fusedopt
+
+#include "stored_cpu.h"
+
+namespace fusedopt {
+
 template <Isa isa, typename Update>
 void scale_grads(PreparedUpdate* prepared, double factor) {
   Update update = coefficients<Update>(*prepared);
@@ -127,9 +133,11 @@ void scale_grads(PreparedUpdate* prepared, double factor) {
 }
 
 template <Isa isa, typename Rule>
-PreparedUpdate prepare_cpu(const Rule& rule, double step, const SlotDtypes& dtypes) {
+PreparedUpdate prepare_cpu(const Rule& rule, double step, const StoredAs& stored) {
+  const SlotDtypes& dtypes = stored.dtypes;
   PreparedUpdate prepared;
-  prepared.dtypes = dtypes;
+  prepared.stored = stored;
+  prepared.stored.step = step;
   const auto use = [&](ChunkKernel kernel, const auto& update) {
     static_assert(sizeof(update) <= kMaxCoefficientBytes);
     using Update = std::decay_t<decltype(update)>;
@@ -144,7 +152,8 @@ PreparedUpdate prepare_cpu(const Rule& rule, double step, const SlotDtypes& dtyp
   } else {
     rule.template prepare<float>(step, [&](const auto& update) {
       using Update = std::decay_t<decltype(update)>;
-      use(dtypes.all(Dtype::kFloat32)    ? plain_kernel<isa, float, Update>
+      use(!dtypes.is_plain()             ? stored_kernel<isa, Update>
+          : dtypes.all(Dtype::kFloat32)  ? plain_kernel<isa, float, Update>
           : dtypes.all(Dtype::kBFloat16) ? half_kernel<isa, BFloat16, Update>
           : dtypes.all(Dtype::kFloat16)  ? half_kernel<isa, Float16, Update>
                                          : converting_kernel<isa, Update>,

@@ -21,12 +21,21 @@ std::atomic<std::int64_t> launches{0};
 bool is_aligned(const TensorTask& task, const SlotDtypes& dtypes, std::size_t elements) {
   for (int s = 0; s < dtypes.num_slots; ++s) {
     const auto address = reinterpret_cast<std::uintptr_t>(task.slots[s]);
-    if (address % (elements * itemsize(dtypes.slots[s])) != 0) return false;
+    const std::size_t bytes = elements * itemsize(dtypes.slots[s]);
+    if (address % (bytes < 16 ? bytes : 16) != 0) return false;
   }
   return true;
 }
 
-Access access_of(const TensorTask& task, const SlotDtypes& dtypes) {
+Access access_of(const TensorTask& task, const SlotDtypes& dtypes, void* const* pointers) {
+  if (!dtypes.is_plain()) {
+    bool aligned = is_aligned(task, dtypes, 8);
+    for (const int extra : {int{kMaster}, int{kEma}}) {
+      const auto address = reinterpret_cast<std::uintptr_t>(pointers[extra]);
+      aligned &= address % 16 == 0;
+    }
+    return aligned ? Access::kVectors : Access::kUnaligned;
+  }
   if (dtypes.all(dtypes.slots[0])) {
     const bool aligned = is_aligned(task, dtypes, 16 / itemsize(dtypes.slots[0]));
     return aligned ? Access::kVectors : Access::kUnaligned;
@@ -39,6 +48,7 @@ Access access_of(const TensorTask& task, const SlotDtypes& dtypes) {
 void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, std::size_t bytes,
                 void* stream, std::uint32_t* tickets, const DeviceGuard& guard) {
   const bool counts = on_device && kernel.has_step;
+  const bool needs_tickets = counts || !kernel.is_plain;  // which may count what it rounds with
   TablePacker packer(kernel.num_slots + counts, bytes);
   std::vector<std::int64_t> index(step.updates.size(), -1);  // of an update in the table, or -1
   LaunchTable table;
@@ -47,7 +57,7 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
     packer.pack(&table);
     table.scaling = step.scaling;
     table.on_device = on_device;
-    table.tickets = counts ? tickets : nullptr;
+    table.tickets = needs_tickets ? tickets : nullptr;
     kernel.launch(table, stream);
     guard.launched();
     index.assign(index.size(), -1);
@@ -57,17 +67,19 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
     if (update.device_kernel != &kernel || update.on_device != on_device) continue;
     // A tensor without elements has its step counted all the same.
     std::int64_t chunks = (task.numel + kBlockElements - 1) / kBlockElements;
-    if (chunks == 0 && counts) chunks = 1;
+    if (chunks == 0 && needs_tickets) chunks = 1;
     if (chunks == 0) continue;
     TableTensor tensor;
     tensor.numel = task.numel;
     tensor.num_chunks = static_cast<std::uint32_t>(chunks);
-    for (int s = 0; s < kernel.num_slots; ++s) tensor.pointers[s] = task.slots[s];
+    void* const* const pointers = step.pointers(task);
+    for (int p = 0; p < kernel.num_slots; ++p) tensor.pointers[p] = pointers[p];
     tensor.pointers[kernel.num_slots] = task.step;
     if (!packer.fits(tensor.num_chunks, index[task.update] < 0)) flush();
     if (index[task.update] < 0) index[task.update] = packer.add_update(update.coefficients);
     tensor.info = TensorInfo::pack(static_cast<std::uint32_t>(index[task.update]),
-                                   access_of(task, update.dtypes), update.dtypes, task.first_step);
+                                   access_of(task, update.stored.dtypes, pointers),
+                                   update.stored.dtypes, task.first_step);
     packer.add(tensor);
   }
   flush();

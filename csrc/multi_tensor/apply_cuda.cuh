@@ -7,6 +7,7 @@
 #include "apply.h"
 #include "apply_kernel.h"
 #include "launch_table.h"
+#include "stored_kernel.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -31,7 +32,31 @@ void launch(const LaunchTable& table, void* stream) {
       <<<table.num_chunks, kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
 }
 
+template <typename Rule, typename Update>
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks)
+    stored_update_kernel(const __grid_constant__ LaunchTable table) {
+  __shared__ StoredTask<Update> task;
+  if (threadIdx.x == 0) begin_block<float, Rule>(table, blockIdx.x, &task);
+  __syncthreads();
+  run_stored_block(task);
+}
+
+template <typename Rule, typename Update>
+void launch_stored(const LaunchTable& table, void* stream) {
+  stored_update_kernel<Rule, Update>
+      <<<table.num_chunks, kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+}
+
 #else  // FUSEDOPT_CUDA_ON_HOST
+
+template <typename Rule, typename Update>
+void launch_stored(const LaunchTable& table, void*) {
+  for (std::uint32_t block = 0; block < table.num_chunks; ++block) {
+    StoredTask<Update> task = {};
+    begin_block<float, Rule>(table, block, &task);
+    run_stored_block(task);
+  }
+}
 
 template <typename T, typename Rule, typename Update>
 void launch(const LaunchTable& table, void*) {
@@ -47,14 +72,19 @@ void launch(const LaunchTable& table, void*) {
 #endif
 
 template <typename T, typename Rule, typename Update>
-const DeviceKernel kDeviceKernel = {2 + Update::kNumStates, Rule::kHasStep,
+const DeviceKernel kDeviceKernel = {2 + Update::kNumStates, Rule::kHasStep, true,
                                     launch<T, Rule, Update>};
 
+template <typename Rule, typename Update>
+const DeviceKernel kStoredKernel = {kMaxPointers, Rule::kHasStep, false,
+                                    launch_stored<Rule, Update>};
+
 template <typename Rule>
-PreparedUpdate prepare_cuda(const Rule& rule, double step, const SlotDtypes& dtypes,
-                            bool on_device) {
+PreparedUpdate prepare_cuda(const Rule& rule, double step, const StoredAs& stored, bool on_device) {
+  const SlotDtypes& dtypes = stored.dtypes;
   PreparedUpdate prepared;
-  prepared.dtypes = dtypes;
+  prepared.stored = stored;
+  prepared.stored.step = step;
   prepared.on_device = on_device;
   const auto use = [&](const DeviceKernel& kernel, const auto& update) {
     prepared.device_kernel = &kernel;
@@ -63,10 +93,14 @@ PreparedUpdate prepare_cuda(const Rule& rule, double step, const SlotDtypes& dty
       prepared.num_bytes = sizeof(what);
       std::memcpy(prepared.coefficients, &what, sizeof(what));
     };
+    const auto keep_as_stored = [&](const auto& what) {
+      if (kernel.is_plain) return keep(what);
+      keep(Stored<std::decay_t<decltype(what)>>{what, prepared.stored});
+    };
     if (on_device) {
-      keep(rule);
+      keep_as_stored(rule);
     } else {
-      keep(update);
+      keep_as_stored(update);
     }
   };
   // What the device prepares is prepared here too, for its type alone.
@@ -76,7 +110,9 @@ PreparedUpdate prepare_cuda(const Rule& rule, double step, const SlotDtypes& dty
     });
   } else {
     rule.template prepare<float>(step, [&](const auto& update) {
-      use(kDeviceKernel<float, Rule, std::decay_t<decltype(update)>>, update);
+      using Update = std::decay_t<decltype(update)>;
+      use(dtypes.is_plain() ? kDeviceKernel<float, Rule, Update> : kStoredKernel<Rule, Update>,
+          update);
     });
   }
   return prepared;

@@ -98,7 +98,7 @@ struct TensorInfo {
   static TensorInfo pack(std::uint32_t update, Access access, const SlotDtypes& dtypes,
                          bool first_step) {
     std::uint32_t bits = update | static_cast<std::uint32_t>(access) << 16 | first_step << 18;
-    for (int s = 0; s < dtypes.num_slots; ++s) {
+    for (int s = 0; s < dtypes.num_slots && is_float(dtypes.slots[s]); ++s) {
       bits |= static_cast<std::uint32_t>(dtypes.slots[s]) << (20 + 2 * s);
     }
     return {bits};
@@ -114,7 +114,7 @@ struct TensorInfo {
 
 // What goes into a table for one tensor.
 struct TableTensor {
-  void* pointers[kMaxSlots + 1];
+  void* pointers[kMaxPointers + 1];
   std::int64_t numel;
   std::uint32_t num_chunks;
   TensorInfo info;  // its update counts in the updates of this table

@@ -26,6 +26,9 @@ constexpr int kHalfElements = 64;
 // 32: 1.0, 64: 0.80, 128: 0.69, 256: 0.64, 512: 0.60.
 constexpr int kConvertElements = 512;
 
+// Elements that the loop for other storage takes at a time; a multiple of kScaleElements.
+constexpr int kStoredElements = 256;
+
 // The constants below have not been measured on a GPU yet.
 
 // What a kernel takes as arguments: 32,764 bytes since CUDA 12.1, 4 KB before.

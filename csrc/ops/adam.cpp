@@ -4,6 +4,6 @@
 
 namespace fusedopt {
 
-template PreparedUpdate prepare_cpu<Isa::FUSEDOPT_ISA>(const Adam&, double, const SlotDtypes&);
+template PreparedUpdate prepare_cpu<Isa::FUSEDOPT_ISA>(const Adam&, double, const StoredAs&);
 
 }  // namespace fusedopt

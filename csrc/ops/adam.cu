@@ -3,6 +3,6 @@
 
 namespace fusedopt {
 
-template PreparedUpdate prepare_cuda(const Adam&, double, const SlotDtypes&, bool);
+template PreparedUpdate prepare_cuda(const Adam&, double, const StoredAs&, bool);
 
 }  // namespace fusedopt

@@ -4,6 +4,6 @@
 
 namespace fusedopt {
 
-template PreparedUpdate prepare_cpu<Isa::FUSEDOPT_ISA>(const SGD&, double, const SlotDtypes&);
+template PreparedUpdate prepare_cpu<Isa::FUSEDOPT_ISA>(const SGD&, double, const StoredAs&);
 
 }  // namespace fusedopt

@@ -1,0 +1,188 @@
+#pragma once
+
+// The loop for values that are not stored as they are (SlotDtypes::is_plain): loads a block as
+// float, updates it, and stores it. How a value is stored is in storage/. What does not depend on the
+// update is not inlined, so that the module has it once for each instruction set.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../storage/blockwise8.h"
+#include "../storage/philox.h"
+#include "../storage/split_master.h"
+#include "../storage/stochastic.h"
+#include "apply.h"
+#include "half.h"
+#include "tuning.h"
+
+namespace fusedopt {
+
+// Some elements of one tensor.
+struct Span {
+  void* const* pointers;
+  std::int64_t at;  // a multiple of kScaleElements
+  int n;
+
+  template <typename T>
+  FUSEDOPT_HD T* of(int slot) const {
+    return static_cast<T*>(pointers[slot]) + at;
+  }
+  FUSEDOPT_HD float* scales(int state) const {
+    return static_cast<float*>(pointers[kScales + state]) + at / kScaleElements;
+  }
+};
+
+// 16 random bits per element, in order.
+template <Isa isa>
+__attribute__((noinline)) void random_bits(std::uint64_t key, std::uint64_t step, const Span& span,
+                                           std::uint16_t* bits) {
+  auto block = static_cast<std::uint64_t>(span.at / 8);
+  for (int begin = 0; begin < span.n; begin += 8 * kPhiloxBlocks, block += kPhiloxBlocks) {
+    std::uint32_t words[4][kPhiloxBlocks];
+    philox_lanes<isa>(key, step, block, words);
+    for (int b = 0; b < kPhiloxBlocks; ++b) {
+      const std::uint32_t of_block[] = {words[0][b], words[1][b], words[2][b], words[3][b]};
+      std::memcpy(bits + begin + 8 * b, of_block, sizeof(of_block));
+    }
+  }
+}
+
+template <Isa isa>
+__attribute__((noinline)) void load_param(const SlotDtypes& dtypes, const Span& span, float* to) {
+  if (dtypes.master == Dtype::kInt16) {
+    const auto *high = span.of<std::uint16_t>(0), *low = span.of<std::uint16_t>(kMaster);
+#pragma omp simd
+    for (int i = 0; i < span.n; ++i) to[i] = join_master(high[i], low[i]);
+    return;
+  }
+  load_as_float<isa>(dtypes.slots[0], span.pointers[0], span.at, span.n, to);
+  if (dtypes.master == kNone) return;
+  // A parameter that is not its master rounded was written by somebody else: it counts.
+  const float* master = span.of<float>(kMaster);
+  float rounded[kStoredElements];
+  std::uint16_t halves[kStoredElements];
+  store_from_float<isa>(dtypes.slots[0], halves, 0, span.n, master);
+  load_as_float<isa>(dtypes.slots[0], halves, 0, span.n, rounded);
+#pragma omp simd
+  for (int i = 0; i < span.n; ++i) {
+    const bool same = bits_from_float(rounded[i]) == bits_from_float(to[i]);
+    to[i] = same ? master[i] : to[i];
+  }
+}
+
+template <Isa isa>
+__attribute__((noinline)) void store_param(const SlotDtypes& dtypes, const Span& span,
+                                           const float* from) {
+  if (dtypes.master == Dtype::kInt16) {
+    auto *high = span.of<std::uint16_t>(0), *low = span.of<std::uint16_t>(kMaster);
+#pragma omp simd
+    for (int i = 0; i < span.n; ++i) split_master(from[i], &high[i], &low[i]);
+    return;
+  }
+  if (dtypes.master != kNone) std::memcpy(span.of<float>(kMaster), from, span.n * sizeof(float));
+  if (dtypes.stochastic) {
+    const auto* rounding = static_cast<const std::uint64_t*>(span.pointers[kRounding]);
+    std::uint16_t bits[kStoredElements];
+    random_bits<isa>(rounding[0], rounding[1], span, bits);
+    auto* to = span.of<BFloat16>(0);
+#pragma omp simd
+    for (int i = 0; i < span.n; ++i) to[i] = round_stochastically(from[i], bits[i]);
+    return;
+  }
+  store_from_float<isa>(dtypes.slots[0], span.pointers[0], span.at, span.n, from);
+}
+
+template <Isa isa>
+__attribute__((noinline)) void load_state(const SlotDtypes& dtypes, const Span& span, int state,
+                                          float* to) {
+  const Dtype dtype = dtypes.slots[2 + state];
+  if (is_float(dtype)) {
+    load_as_float<isa>(dtype, span.pointers[2 + state], span.at, span.n, to);
+    return;
+  }
+  const float* scales = span.scales(state);
+  for (int begin = 0; begin < span.n; begin += kScaleElements) {
+    const int end = std::min(span.n, begin + kScaleElements);
+    const float scale = *scales++;
+    if (dtype == Dtype::kInt8) {
+      const auto* codes = span.of<std::int8_t>(2 + state);
+#pragma omp simd
+      for (int i = begin; i < end; ++i) to[i] = decode_signed(codes[i], scale);
+    } else {
+      const auto* codes = span.of<std::uint8_t>(2 + state);
+#pragma omp simd
+      for (int i = begin; i < end; ++i) to[i] = decode_unsigned(codes[i], scale);
+    }
+  }
+}
+
+template <Isa isa>
+__attribute__((noinline)) void store_state(const SlotDtypes& dtypes, double step, const Span& span,
+                                           int state, const float* from) {
+  const Dtype dtype = dtypes.slots[2 + state];
+  if (is_float(dtype)) {
+    store_from_float<isa>(dtype, span.pointers[2 + state], span.at, span.n, from);
+    return;
+  }
+  std::uint16_t bits[kStoredElements];
+  if (dtype == Dtype::kUInt8) {
+    random_bits<isa>(kCodeKey + state, static_cast<std::uint64_t>(step), span, bits);
+  }
+  float* scales = span.scales(state);
+  for (int begin = 0; begin < span.n; begin += kScaleElements) {
+    const int end = std::min(span.n, begin + kScaleElements);
+    std::uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int i = begin; i < end; ++i) largest = std::max(largest, magnitude_bits(from[i]));
+    const Scale scale(*scales++ = float_from_bits(largest));
+    if (dtype == Dtype::kInt8) {
+      auto* codes = span.of<std::int8_t>(2 + state);
+#pragma omp simd
+      for (int i = begin; i < end; ++i) codes[i] = encode_signed(from[i], scale);
+    } else {
+      auto* codes = span.of<std::uint8_t>(2 + state);
+#pragma omp simd
+      for (int i = begin; i < end; ++i) codes[i] = encode_unsigned(from[i], scale, bits[i]);
+    }
+  }
+}
+
+template <Isa isa>
+__attribute__((noinline)) void update_ema(const SlotDtypes& dtypes, float weight, const Span& span,
+                                          const float* param) {
+  float ema[kStoredElements];
+  load_as_float<isa>(dtypes.ema, span.pointers[kEma], span.at, span.n, ema);
+#pragma omp simd
+  for (int i = 0; i < span.n; ++i) ema[i] = ema[i] + weight * (param[i] - ema[i]);
+  store_from_float<isa>(dtypes.ema, span.pointers[kEma], span.at, span.n, ema);
+}
+
+template <Isa isa, typename Update>
+void stored_kernel(const PreparedUpdate& prepared, void* const* pointers, std::int64_t begin,
+                   std::int64_t count) {
+  constexpr int kNumSlots = 2 + Update::kNumStates;
+  const StoredAs& stored = prepared.stored;
+  const SlotDtypes& dtypes = stored.dtypes;
+  alignas(64) float buffers[kNumSlots][kStoredElements];
+  float* arrays[kMaxSlots];
+  for (int slot = 0; slot < kNumSlots; ++slot) arrays[slot] = buffers[slot];
+  with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
+    for (std::int64_t done = 0; done < count; done += kStoredElements) {
+      const std::int64_t left = count - done;
+      const Span span{pointers, begin + done,
+                      left < kStoredElements ? static_cast<int>(left) : kStoredElements};
+      load_param<isa>(dtypes, span, arrays[0]);
+      load_as_float<isa>(dtypes.slots[1], pointers[1], span.at, span.n, arrays[1]);
+      for (int s = 0; s < Update::kNumStates; ++s) load_state<isa>(dtypes, span, s, arrays[2 + s]);
+      update_elements<isa>(update, span.n, arrays[0], arrays[1], arrays + 2,
+                           std::make_index_sequence<Update::kNumStates>());
+      store_param<isa>(dtypes, span, arrays[0]);
+      for (int s = 0; s < Update::kNumStates; ++s) {
+        store_state<isa>(dtypes, stored.step, span, s, arrays[2 + s]);
+      }
+      if (dtypes.ema != kNone) update_ema<isa>(dtypes, stored.ema_weight, span, arrays[0]);
+    }
+  });
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,280 @@
+"""How parameters and state are stored, apart from the rules that compute on them.
+
+The rules see values; what is here turns them into what a state dict holds and back. The native
+module does the same in ``csrc/storage/``, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import dtensor
+
+OPTIONS = ("state_dtype", "master_weights", "rounding", "ema")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "state_dtype": (None, torch.float32, torch.bfloat16, torch.float16, "8bit"),
+    "master_weights": (None, "split", "fp32"),
+    "rounding": (None, "stochastic"),
+}
+
+# Elements of one scale of 8-bit state, and the tensors that are too small for it: their state is a
+# small part of a model, and often the part that is sensitive (norms, biases).
+SCALE_ELEMENTS = 64
+SMALLEST_8BIT = 4096
+
+# Key of the random numbers that 8-bit codes are rounded with (csrc/storage/philox.h).
+_CODE_KEY = 0x66757365646F7074
+
+EXTRAS = ("master", "master_remainder", "rounding_state", "ema")
+
+
+def check_options(*, differentiable: Any, **options: Any) -> None:
+    """Raises ValueError if an option is none of its choices or does not go with another."""
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            known = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"Invalid {name} value: {options[name]!r}; it can be {known}")
+    ema = options["ema"]
+    is_number = isinstance(ema, (int, float)) and not isinstance(ema, bool)
+    if ema is not None and not (is_number and 0.0 <= ema < 1.0):
+        raise ValueError(f"Invalid ema value: {ema!r}; it is a decay in [0, 1)")
+    if options["master_weights"] and options["rounding"]:
+        raise ValueError(
+            "Invalid rounding value: 'stochastic' is for parameters without master_weights"
+        )
+    if differentiable and is_on(options):
+        on = [name for name, value in options.items() if value is not None]
+        raise ValueError(f"differentiable=True does not go with {', '.join(on)}")
+
+
+def is_on(group: dict[str, Any]) -> bool:
+    return any(group.get(name) is not None for name in OPTIONS)
+
+
+def signature(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides which state a parameter needs."""
+    *names, ema = (group.get(name) for name in OPTIONS)
+    return (*names, ema is not None)
+
+
+def extras(group: dict[str, Any], param: Tensor) -> tuple[str | None, str | None, str | None]:
+    """Keys of what a parameter has beside the state of its rule: master, rounding and average."""
+    half = param.dtype in (torch.bfloat16, torch.float16)
+    master = group.get("master_weights") if half else None
+    return (
+        {None: None, "split": "master_remainder", "fp32": "master"}[master],
+        "rounding_state" if half and group.get("rounding") else None,
+        "ema" if group.get("ema") is not None else None,
+    )
+
+
+def check_param(group: dict[str, Any], param: Tensor, fail: Callable[..., NoReturn]) -> None:
+    if param.dtype == torch.float16:
+        if group.get("master_weights") == "split":
+            fail(ValueError, "master_weights='split' is for bfloat16; use 'fp32' for float16")
+        if group.get("rounding"):
+            fail(ValueError, "rounding='stochastic' is for bfloat16; use master_weights='fp32'")
+
+
+def state_dtype(group: dict[str, Any], param: Tensor, unsigned: bool) -> torch.dtype | None:
+    """The dtype that the group declares for a state tensor; None if any will do."""
+    declared: torch.dtype | str | None = group.get("state_dtype")
+    if declared is None or param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    if isinstance(declared, torch.dtype):
+        return declared
+    if dtensor.local(param).numel() < SMALLEST_8BIT:
+        return torch.float32
+    return torch.uint8 if unsigned else torch.int8
+
+
+def new_extra(key: str, param: Tensor) -> Tensor:
+    """The first value of an extra."""
+    if key == "rounding_state":  # a seed, and how many steps were rounded with it
+        seed = torch.randint(2**62, (2,), dtype=torch.int64)
+        seed[1] = 0
+        return seed.to(param.device)
+    if key == "master_remainder":
+        return torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+    half = param.dtype in (torch.bfloat16, torch.float16)
+    return torch.clone(
+        param.detach().to(torch.float32 if half else param.dtype),
+        memory_format=torch.preserve_format,
+    )
+
+
+def is_code(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype in (torch.int8, torch.uint8)
+
+
+# 8 bits ------------------------------------------------------------------------------------------
+
+
+def encode(
+    value: Tensor, dtype: torch.dtype, step: float = 0, slot: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Codes of the shape and layout of ``value``, and their scales, in the order of memory."""
+    codes = torch.empty_like(value, dtype=dtype, memory_format=torch.preserve_format)
+    dense = torch.empty_like(codes, dtype=torch.float32).copy_(value)
+    flat = _in_memory(dtensor.local(dense))
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % SCALE_ELEMENTS))
+    blocks = padded.view(-1, SCALE_ELEMENTS)
+    scales = blocks.abs().amax(1) if blocks.numel() else blocks.new_empty(0)
+    # As products, as the native module has it; a small scale has no finite reciprocal.
+    raised = torch.where(scales < 2.0**-60, 2.0**64, 1.0)
+    reciprocal = (1 / (scales * raised)).where((scales > 0) & scales.isfinite(), 0)
+    ratio = (blocks.abs() * raised[:, None] * reciprocal[:, None]).nan_to_num(0).clamp(max=1)
+    if dtype == torch.int8:
+        code = (127 * ratio.sqrt() + 0.5).floor().copysign(blocks)
+    else:
+        noise = random_bits(_CODE_KEY + slot, int(step), padded.numel()).to(padded.device)
+        exact = 255 * ratio.sqrt().sqrt()
+        near, noisy = (exact + 0.5).floor(), (exact + noise.view_as(blocks) * 2.0**-16).floor()
+        code = torch.where((exact - near).abs() < 2.0**-12, near, noisy)
+        code = torch.maximum(code, (blocks > 0).to(code))
+    _in_memory(dtensor.local(codes)).copy_(code.view(-1)[: flat.numel()])
+    return codes, scales
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """float32 values of the shape and layout of the codes."""
+    value = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
+    flat = _in_memory(dtensor.local(codes)).float()
+    scale = scales.repeat_interleave(SCALE_ELEMENTS)[: flat.numel()]
+    if codes.dtype == torch.int8:
+        root = flat * torch.tensor(1 / 127, dtype=torch.float32)
+        decoded = root * root.abs() * scale
+    else:
+        square = (flat * torch.tensor(1 / 255, dtype=torch.float32)).square()
+        decoded = square * square * scale
+    _in_memory(dtensor.local(value)).copy_(decoded)
+    return value
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory."""
+    return torch.as_strided(tensor, (tensor.numel(),), (1,))
+
+
+# Masters and rounding ----------------------------------------------------------------------------
+
+
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master of a bfloat16 parameter (csrc/storage/split_master.h)."""
+    high = param.view(torch.int16).int() << 16
+    master = (high + remainder.int()).view(torch.float32)
+    # No master splits like this: a zero or an infinity that somebody else wrote.
+    return torch.where(master.isnan(), high.view(torch.float32), master)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The parameter and the remainder of a float32 master."""
+    bits = master.view(torch.int32).long()
+    high = (((bits + 0x8000) >> 16) & 0xFFFF).where(~master.isnan(), 0x7FC0)
+    low = (bits & 0xFFFF).where(~master.isnan(), 0)
+    return _int16(high).view(torch.bfloat16), _int16(low)
+
+
+def _int16(bits: Tensor) -> Tensor:
+    return torch.where(bits >= 0x8000, bits - 0x10000, bits).to(torch.int16)
+
+
+def round_stochastically(value: Tensor, rounding_state: Tensor) -> Tensor:
+    """bfloat16, up or down at random so that the mean is exact (csrc/storage/stochastic.h)."""
+    seed, count = rounding_state.tolist()
+    dense = torch.empty_like(value, memory_format=torch.preserve_format).copy_(value)
+    flat = _in_memory(dense)
+    bits = flat.view(torch.int32).long() & 0xFFFFFFFF
+    rounded = torch.where(
+        flat.isfinite(), bits + random_bits(seed, count, flat.numel()).to(bits.device), bits
+    )
+    high = ((rounded >> 16) & 0xFFFF).where(~flat.isnan(), 0x7FC0)
+    result = torch.empty_like(dense, dtype=torch.bfloat16)
+    _in_memory(result).copy_(_int16(high).view(torch.bfloat16))
+    return result
+
+
+def random_bits(key: int, step: int, count: int) -> Tensor:
+    """16 random bits for each of ``count`` elements (csrc/storage/philox.h), as int64."""
+    mask = 0xFFFFFFFF
+    block = torch.arange((count + 7) // 8, dtype=torch.int64)
+    c0, c1 = block & mask, block >> 32
+    c2, c3 = torch.full_like(block, step & mask), torch.full_like(block, step >> 32)
+    key0, key1 = key & mask, key >> 32 & mask
+    for _ in range(10):
+        # Products of 64 bits: the sign is wrong, the bits are right.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (product1 >> 32 & mask) ^ c1 ^ key0, product1 & mask
+        c2, c3 = (product0 >> 32 & mask) ^ c3 ^ key1, product0 & mask
+        key0, key1 = key0 + 0x9E3779B9 & mask, key1 + 0xBB67AE85 & mask
+    words = torch.stack([c0, c1, c2, c3], 1)
+    return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:count]
+
+
+def as_stock(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter as torch knows it."""
+    scales = {f"{key}_scale": key for key, value in state.items() if is_code(value)}
+    return {
+        key: decode(value, state[f"{key}_scale"]) if is_code(value) else value
+        for key, value in state.items()
+        if key not in scales and key not in EXTRAS
+    }
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def check_scale(
+    key: str, scale: Any, numel: int, codes: Tensor, fail: Callable[..., NoReturn]
+) -> None:
+    shape = ((numel + SCALE_ELEMENTS - 1) // SCALE_ELEMENTS,)
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.shape != shape:
+        what = _what(scale)
+        fail(ValueError, f"state['{key}_scale'] must be a float32 tensor of shape {shape}, {what}")
+    if scale.device != codes.device:
+        fail(ValueError, f"state['{key}_scale'] is on {scale.device}; move it to {codes.device}")
+
+
+def check_extra(
+    key: str, value: Any, param: Tensor, fail: Callable[..., NoReturn], any_device: bool = False
+) -> None:
+    shape = (2,) if key == "rounding_state" else param.shape
+    dtypes = {
+        "rounding_state": (torch.int64,),
+        "master_remainder": (torch.int16,),
+        "master": (torch.float32,),
+    }.get(key, (torch.float32, torch.bfloat16, torch.float16, param.dtype))
+    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != shape:
+        fail(
+            ValueError,
+            f"state[{key!r}] must be a {str(dtypes[0]).removeprefix('torch.')} tensor of shape "
+            f"{tuple(shape)}, {_what(value)}",
+        )
+    if value.layout is not torch.strided:
+        fail(ValueError, f"state[{key!r}] is sparse; it must be dense")
+    if torch._debug_has_internal_overlap(dtensor.local(value)) == 1:
+        fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
+    if value.device != param.device and not any_device:
+        fail(ValueError, f"state[{key!r}] is on {value.device}; move it to {param.device}")
+
+
+def _what(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"got a {type(value).__name__}"
+    return f"got shape {tuple(value.shape)}, {value.dtype}"
+
+
+def same_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    sizes_and_strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(n == 1 or stride == also for n, stride, also in sizes_and_strides)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill their memory without gaps."""
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() in (0, reach + 1)
