@@ -269,7 +269,8 @@ const RuleEntry& find_rule(const std::string& name) {
 struct Expected {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  bool owned = false;  // by the plan, see Plan::own
+  bool owned = false;   // by the plan, see Plan::own
+  bool exists = false;  // also without elements, when there may be no data
 };
 
 // Order and meaning of the keys in a state dict; nearly all parameters share one.
@@ -510,6 +511,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& ex
         if (!is_extra(kind, now, *entry, param)) return false;
         extra[kind - kMaxSlots].data = now.data;
         extra[kind - kMaxSlots].dtype = now.dtype;
+        extra[kind - kMaxSlots].exists = true;
         found[role] = has_extras = true;
         continue;
       }
@@ -517,6 +519,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& ex
     }
     entry->state[role].data = now.data;
     entry->state[role].dtype = now.dtype;
+    entry->state[role].exists = true;
     if (is_plain_tensor(value)) own(torch.own_state(py::handle(value)), &entry->state[role]);
     found[role] = true;
   }
@@ -565,15 +568,15 @@ SlotDtypes Plan::stored_as(const Entry& entry, Dtype grad) const {
   dtypes.slots[dtypes.num_slots++] = entry.data.dtype;
   dtypes.slots[dtypes.num_slots++] = grad;
   for (int s = 0; s < kMaxStates; ++s) {
-    if (entry.state[s].data != nullptr) dtypes.slots[dtypes.num_slots++] = entry.state[s].dtype;
+    if (entry.state[s].exists) dtypes.slots[dtypes.num_slots++] = entry.state[s].dtype;
   }
   if (entry.extras >= 0) {
     const auto extra = [&](int which) -> const Expected& {
       return extras_[static_cast<std::size_t>(entry.extras + which - kMaxSlots)];
     };
-    if (extra(kMaster).data != nullptr) dtypes.master = extra(kMaster).dtype;
-    if (extra(kEma).data != nullptr) dtypes.ema = extra(kEma).dtype;
-    dtypes.stochastic = extra(kRounding).data != nullptr;
+    if (extra(kMaster).exists) dtypes.master = extra(kMaster).dtype;
+    if (extra(kEma).exists) dtypes.ema = extra(kEma).dtype;
+    dtypes.stochastic = extra(kRounding).exists;
   }
   return dtypes;
 }

@@ -168,6 +168,7 @@ def clip_grad_norm_(
     summed in float32 and clips with that accuracy; gradients of sparse layout are measured too;
     DTensors may be on several meshes, and the norm is an ordinary tensor.
     """
+    max_norm = float(max_norm)
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     given, parameters = parameters, list(parameters)
