@@ -92,7 +92,8 @@ void half_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_
   });
 }
 
-// Any mix of float32, bfloat16 and float16: block by block through float buffers.
+// Any mix of float32, bfloat16 and float16: halves block by block through float buffers, float32
+// where it is.
 template <Isa isa, typename Update>
 void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
                        std::int64_t count) {
@@ -100,19 +101,18 @@ void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::
   const Dtype* const dtypes = prepared.stored.dtypes.slots;
   alignas(64) float buffers[kNumSlots][kConvertElements];
   float* arrays[kMaxSlots];
-  for (int slot = 0; slot < kNumSlots; ++slot) arrays[slot] = buffers[slot];
   with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
     for (std::int64_t done = 0; done < count; done += kConvertElements) {
-      const std::int64_t left = count - done;
+      const std::int64_t left = count - done, at = begin + done;
       const int n = left < kConvertElements ? static_cast<int>(left) : kConvertElements;
       for (int slot = 0; slot < kNumSlots; ++slot) {
-        load_as_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
+        arrays[slot] = load_as_float<isa>(dtypes[slot], slots[slot], at, n, buffers[slot]);
       }
       update_elements<isa>(update, n, arrays[0], arrays[1], arrays + 2,
                            std::make_index_sequence<Update::kNumStates>());
       for (int slot = 0; slot < kNumSlots; ++slot) {
         if (slot == 1) continue;  // the gradient is only read
-        store_from_float<isa>(dtypes[slot], slots[slot], begin + done, n, buffers[slot]);
+        store_from_float<isa>(dtypes[slot], slots[slot], at, n, arrays[slot]);
       }
     }
   });

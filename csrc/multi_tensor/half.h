@@ -135,28 +135,28 @@ FUSEDOPT_HD void store_half(const float* from, int n, Float16* to) {
   for (int j = i; j < n; ++j) to[j] = to_float16(from[j]);
 }
 
+// Where the values are as floats: in `buffer`, or where they are stored if that is as floats. Those
+// are updated in place, and storing them is nothing (it copied: 20% of AdamW's time with float32
+// state for bfloat16 parameters).
 template <Isa isa>
-void load_as_float(Dtype dtype, const void* from, std::int64_t at, int n, float* to) {
+float* load_as_float(Dtype dtype, void* from, std::int64_t at, int n, float* buffer) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return load_half(static_cast<const BFloat16*>(from) + at, n, to);
+      load_half(static_cast<const BFloat16*>(from) + at, n, buffer);
+      return buffer;
     case Dtype::kFloat16:
-      return load_half(static_cast<const Float16*>(from) + at, n, to);
+      load_half(static_cast<const Float16*>(from) + at, n, buffer);
+      return buffer;
     default:
-      std::memcpy(to, static_cast<const float*>(from) + at, n * sizeof(float));
+      return static_cast<float*>(from) + at;
   }
 }
 
+// `from` is what load_as_float gave.
 template <Isa isa>
 void store_from_float(Dtype dtype, void* to, std::int64_t at, int n, const float* from) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return store_half(from, n, static_cast<BFloat16*>(to) + at);
-    case Dtype::kFloat16:
-      return store_half(from, n, static_cast<Float16*>(to) + at);
-    default:
-      std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
-  }
+  if (dtype == Dtype::kBFloat16) return store_half(from, n, static_cast<BFloat16*>(to) + at);
+  if (dtype == Dtype::kFloat16) return store_half(from, n, static_cast<Float16*>(to) + at);
 }
 
 }  // namespace fusedopt

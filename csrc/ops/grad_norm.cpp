@@ -38,15 +38,10 @@ double sum_chunk(const GradToMeasure& grad, std::int64_t begin, double factor) {
     return sum_columns<isa, double>(count, factor,
                                     [&](std::int64_t row, int, double*) { return data + row; });
   }
-  return sum_columns<isa, float>(count, static_cast<float>(factor),
-                                 [&](std::int64_t row, int n, float* buffer) -> const float* {
-                                   if (grad.dtype == Dtype::kFloat32) {
-                                     return static_cast<const float*>(grad.data) + begin + row;
-                                   }
-                                   load_as_float<isa>(grad.dtype, grad.data, begin + row, n,
-                                                      buffer);
-                                   return buffer;
-                                 });
+  return sum_columns<isa, float>(
+      count, static_cast<float>(factor), [&](std::int64_t row, int n, float* buffer) {
+        return load_as_float<isa>(grad.dtype, grad.data, begin + row, n, buffer);
+      });
 }
 
 template double sum_chunk<Isa::FUSEDOPT_ISA>(const GradToMeasure&, std::int64_t, double);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import test_ddp as ddp
 import test_fsdp as fsdp
@@ -16,7 +18,9 @@ both = pytest.mark.parametrize("switch", [False, True])
 
 
 def on_gpus(ranks, test, **arguments):
-    on_world(ranks, test, {"backend": "native", "device": "cuda", **arguments})
+    arguments |= {"backend": "native", "native": None, "device": "cuda"}
+    takes = inspect.signature(test).parameters
+    on_world(ranks, test, {name: value for name, value in arguments.items() if name in takes})
 
 
 @richest
