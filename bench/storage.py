@@ -11,7 +11,6 @@ import argparse
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedopt
-from bench import optimizers, report
+from bench import optimizers, peers, report
 from bench.step import ARGUMENTS, COPY_BYTES, Contender, Model, copy_on, medians_of, take_turns
 from bench.timing import OtherWork, pick_device
 from bench.workloads import WORKLOADS
@@ -38,32 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "state_dtype": torch.float32,
         "ema": 0.999,
     },
-}
-
-
-def torchao_8bit(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(params, bf16_stochastic_round=True)
-
-
-def bitsandbytes_8bit(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(params)
-
-
-def optimi_kahan(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    from optimi import AdamW
-
-    return AdamW(params, lr=1e-3, kahan_sum=True)
-
-
-# What is closest to a variant of ours: by package, for AdamW.
-PEERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "torchao": torchao_8bit,
-    "bitsandbytes": bitsandbytes_8bit,
-    "optimi": optimi_kahan,
 }
 
 
@@ -134,7 +107,7 @@ def builders(name: str, options: argparse.Namespace) -> dict[str, Callable[..., 
     result: dict[str, Callable[..., Any]] = {f"torch {mode}, bf16 state": stock}
     result |= {label: partial(ours, **variant) for label, variant in VARIANTS.items()}
     if name == "adamw" and options.peers:
-        result |= {peer: build for peer, build in PEERS.items() if find_spec(peer)}
+        result |= peers.installed()
     return result
 
 

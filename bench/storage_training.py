@@ -2,7 +2,8 @@
 
 The GPT of bench.train_gpt on the source code of Python's standard library, and the LeNet of
 bench.recipes.cnn on scikit-learn's digits. What a way of storing costs is to be read beside the
-spread of float32 itself over the seeds.
+spread of float32 itself over the seeds. AdamW of other packages trains bfloat16 parameters beside
+ours where they are installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import fusedopt
-from bench import optimizers, report
+from bench import optimizers, peers, report
 from bench.recipes.cnn import augment, lenet
 from bench.recipes.data import digits
 from bench.timing import pick_device
@@ -42,10 +43,22 @@ CNN_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 1e-2, "rmsprop": 1e-3, "adagrad": 
 CNN_BATCH = 64
 
 
+def variants_of(name: str, options: argparse.Namespace) -> list[str]:
+    """What trains with optimizer `name`: ours, then peers."""
+    with_peers = name == "adamw" and options.peers
+    return [*options.variants, *(peers.installed() if with_peers else ())]
+
+
+def dtype_of(variant: str) -> torch.dtype:
+    return VARIANTS[variant][0] if variant in VARIANTS else torch.bfloat16
+
+
 def build(name: str, variant: str, model: nn.Module, arguments: dict[str, Any]) -> Any:
-    dtype, options = VARIANTS[variant]
+    params = model.to(dtype_of(variant)).parameters()
+    if variant in peers.PEERS:
+        return peers.PEERS[variant](params, **arguments)
     cls = getattr(fusedopt, optimizers.NAMES[name])
-    return cls(model.to(dtype).parameters(), **arguments, **options)
+    return cls(params, **arguments, **VARIANTS[variant][1])
 
 
 def train_gpt(name: str, variant: str, seed: int, options: argparse.Namespace) -> float:
@@ -72,7 +85,7 @@ def train_cnn(name: str, variant: str, seed: int, options: argparse.Namespace) -
     model = lenet(*training.inputs.shape[1:3])
     momentum = {"momentum": 0.9} if name == "sgd" else {}
     optimizer = build(name, variant, model, {"lr": CNN_LR[name], **momentum})
-    dtype = VARIANTS[variant][0]
+    dtype = dtype_of(variant)
     for _ in range(options.epochs):
         for images, labels in training.batches(CNN_BATCH):
             optimizer.zero_grad()
@@ -97,13 +110,15 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of the GPT")
     parser.add_argument("--epochs", type=int, default=15, help="of the CNN")
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench/out"))
     options = parser.parse_args(argv)
     options.device = pick_device(options.device)
     facts = report.environment(options.device)
     results = []
-    runs = len(options.tasks) * len(options.optimizers) * len(options.variants) * options.seeds
+    variants = {name: variants_of(name, options) for name in options.optimizers}
+    runs = len(options.tasks) * sum(map(len, variants.values())) * options.seeds
     with report.progress_bar() as progress:
         progress_task = progress.add_task("", total=runs)
         for task in options.tasks:
@@ -111,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             table = report.table(f"{task}, mean of {options.seeds} seeds", *columns)
             for name in options.optimizers:
                 reference = None
-                for variant in options.variants:
+                for variant in variants[name]:
                     progress.update(progress_task, description=f"{task} {name} {variant}")
                     losses = []
                     for seed in range(options.seeds):
