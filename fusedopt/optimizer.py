@@ -462,6 +462,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return
             factor = _grad_factor(scaling[param.device])
         if _is_sparse(grad):
+            grad = grad.to(torch.promote_types(grad.dtype, param.dtype))
             self._sparse_update(group, param, grad if factor is None else grad * factor)
             return
         if storage.is_on(group) or any(

@@ -388,6 +388,22 @@ def test_sparse_gradients(case, dtype, backend):
             assert_near(state[key].to_dense(), expected[key].to_dense(), key, torch.float32)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sparse_gradients_of_fewer_bits(name, dtype, backend):
+    """Their squares do not fit into float16; the update has the accuracy of the parameter."""
+    case = Case(name, {"lr": 0.1})
+    values, grad = torch.randn(6, 4, dtype=dtype), _sparse(6, 4, [1, 4], torch.float16) * 1000
+    param, exact = leaf(values), leaf(values, torch.float64)
+    ours, oracle = case.ours([param]), case.exact([exact])
+    for p, opt in ((param, ours), (exact, oracle)):
+        if hasattr(p, "grad_dtype"):  # torch 2.10 has it not, and takes any dtype
+            p.grad_dtype = None
+        p.grad = grad if opt is ours else grad.double()
+        opt.step()
+    assert_trained_alike(ours, [param], oracle, [exact], dtype)
+
+
 @pytest.mark.parametrize("case", [RICHEST[0], RICHEST[4]], ids=str)
 def test_sparse_and_dense_gradients_take_turns(case, backend):
     """An embedding whose gradient is dense, then sparse, as stock's SGD and Adagrad allow."""
