@@ -55,6 +55,8 @@ struct Torch {
   std::size_t impl_offset = 0, storage_offset = 0, version_offset = 0;
 } torch;
 
+constexpr std::size_t kImplSize = 176;  // of a TensorImpl in torch 2.13; at least that before
+
 bool is_plain_tensor(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == torch.tensor_type || type == torch.parameter_type;
@@ -554,13 +556,18 @@ bool Plan::is_extra(int extra, const TensorView& tensor, const Entry& entry,
   if (extra == kEma) {
     return is_float(tensor.dtype) && tensor.dtype != kNone && same_layout(tensor, param);
   }
-  const bool is_list = tensor.ndim == 1 && (tensor.strides[0] == 1 || tensor.shape[0] < 2);
+  if (tensor.ndim < 1) return false;
+  // A shard has one row of several, as long as the longest.
+  const std::int64_t length = tensor.shape[tensor.ndim - 1];
+  const bool is_row =
+      numel(tensor) == length && (tensor.strides[tensor.ndim - 1] == 1 || length < 2);
   if (extra == kRounding) {
-    return is_list && tensor.dtype == Dtype::kInt64 && tensor.shape[0] == 2 &&
+    return is_row && tensor.dtype == Dtype::kInt64 && length == 2 &&
            param.dtype == Dtype::kBFloat16;
   }
   const std::int64_t scales = (entry.numel + kScaleElements - 1) / kScaleElements;
-  return is_list && tensor.dtype == Dtype::kFloat32 && tensor.shape[0] == scales;
+  return is_row && tensor.dtype == Dtype::kFloat32 &&
+         (length == scales || (entry.spec && length > scales));
 }
 
 SlotDtypes Plan::stored_as(const Entry& entry, Dtype grad) const {
@@ -848,7 +855,8 @@ void Plan::fetch(const Seen* block, std::size_t size) const {
     for (int s = 0; s <= StateLayout::kStep; ++s) add(block[i].tensors[s]);
   }
   for (std::size_t i = 0; i < count; ++i) {
-    for (const int offset : {0, 64, 128, 184}) touch(impls[i] + offset);
+    for (std::size_t at = 0; at < kImplSize; at += 64) touch(impls[i] + at);
+    touch(impls[i] + kImplSize - 1);
   }
   for (std::size_t i = 0; i < count; ++i) {
     for (const std::size_t offset : {torch.storage_offset, torch.version_offset}) {
@@ -1241,7 +1249,6 @@ void find_offsets(const py::object& sample, const py::object& alias, const py::o
     return value;
   };
   constexpr std::size_t kWord = sizeof(std::uintptr_t);
-  constexpr std::size_t kImplSize = 192;  // of a TensorImpl, at least; torch asserts at most 208
   const std::uintptr_t a = address_of(sample), b = address_of(alias), c = address_of(other);
   const auto object = reinterpret_cast<std::uintptr_t>(sample.ptr());
   const auto object_size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .optimizer import FusedOptimizer, Group, penalized_grad, scalar
+from . import storage
+from .optimizer import FusedOptimizer, Group, add_sparse, penalized_grad, scalar
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -114,9 +115,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             rounding=rounding,
             ema=ema,
         )
-        for group in self.param_groups:
-            for param in group["params"] if group.get("state_dtype") else ():
-                self._store_state(group, param, "sum", self._initial_state(group, param))
+        # The first step makes all that other storage needs, as it does for the other optimizers.
+        # With a part of it, a sharded checkpoint would be loaded into that part.
+        for group in filter(storage.is_on, self.param_groups):
+            for param in group["params"]:
+                del self.state[param]
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:
@@ -148,9 +151,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         indices, values = grad._indices(), grad._values()
 
         def sparse(new: Tensor) -> Tensor:
-            return torch.sparse_coo_tensor(indices, new, grad.shape)
+            return torch.sparse_coo_tensor(indices, new, grad.shape, is_coalesced=True)
 
         lr = float(group["lr"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
-        state["sum"].add_(sparse(values.square()))
+        add_sparse(state["sum"], sparse(values.square()))
         std = state["sum"].sparse_mask(grad)._values().sqrt() + group["eps"]
-        param.add_(sparse(values / std), alpha=-lr)
+        add_sparse(param, sparse(values / std), -lr)

@@ -3,10 +3,12 @@ updates the shards that it holds, if parameter, gradient and state are cut and p
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -77,6 +79,51 @@ def placed_alike(one: Any, other: Any) -> bool:
         getattr(one._spec, name, None) == getattr(other._spec, name, None)
         for name in ("placements", "shard_order")
     )
+
+
+def row_per_shard(row: Tensor, param: Any) -> Tensor:
+    """What belongs to a shard of a parameter but not to its elements, one by one. The rows of all
+    shards are one DTensor, so that a sharded checkpoint has them; for other tensors, the row."""
+    shape, placements = rows(row.numel(), param)
+    if placements is None:
+        return row
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    mine = row.view(*[1] * (len(shape) - 1), -1)
+    return DTensor.from_local(mine, param.device_mesh, placements, shape=shape, stride=stride)
+
+
+def rows(length: int, param: Any) -> tuple[torch.Size, list[Any] | None]:
+    """The shape and the placements of rows of this length for each shard of a parameter."""
+    if not is_dtensor(param):
+        return torch.Size([length]), None
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = param.device_mesh
+    spread = [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate()]
+    shape = torch.Size([*(mesh.size(dim) for dim in spread), length])
+    return shape, [
+        Shard(spread.index(dim)) if dim in spread else Replicate() for dim in range(mesh.ndim)
+    ]
+
+
+def is_placed(tensor: Any, param: Any, placements: list[Any] | None) -> bool:
+    """Whether it has these placements on the mesh of the parameter; without, no DTensor."""
+    if placements is None or not is_dtensor(tensor):
+        return placements is None and not is_dtensor(tensor)
+    return tensor.device_mesh == param.device_mesh and list(tensor.placements) == placements
+
+
+def longest_shard(param: Tensor) -> int:
+    """Elements of the largest of all shards."""
+    sizes = list(param.shape)
+    if is_dtensor(param):
+        placement: Any  # those of shards have a dimension
+        for dim, placement in enumerate(param.placements):
+            if not placement.is_replicate():
+                sizes[placement.dim] = -(-sizes[placement.dim] // param.device_mesh.size(dim))
+    return math.prod(sizes)
 
 
 def placed_like(grad: Any, param: Any) -> Any:

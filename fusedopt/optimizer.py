@@ -524,7 +524,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 new = torch.empty_like(target, dtype=new.dtype).copy_(new)  # for its strides
                 codes, scales = storage.encode(new, target.dtype, float(step), slot)
                 target.copy_(codes)
-                state[f"{key}_scale"].copy_(scales)
+                dtensor.local(state[f"{key}_scale"]).view(-1)[: scales.numel()].copy_(scales)
             else:
                 target.copy_(new)
         if master == "master_remainder":
@@ -533,7 +533,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             dtensor.local(state[master]).copy_(low)
         elif rounding is not None:
             held.copy_(storage.round_stochastically(value, state[rounding]))
-            state[rounding][1] += 1
+            dtensor.local(state[rounding]).view(-1)[1] += 1
         else:
             held.copy_(value)
             if master is not None:
@@ -725,12 +725,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, param: Tensor, key: str, state: dict[str, Any], fail: Callable[..., NoReturn]
     ) -> None:
         expected = torch.uint8 if key in self._unsigned_slots else torch.int8
-        codes, numel = dtensor.local(state[key]), dtensor.local(param).numel()
+        codes = dtensor.local(state[key])
         if param.is_complex() or codes.dtype != expected:
             fail(TypeError, f"state[{key!r}] has dtype {codes.dtype}")
         if not storage.is_dense(codes):
             fail(ValueError, f"state[{key!r}] must be without gaps, its strides {codes.stride()}")
-        storage.check_scale(key, state.get(f"{key}_scale"), numel, codes, fail)
+        storage.check_scale(key, state.get(f"{key}_scale"), codes, param, fail)
 
     def _describe(self, g: int, i: int) -> str:
         group = self.param_groups[g]
@@ -1041,3 +1041,19 @@ def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
 def scalar(value: float | Tensor) -> float | Tensor:
     """A hyperparameter as a number or a 0-dim tensor."""
     return value.squeeze() if isinstance(value, Tensor) else value
+
+
+def add_sparse(tensor: Tensor, other: Tensor, alpha: float = 1.0) -> None:
+    """``tensor.add_(other, alpha=alpha)`` for a sparse ``other``. If ``tensor`` is a view or has
+    unusual strides, torch's own writes to memory beside it (torch 2.13)."""
+    if tensor.is_sparse or not other.is_sparse:
+        tensor.add_(other, alpha=alpha)
+        return
+    other = other.coalesce()
+    indices, values = other._indices(), other._values().to(tensor.dtype)
+    if len(indices) == 1:
+        tensor.index_add_(0, indices[0], values, alpha=alpha)
+    elif len(indices) == 0:
+        tensor.add_(values.sum(0), alpha=alpha)
+    else:
+        tensor.index_put_(tuple(indices), alpha * values, accumulate=True)

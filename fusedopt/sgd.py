@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .optimizer import FusedOptimizer, Group, penalized_grad, scalar
+from .optimizer import FusedOptimizer, Group, add_sparse, penalized_grad, scalar
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -150,7 +150,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             if buffer is None:
                 buffer = state["momentum_buffer"] = grad.detach().clone()
             else:
-                buffer.mul_(momentum).add_(grad, alpha=1 - group["dampening"])
-            # In this order: the buffer may be dense, and only dense + sparse is defined.
-            grad = (buffer * momentum).add(grad) if group["nesterov"] else buffer
-        param.add_(grad, alpha=-float(group["lr"]))
+                add_sparse(buffer.mul_(momentum), grad, 1 - group["dampening"])
+            if group["nesterov"]:
+                add_sparse(ahead := buffer * momentum, grad)
+                buffer = ahead
+            grad = buffer
+        add_sparse(param, grad, -float(group["lr"]))

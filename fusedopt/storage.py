@@ -87,7 +87,7 @@ def state_dtype(group: dict[str, Any], param: Tensor, unsigned: bool) -> torch.d
         return None
     if isinstance(declared, torch.dtype):
         return declared
-    if dtensor.local(param).numel() < SMALLEST_8BIT:
+    if param.numel() < SMALLEST_8BIT:
         return torch.float32
     return torch.uint8 if unsigned else torch.int8
 
@@ -97,7 +97,7 @@ def new_extra(key: str, param: Tensor) -> Tensor:
     if key == "rounding_state":  # a seed, and how many steps were rounded with it
         seed = torch.randint(2**62, (2,), dtype=torch.int64)
         seed[1] = 0
-        return seed.to(param.device)
+        return dtensor.row_per_shard(seed.to(param.device), param)
     if key == "master_remainder":
         return torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
     half = param.dtype in (torch.bfloat16, torch.float16)
@@ -137,14 +137,19 @@ def encode(
         code = torch.where((exact - near).abs() < 2.0**-12, near, noisy)
         code = torch.maximum(code, (blocks > 0).to(code))
     _in_memory(dtensor.local(codes)).copy_(code.view(-1)[: flat.numel()])
-    return codes, scales
+    padding = num_scales(dtensor.longest_shard(value)) - scales.numel()
+    return codes, dtensor.row_per_shard(torch.nn.functional.pad(scales, (0, padding)), value)
+
+
+def num_scales(numel: int) -> int:
+    return (numel + SCALE_ELEMENTS - 1) // SCALE_ELEMENTS
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """float32 values of the shape and layout of the codes."""
     value = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
     flat = _in_memory(dtensor.local(codes)).float()
-    scale = scales.repeat_interleave(SCALE_ELEMENTS)[: flat.numel()]
+    scale = dtensor.local(scales).view(-1).repeat_interleave(SCALE_ELEMENTS)[: flat.numel()]
     if codes.dtype == torch.int8:
         root = flat * torch.tensor(1 / 127, dtype=torch.float32)
         decoded = root * root.abs() * scale
@@ -185,7 +190,7 @@ def _int16(bits: Tensor) -> Tensor:
 
 def round_stochastically(value: Tensor, rounding_state: Tensor) -> Tensor:
     """bfloat16, up or down at random so that the mean is exact (csrc/storage/stochastic.h)."""
-    seed, count = rounding_state.tolist()
+    seed, count = dtensor.local(rounding_state).view(-1).tolist()
     dense = torch.empty_like(value, memory_format=torch.preserve_format).copy_(value)
     flat = _in_memory(dense)
     bits = flat.view(torch.int32).long() & 0xFFFFFFFF
@@ -229,12 +234,10 @@ def as_stock(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_scale(
-    key: str, scale: Any, numel: int, codes: Tensor, fail: Callable[..., NoReturn]
+    key: str, scale: Any, codes: Tensor, param: Tensor, fail: Callable[..., NoReturn]
 ) -> None:
-    shape = ((numel + SCALE_ELEMENTS - 1) // SCALE_ELEMENTS,)
-    if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.shape != shape:
-        what = _what(scale)
-        fail(ValueError, f"state['{key}_scale'] must be a float32 tensor of shape {shape}, {what}")
+    length = num_scales(dtensor.longest_shard(param))
+    _check_row(f"{key}_scale", scale, torch.float32, length, param, fail)
     if scale.device != codes.device:
         fail(ValueError, f"state['{key}_scale'] is on {scale.device}; move it to {codes.device}")
 
@@ -242,24 +245,56 @@ def check_scale(
 def check_extra(
     key: str, value: Any, param: Tensor, fail: Callable[..., NoReturn], any_device: bool = False
 ) -> None:
-    shape = (2,) if key == "rounding_state" else param.shape
-    dtypes = {
-        "rounding_state": (torch.int64,),
-        "master_remainder": (torch.int16,),
-        "master": (torch.float32,),
-    }.get(key, (torch.float32, torch.bfloat16, torch.float16, param.dtype))
-    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != shape:
-        fail(
-            ValueError,
-            f"state[{key!r}] must be a {str(dtypes[0]).removeprefix('torch.')} tensor of shape "
-            f"{tuple(shape)}, {_what(value)}",
+    if key == "rounding_state":
+        _check_row(key, value, torch.int64, 2, param, fail)
+    else:
+        dtypes = {"master_remainder": (torch.int16,), "master": (torch.float32,)}.get(
+            key, (torch.float32, torch.bfloat16, torch.float16, param.dtype)
         )
+        _check_shape(key, value, dtypes, param.shape, fail)
+        if not dtensor.placed_alike(value, param):
+            fail(
+                ValueError,
+                f"state[{key!r}] is {dtensor.placed(value)}, the parameter is "
+                f"{dtensor.placed(param)}",
+            )
     if value.layout is not torch.strided:
         fail(ValueError, f"state[{key!r}] is sparse; it must be dense")
     if torch._debug_has_internal_overlap(dtensor.local(value)) == 1:
         fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
     if value.device != param.device and not any_device:
         fail(ValueError, f"state[{key!r}] is on {value.device}; move it to {param.device}")
+
+
+def _check_row(
+    key: str,
+    value: Any,
+    dtype: torch.dtype,
+    length: int,
+    param: Tensor,
+    fail: Callable[..., NoReturn],
+) -> None:
+    shape, placements = dtensor.rows(length, param)
+    _check_shape(key, value, (dtype,), shape, fail)
+    if not dtensor.is_placed(value, param, placements):
+        fail(
+            ValueError,
+            f"state[{key!r}] is {dtensor.placed(value)}, but it must have a row for "
+            f"each shard of the parameter, which is {dtensor.placed(param)}",
+        )
+
+
+def _check_shape(
+    key: str,
+    value: Any,
+    dtypes: tuple[torch.dtype, ...],
+    shape: torch.Size,
+    fail: Callable[..., NoReturn],
+) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != shape:
+        dtype = str(dtypes[0]).removeprefix("torch.")
+        what = _what(value)
+        fail(ValueError, f"state[{key!r}] must be a {dtype} tensor of shape {tuple(shape)}, {what}")
 
 
 def _what(value: Any) -> str:
