@@ -404,6 +404,34 @@ def test_sparse_gradients_of_fewer_bits(name, dtype, backend):
     assert_trained_alike(ours, [param], oracle, [exact], dtype)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("SGD", {"lr": 0.1}),
+        Case("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        Case("Adagrad", {"lr": 0.1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(), (5,), (4, 3), (1, 2, 2, 3)], ids=str)
+def test_sparse_gradients_of_a_view(case, shape, backend):
+    """Only the view is written. torch's own ``add_`` writes to memory beside it, for gradients that
+    are sparse in all dimensions."""
+    values, grad = torch.randn(shape), torch.randn(shape) + 3
+    memory = torch.full((3 * values.numel(),), 7.0)
+    middle = memory[values.numel() : 2 * values.numel()]
+    param = middle.view(shape).copy_(values).requires_grad_()
+    exact = leaf(values, torch.float64)
+    ours, oracle = case.ours([param]), case.exact([exact])
+    for scale in (1, 2):
+        param.grad, exact.grad = (scale * grad).to_sparse(), (scale * grad).double()
+        ours.step()
+        oracle.step()
+    assert_near(param, exact)
+    around = torch.cat([memory[: values.numel()], memory[2 * values.numel() :]])
+    assert (around == 7).all()
+
+
 @pytest.mark.parametrize("case", [RICHEST[0], RICHEST[4]], ids=str)
 def test_sparse_and_dense_gradients_take_turns(case, backend):
     """An embedding whose gradient is dense, then sparse, as stock's SGD and Adagrad allow."""
