@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -119,7 +121,12 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         # With a part of it, a sharded checkpoint would be loaded into that part.
         for group in filter(storage.is_on, self.param_groups):
             for param in group["params"]:
-                del self.state[param]
+                self.state.pop(param, None)
+
+    def _as_stock(self, group: Group, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        # torch's makes its state when it is created, and needs it.
+        initial = {"step": torch.zeros(()), "sum": self._initial_state(group, param)}
+        return super()._as_stock(group, param, state or initial)
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from . import storage
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .optimizer import FusedOptimizer
@@ -74,13 +73,14 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
         )
     if optimizer._attached is not None:
         raise ValueError("the optimizer is attached to a backward; detach() it first")
-    for param in (param for group in optimizer.param_groups for param in group["params"]):
-        if param not in optimizer.state:
-            continue
-        state = optimizer.state[param] = storage.as_stock(optimizer.state[param])
-        for name in optimizer._all_slots:
-            if isinstance(state.get(name), torch.Tensor):
-                state[name] = state[name].to(param.dtype)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer._as_stock(group, param, optimizer.state.get(param, {}))
+            for name in optimizer._all_slots:
+                if isinstance(state.get(name), torch.Tensor):
+                    state[name] = state[name].to(param.dtype)
+            if state or param in optimizer.state:
+                optimizer.state[param] = state
     _convert(optimizer, _STOCK)
     for group in groups:
         for name in extras:

@@ -798,15 +798,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             {name: value for name, value in group.items() if name not in own}
             for group in state_dict["param_groups"]
         ]
-        state = {
-            key: storage.as_stock(value) if isinstance(value, dict) else value
-            for key, value in state_dict["state"].items()
-        }
+        state = dict(state_dict["state"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                state[key] = self._as_stock(group, param, state.get(key, {}))
         return {
             **state_dict,
             "state": {k: v for k, v in state.items() if v},
             "param_groups": groups,
         }
+
+    def _as_stock(self, group: Group, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of one parameter as torch's class has it."""
+        return storage.as_stock(state)
 
     @classmethod
     def _own_options(cls) -> list[str]:
