@@ -79,24 +79,23 @@ class GradNorm:
                 _norm(grads, loss_scale), max_norm, skip_nonfinite
             )
             return self._clip[bucket]
-        while True:
-            answer = backend.native.grad_norm(
-                grads,
-                self._clip[bucket],
-                loss_scale,
-                max_norm,
-                skip_nonfinite,
-                torch.get_num_threads(),
-            )
-            if answer is None:
-                return self._clip[bucket]
-            if isinstance(answer, int):
-                self._outgrown.append(self._clip[bucket])
-                self._clip[bucket] = self._zeros(answer, dtype=torch.float64, device=device)
-                continue
-            grads = list(grads)
-            for i in answer:
-                grads[i] = _flat(grads[i])
+        answer = backend.native.grad_norm(
+            grads,
+            self._clip[bucket],
+            loss_scale,
+            max_norm,
+            skip_nonfinite,
+            torch.get_num_threads(),
+        )
+        if answer is None:
+            return self._clip[bucket]
+        if isinstance(answer, int):
+            self._outgrown.append(self._clip[bucket])
+            self._clip[bucket] = self._zeros(answer, dtype=torch.float64, device=device)
+        else:
+            unusual = set(answer)
+            grads = [_flat(grad) if i in unusual else grad for i, grad in enumerate(grads)]
+        return self._measure(bucket, grads, max_norm, loss_scale, skip_nonfinite)
 
 
 def _flat(grad: Tensor) -> Tensor:

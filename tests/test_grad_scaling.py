@@ -277,6 +277,18 @@ def test_clipping_of_empty_gradients_alone(case, backend):
     assert opt.grad_norm.item() == 0.0
 
 
+def test_the_norm_of_a_sparse_gradient_without_rows(backend):
+    """An embedding whose batch had no token: zero, not the norm of the step before."""
+    param = leaf(torch.ones(4, 3))
+    opt = fusedopt.SGD([param], lr=0.1, max_grad_norm=1.0)
+    param.grad = torch.ones(4, 3)
+    opt.step()
+    assert opt.grad_norm > 3
+    param.grad = torch.sparse_coo_tensor([[]], torch.zeros(0, 3), (4, 3))
+    opt.step()
+    assert opt.grad_norm == 0
+
+
 def test_the_norm_has_the_same_bits_on_any_number_of_threads(native, step_threads):
     values, grads = draw([(300_001,), (7,), (65_536,)], 1)
     seen = set()
