@@ -57,6 +57,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 BEST = "float64, rounded at the end"
+# By contender and count of steps; None if the parameters are not finite.
+Errors = dict[str, dict[str, float | None]]
 
 
 class Contender:
@@ -83,14 +85,14 @@ def contenders(name: str, dtype: str, start: Tensor) -> dict[str, Contender]:
     return result
 
 
-def measure(name: str, dtype: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(name: str, dtype: str, options: argparse.Namespace) -> Errors:
     """The error of each contender after each count of steps in `options.after`."""
     torch.manual_seed(options.seed)
     start = torch.randn(NUMEL).to(DTYPES[dtype])
     drift = DRIFT * torch.randn(NUMEL)
     exact = contenders(name, dtype, start.double())["torch, forloop"]
     running = contenders(name, dtype, start)
-    errors: dict[str, dict[str, float]] = {label: {} for label in (*running, BEST)}
+    errors: Errors = {label: {} for label in (*running, BEST)}
     for step in range(1, options.steps + 1):
         grad = (drift + NOISE * torch.randn(NUMEL)).to(DTYPES[dtype])
         for contender in (exact, *running.values()):
@@ -101,7 +103,8 @@ def measure(name: str, dtype: str, options: argparse.Namespace) -> dict[str, dic
             ends[BEST] = reference.to(DTYPES[dtype])
             distance = rms(reference - start)
             for label, end in ends.items():
-                errors[label][str(step)] = rms(end - reference) / distance
+                error = rms(end - reference) / distance
+                errors[label][str(step)] = error if math.isfinite(error) else None
     return errors
 
 
@@ -109,14 +112,20 @@ def rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
 
-def tabulate(dtype: str, results: dict[str, dict[str, dict[str, float]]], steps: int) -> Table:
+def tabulate(dtype: str, results: dict[str, Errors], steps: int) -> Table:
     """A row for each contender, a column for each optimizer."""
     title = f"Error after {steps:,} steps, {dtype} parameters"
-    table = report.table(title, "", *(optimizers.NAMES[name] for name in results))
+    table = report.table(title, "", *results)
     for label in dict.fromkeys(label for errors in results.values() for label in errors):
-        ends = [errors.get(label, {}).get(str(steps)) for errors in results.values()]
-        table.add_row(label, *("-" if end is None else f"{end:.1e}" for end in ends))
+        table.add_row(label, *(cell(errors, label, steps) for errors in results.values()))
     return table
+
+
+def cell(errors: Errors, label: str, steps: int) -> str:
+    if label not in errors:
+        return "-"
+    error = errors[label][str(steps)]
+    return "not finite" if error is None else f"{error:.1e}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
@@ -134,14 +143,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     options.after = [10**power for power in range(2, int(math.log10(options.steps)) + 1)]
     options.after = sorted({*options.after, options.steps})
     facts = report.environment(torch.device("cpu"))
-    results: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    results: dict[str, dict[str, Errors]] = {}
     with report.progress_bar() as progress:
         task = progress.add_task("", total=len(options.dtypes) * len(options.optimizers))
         for dtype in options.dtypes:
             results[dtype] = {}
             for name in options.optimizers:
                 progress.update(task, description=f"{name}, {dtype}")
-                results[dtype][name] = measure(name, dtype, options)
+                results[dtype][optimizers.NAMES[name]] = measure(name, dtype, options)
                 progress.advance(task)
             report.console.print(tabulate(dtype, results[dtype], options.steps))
     setup = {

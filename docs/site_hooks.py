@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import html
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,30 @@ def _plots(*, of_recipes: bool) -> str:
     return "\n\n".join(images)
 
 
+def _errors() -> str:
+    """What bench.numerics has written: the error of each contender after all steps."""
+    path = next(RESULTS.rglob("numerics.json"))
+    measured = json.loads(path.read_text())
+    environment, steps = measured["environment"], str(measured["steps"])
+    parts = [f"Measured on {environment['cpu']}, torch {environment['torch']}."]
+    for dtype, by_optimizer in measured["results"].items():
+        labels = dict.fromkeys(
+            label for errors in by_optimizer.values() for label in errors
+        )
+        parts += ["", f"### {dtype} parameters", "", "| | " + " | ".join(by_optimizer)]
+        parts += ["| --- " * (1 + len(by_optimizer)) + "|"]
+        for label in labels:
+            ends = [
+                errors[label][steps] if label in errors else "–"
+                for errors in by_optimizer.values()
+            ]
+            cells = [f"{e:.1e}" if isinstance(e, float) else str(e) for e in ends]
+            parts += [f"| {label} | " + " | ".join(cells) + " |"]
+    return "\n".join(parts).replace("None", "not finite")
+
+
 INCLUDED = {
+    "errors": _errors,
     "figures": _figures,
     "plots": partial(_plots, of_recipes=False),
     "variables": _variables,

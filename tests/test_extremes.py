@@ -1,0 +1,98 @@
+"""Extreme hyperparameters and gradients of any size: the number of float64, or torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import TOLERANCE, Case, leaf
+from torch import Tensor
+
+SCALES = (0.0, 1e-45, 1e-38, 1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e18, 1e30, 1e38)
+STEPS = 4
+
+EXTREME = {
+    "SGD": [
+        {"lr": 1e10},
+        {"lr": 1e-30},
+        {"lr": 0.0, "momentum": 0.9},
+        {"lr": 1e10, "momentum": 0.99999, "nesterov": True},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 1.0},
+        {"lr": 0.1, "weight_decay": 1e10},
+        {"lr": 1e-12, "l1": 1e10},
+    ],
+    "Adam": [
+        {"betas": (0.9, 0.99999)},
+        {"betas": (0.99999, 0.99999)},
+        {"betas": (0.0, 0.0)},
+        {"betas": (0.0, 0.99999), "amsgrad": True},
+        {"betas": (0.99999, 0.0)},
+        {"eps": 1e-30},
+        {"eps": 0.0},
+        {"eps": 1e10},
+        {"lr": 1e10},
+        {"lr": 1e-30},
+        {"lr": 1e10, "betas": (0.9, 0.99999), "eps": 1e-30, "weight_decay": 1e-10},
+    ],
+    "AdamW": [
+        {"betas": (0.9, 0.99999), "eps": 1e-30},
+        {"lr": 1e10},
+        {"lr": 1e10, "eps": 1e-30, "weight_decay": 1e10},
+        {"lr": 0.0, "weight_decay": 1e10},
+    ],
+    "RMSprop": [
+        {"alpha": 0.99999},
+        {"alpha": 0.0},
+        {"alpha": 1.0},
+        {"eps": 1e-30},
+        {"eps": 0.0},
+        {"eps": 1e-30, "eps_inside_sqrt": True},
+        {"lr": 1e10, "momentum": 0.99999},
+    ],
+    "Adagrad": [
+        {"lr": 1e10},
+        {"eps": 1e-30},
+        {"eps": 0.0},
+        {"lr_decay": 1e10},
+        {"initial_accumulator_value": 6e4},
+        {"initial_accumulator_value": 1e-30, "lr": 1e10},
+    ],
+}
+CASES = [Case(name, options) for name, all_options in EXTREME.items() for options in all_options]
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def near(values: Tensor, exact: Tensor, peak: Tensor) -> Tensor:
+    """Where values agree with float64's, within what rounding makes at the peak of the way there,
+    or are not finite because the way left the range of their dtype."""
+    rtol, _ = TOLERANCE[values.dtype]
+    limits = torch.finfo(values.dtype)
+    close = (values - exact).abs() <= rtol * peak + limits.smallest_normal
+    return torch.where(peak > limits.max, ~values.isfinite() | close, close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_wherever_torch_is_and_finite_wherever_torch_is(backend, case, dtype):
+    scales = torch.tensor(SCALES, dtype=torch.float64)[:, None].expand(-1, 19)
+    values = torch.randn(scales.shape).to(dtype)
+    params = leaf(values), leaf(values), leaf(values.double())
+    ours, stock, exact = params
+    optimizers = case.ours([ours]), case.stock([stock]), case.exact([exact])
+    peak = values.double().abs()
+    for _ in range(STEPS):
+        grad = (scales * torch.randn(scales.shape)).to(dtype)
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = grad.to(param.dtype)
+            try:
+                optimizer.step()
+            except RuntimeError as error:  # torch's for-loop has options in the dtype
+                assert param is stock and "c10::Half without overflow" in str(error)
+                stock.data.fill_(torch.nan)
+        peak = torch.maximum(peak, exact.detach().abs())
+    ours, stock, exact = (param.detach() for param in params)
+    right = near(ours, exact, peak) | (ours == stock)
+    right |= ~near(stock, exact, peak) & (ours.isfinite() | ~stock.isfinite())
+    wrong = torch.stack([scales, ours.double(), stock.double(), exact])[:, ~right].T
+    assert not len(wrong), f"scale of the gradient, ours, torch's, float64's: {wrong[:5].tolist()}"
