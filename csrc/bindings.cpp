@@ -870,7 +870,10 @@ void Plan::fetch(const Seen* block, std::size_t size) const {
 
 Plan::Verdict Plan::check(const Seen& seen) {
   Entry& entry = entries_[seen.entry];
-  if (seen.grad == Py_None) return Verdict::kNoGrad;
+  if (seen.grad == Py_None) {
+    if (seen.is_copy) updated_.push_back(seen.entry);  // by the Python rule
+    return Verdict::kNoGrad;
+  }
   if (entry.python) return Verdict::kPython;
   TensorView grad;
   const bool is_dense = view(seen.grad, &grad);

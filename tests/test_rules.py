@@ -348,6 +348,23 @@ def test_extras_survive_a_checkpoint_and_a_copy(backend):
         assert other.param_groups[0]["eps_inside_sqrt"] is True
 
 
+def test_the_second_step_goes_on_after_a_first_by_the_python_rule(backend):
+    """A gradient of another dtype is left to the Python rule; the momentum that it made counts."""
+    case = Case("SGD", {"lr": 0.1, "momentum": 0.9})
+    values, grads = draw([(7,), (5,)], 3, torch.float64)
+    params, exact = [leaf(v) for v in values], [leaf(v) for v in values]
+    ours, oracle = case.ours(params), case.exact(exact)
+    for step, now in enumerate(grads):
+        now = [g.float() for g in now] if step == 0 else now
+        for p, q, g in zip(params, exact, now, strict=True):
+            if hasattr(p, "grad_dtype"):  # torch 2.10 has it not, and takes any dtype
+                p.grad_dtype = None
+            p.grad, q.grad = g.clone(), g.double()
+        ours.step()
+        oracle.step()
+    assert_trained_alike(ours, params, oracle, exact)
+
+
 # Sparse ---------------------------------------------------------------------------------------
 
 
