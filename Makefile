@@ -21,7 +21,7 @@ export FUSEDOPT_CUDA_ARCHS := $(or $(FUSEDOPT_CUDA_ARCHS),$(sort $(subst .,,$(sh
   nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]'))))
 export FUSEDOPT_CUDA := $(or $(FUSEDOPT_CUDA),$(if $(FUSEDOPT_CUDA_ARCHS),auto,0))
 
-.PHONY: build on_host test bench docs lint sdist wheel clean
+.PHONY: build on_host test fuzz bench docs lint sdist wheel clean
 build: $(INSTALLED)
 
 # The CUDA kernels as C++, for tests without a GPU; where there is what a native module needs.
@@ -32,6 +32,15 @@ on_host: build
 
 test: on_host
 	$(PY) -m pytest $(ARGS)
+
+# N random programs, 200 N random single steps and 5 N hostile checkpoints, of fresh inputs.
+N ?= 5000
+fuzz: on_host
+	FUSEDOPT_FUZZ=$(N) $(PY) -m pytest tests/test_fuzz.py tests/test_hostile_state.py $(ARGS)
+
+# ARGS=address or ARGS=thread for one of both.
+sanitize: build
+	PYTHON=$(PY) tests/native/sanitize.sh $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)
