@@ -18,6 +18,7 @@
 #include "multi_tensor/apply.h"
 #include "multi_tensor/apply_cuda.h"
 #include "multi_tensor/grad_norm.h"
+#include "multi_tensor/launch_plan.h"
 #include "multi_tensor/memory_floor.h"
 #include "multi_tensor/tensor_lists.h"
 #include "storage/blockwise8.h"
@@ -317,7 +318,9 @@ class Plan {
            const py::tuple& extras, bool first_step);
   void finish(const py::dict& state);
   py::object step(const py::list& groups, const py::dict& state, int num_threads,
-                  const py::object& grads, const py::object& scaling);
+                  const py::object& grads, const py::object& scaling, const py::object& created,
+                  const py::dict& owner);
+  bool has_stepped() const { return has_stepped_; }
   py::tuple locate(std::size_t e) const {
     const Entry& entry = entries_.at(e);
     return py::make_tuple(entry.group, entry.index, !entry.python);
@@ -391,7 +394,7 @@ class Plan {
                                 Where where);
   Step& step_on(int device);
   void read_scaling(const py::object& scaling);
-  void launch(int num_threads);
+  void launch(int num_threads, const py::dict& owner, const py::object& created);
 
   const RuleEntry& rule_;
   const std::string owner_;  // for messages
@@ -408,7 +411,8 @@ class Plan {
 
   // Of the running step.
   bool running_ = false;
-  bool moved_ = false;
+  bool has_stepped_ = false;  // in the last call of step()
+  bool moved_ = false;        // since overlaps were looked for
   std::vector<py::object> held_;
   std::vector<PyObject*> written_;  // of the block
   std::vector<std::size_t> updated_;
@@ -1064,10 +1068,21 @@ std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes&
   return group->last_update = found->second;
 }
 
+// The state of the optimizer as it will be. Tensors hash with Python code, during which an interrupt
+// may come or another thread run; a merge of dicts uses the hashes that they know.
+py::dict with_created(const py::dict& state, const py::object& created) {
+  if (created.is_none()) return state;
+  auto all = py::reinterpret_steal<py::dict>(PyDict_Copy(state.ptr()));
+  if (!all || PyDict_Update(all.ptr(), created.ptr()) != 0) throw py::error_already_set();
+  return all;
+}
+
 // None if the step is done. Else nothing was written, and it returns the entries that need the
-// Python side, or False if the plan does not fit any more.
+// Python side, or False if the plan does not fit any more. `created`: new state by parameter, which
+// becomes part of `owner` together with the step, or None.
 py::object Plan::step(const py::list& groups, const py::dict& state, int num_threads,
-                      const py::object& grads, const py::object& scaling) {
+                      const py::object& grads, const py::object& scaling, const py::object& created,
+                      const py::dict& owner) {
   if (running_) throw std::runtime_error(owner_ + ": step() is running in another thread");
   struct Running {
     explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
@@ -1077,19 +1092,21 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
     }
     Plan* plan;
   } running(this);
-  moved_ = false;
+  has_stepped_ = false;
   updated_.clear();
   counts_.clear();
   roundings_.clear();
   for (Step& step : steps_) step.clear();
 
   py::list todo;
-  if (!read_groups(groups) || look(state, grads, &todo) == Verdict::kStale) return py::bool_(false);
+  const py::dict all = with_created(state, created);
+  if (!read_groups(groups) || look(all, grads, &todo) == Verdict::kStale) return py::bool_(false);
   if (moved_) {
     for (const std::int64_t e : overlaps()) {
       if (!entries_[e].python) return py::bool_(false);
     }
     list_written();
+    moved_ = false;
   }
   if (!todo.empty()) return std::move(todo);
   read_scaling(scaling);
@@ -1099,8 +1116,7 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
       return py::bool_(false);
     }
   }
-  launch(num_threads);
-  for (const std::size_t e : updated_) entries_[e].first_step = false;
+  launch(num_threads, owner, created);
   return py::none();
 }
 
@@ -1139,8 +1155,9 @@ void* current_stream([[maybe_unused]] int device) {
   return stream;
 }
 
-// What can fail comes first: launches, then what is written from here.
-void Plan::launch(int num_threads) {
+// What can fail comes first, then what is written from here. To Python it is one action: no code of
+// an interrupt or of a destructor runs between the new state, the update and the step counts.
+void Plan::launch(int num_threads, const py::dict& owner, const py::object& created) {
   std::vector<void*> streams;
   for (std::size_t s = 1; s < steps_.size(); ++s) {
     const int device = static_cast<int>(s) - 1;
@@ -1158,6 +1175,12 @@ void Plan::launch(int num_threads) {
     }
 #endif
   }
+  const LaunchPlan chunks = steps_.empty() ? LaunchPlan() : chunks_of(steps_[0]);
+  if (!created.is_none() && PyDict_Update(owner.ptr(), created.ptr()) != 0) {
+    throw py::error_already_set();
+  }
+  has_stepped_ = true;
+  for (const std::size_t e : updated_) entries_[e].first_step = false;
   const py::gil_scoped_release release;
   bool skipped = false;
 #if FUSEDOPT_HAS_CUDA
@@ -1167,7 +1190,7 @@ void Plan::launch(int num_threads) {
     apply_cuda(steps_[s], device, streams[s - 1], tickets_.at(device).second);
   }
 #endif
-  if (!steps_.empty()) skipped = !apply_cpu(&steps_[0], num_threads);
+  if (!steps_.empty()) skipped = !apply_cpu(&steps_[0], chunks, num_threads);
   if (!skipped) {
     for (std::uint64_t* rounding : roundings_) ++*rounding;
   }
@@ -1356,6 +1379,7 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
       .def("add", &Plan::add)
       .def("finish", &Plan::finish)
       .def("step", &Plan::step)
+      .def_property_readonly("has_stepped", &Plan::has_stepped)
       .def("locate", &Plan::locate);
 }
 

@@ -33,8 +33,12 @@ class Plan:
         num_threads: int,
         grads: dict[int, Tensor | None] | None,
         scaling: dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]] | None,
+        created: dict[Tensor, dict[str, Any]] | None,
+        owner: dict[Any, Any],
         /,
     ) -> list[int] | Literal[False] | None: ...
+    @property
+    def has_stepped(self) -> bool: ...
     def locate(self, entry: int, /) -> tuple[int, int, bool]: ...
 
 def bind(

@@ -150,9 +150,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         sum_ = sum_ + grad * grad
         return param - lr * grad / (sum_.sqrt() + group["eps"]), sum_
 
-    def _sparse_update(self, group: Group, param: Tensor, grad: Tensor) -> None:
+    def _sparse_update(
+        self, group: Group, param: Tensor, grad: Tensor, state: dict[str, Any]
+    ) -> None:
         """The same equation on the rows that the gradient has."""
-        state = self.state[param]
         state["step"] += 1
         grad = (-grad if group["maximize"] else grad).coalesce()
         indices, values = grad._indices(), grad._values()

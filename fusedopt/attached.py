@@ -116,6 +116,10 @@ class Attached:
 
     def step(self, param: Tensor) -> None:
         whole = _alive(self._whole)
+        with whole._turn.lock:  # a backward may run in several threads
+            self._step(whole, param)
+
+    def _step(self, whole: FusedOptimizer, param: Tensor) -> None:
         _check_options(whole)
         whole._check_not_swapped()
         g, i, part = self._parts[param]
@@ -129,6 +133,7 @@ class Attached:
             )
         part.param_groups = [_of_one(groups[g], param)]
         part.state.clear()
+        part._state_of_whole = whole.state
         if param in whole.state:
             part.state[param] = whole.state[param]
         try:
@@ -136,8 +141,6 @@ class Attached:
         except (KeyError, TypeError):
             whole._check_options(g)  # names the group of the whole
             raise
-        if param in part.state:
-            whole.state[param] = part.state[param]
         param.grad = None
         whole._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
@@ -197,6 +200,7 @@ def _part(whole: FusedOptimizer, g: int, i: int) -> FusedOptimizer:
             "param_groups": [_of_one(group, group["params"][i])],
         }
     )
+    part._turn = whole._turn
     ref = weakref.ref(whole)
     part._describe = lambda *_: _alive(ref)._describe(g, i)  # type: ignore[method-assign]
     return part

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -27,11 +28,25 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 # By device: found_inf, loss scale and clip tensor (see grad_norm), or None where there is none.
 Scaling = dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]]
-# The state that this step creates or stores in another way: what was there under each key before.
+# The whole state, by parameter, of those for which this step creates state or stores it in another
+# way. It becomes the state of the optimizer when nothing can go wrong any more, in one action.
 Created = dict[Tensor, dict[str, Any]]
 
 # A float32 counter stops here: adding 1 no longer changes it.
 _LAST_FLOAT32_STEP = 2**24
+
+
+class Turn:
+    """Whose turn it is to change an optimizer: threads wait for each other. Not part of a copy."""
+
+    __slots__ = ("is_stepping", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.is_stepping = False  # seen by code that the step itself runs, such as a signal handler
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -57,8 +72,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     _tickets: dict[torch.device, Tensor] | None = None
     _has_swapped_ema: bool = False
 
+    _turn: Turn
+
     # The hooks that step in the backward. Never pickled.
     _attached: Attached | None = None
+    # Of an optimizer of one parameter in the backward: the state of the whole, for new state.
+    _state_of_whole: dict[Any, Any] | None = None
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -71,8 +90,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     # the new values of the parameter and of its state, computed out of place.
     _python_rule: ClassVar[Callable[..., tuple[Tensor, ...]]]
 
-    def _sparse_update(self, group: Group, param: Tensor, grad: Tensor) -> None:
-        """Updates ``param`` from a sparse gradient; only called if ``_takes_sparse``."""
+    def _sparse_update(
+        self, group: Group, param: Tensor, grad: Tensor, state: dict[str, Any]
+    ) -> None:
+        """Updates ``param`` from a sparse gradient; only called if ``_takes_sparse``. Also creates
+        the state of a rule without a step count."""
         raise NotImplementedError
 
     def _state_dtype(self, group: Group, param: Tensor, key: str) -> torch.dtype | None:
@@ -148,15 +170,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What an object has that no constructor of this class made."""
         for name, value in {"max_grad_norm": None, "_amp_fused": False, "_clips": None}.items():
             self.__dict__.setdefault(name, value)
+        if "_turn" not in self.__dict__:
+            self._turn = Turn()
 
     def add_param_group(self, param_group: Group) -> None:
-        super().add_param_group(param_group)
-        if self._attached is not None:
-            try:
-                self._attached.hook()
-            except ValueError:  # a parameter is attached to another optimizer
-                self.param_groups.pop()
-                raise
+        if "_turn" not in self.__dict__:  # in the constructor of torch's class
+            return super().add_param_group(param_group)
+        with self._exclusively("add_param_group()"):
+            super().add_param_group(param_group)
+            if self._attached is not None:
+                try:
+                    self._attached.hook()
+                except ValueError:  # a parameter is attached to another optimizer
+                    self.param_groups.pop()
+                    raise
+        return None
+
+    @contextlib.contextmanager
+    def _exclusively(self, call: str) -> Iterator[None]:
+        """While no other thread changes the optimizer."""
+        with self._turn.lock:
+            if self._turn.is_stepping:
+                raise self._turn_error(call)
+            yield
+
+    def _turn_error(self, call: str) -> RuntimeError:
+        return RuntimeError(
+            f"fusedopt.{type(self).__name__}: {call} was called from within step(), by a signal "
+            "handler or a tensor subclass; call it before or after the step"
+        )
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -165,9 +207,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Reading it starts no synchronization; ``.item()`` does.
         """
-        if not self._clips:
-            return None
-        return next(iter(self._clips.values()))[NORM].clone()
+        clips = self._clips
+        return next(iter(clips.values()))[NORM].clone() if clips else None
 
     # step() -----------------------------------------------------------------------------------
 
@@ -175,7 +216,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Every tensor is checked before anything is written: if this raises, no parameter, state
-        or step count has changed.
+        or step count has changed. An interrupt comes before the step or after it. Threads that step
+        one optimizer wait for each other.
 
         Args:
             closure (Callable, optional): reevaluates the model and returns the loss.
@@ -192,12 +234,20 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @_disable_dynamo  # a compiled training step breaks its graph here
     def _take_step(self) -> None:
-        self._check_not_swapped()
-        scaling = self._grad_scaling()
-        todo = self._native_step(self._plan, scaling)
-        if todo is not None:
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                self._checked_step(todo, scaling)
+        turn = self._turn
+        with turn.lock:
+            if turn.is_stepping:
+                raise self._turn_error("step()")
+            turn.is_stepping = True
+            try:
+                self._check_not_swapped()
+                scaling = self._grad_scaling()
+                todo = self._native_step(self._plan, scaling)
+                if todo is not None:
+                    with torch.set_grad_enabled(self.defaults["differentiable"]):
+                        self._checked_step(todo, scaling)
+            finally:
+                turn.is_stepping = False
 
     @torch.no_grad()
     def _grad_scaling(self) -> Scaling | None:
@@ -232,16 +282,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan: Any,
         scaling: Scaling | None,
         grads: dict[int, Tensor | None] | None = None,
+        created: Created | None = None,
     ) -> Any:
         """One native call for all groups.
 
-        Returns None when the step is done. Otherwise nothing was written, and it returns the
-        entries of the plan that the native side cannot take as they are, or False if the plan
-        is out of date. ``grads`` replaces the gradients of some entries; None leaves them out.
+        Returns None when the step is done, and then what was created is part of the state.
+        Otherwise nothing was written, and it returns the entries of the plan that the native side
+        cannot take as they are, or False if the plan is out of date. ``grads`` replaces the
+        gradients of some entries; None leaves them out.
         """
         if plan is None:
             return False
-        return plan.step(self.param_groups, self.state, torch.get_num_threads(), grads, scaling)
+        owner = self.state if self._state_of_whole is None else self._state_of_whole
+        return plan.step(
+            self.param_groups,
+            self.state,
+            torch.get_num_threads(),
+            grads,
+            scaling,
+            created or None,
+            owner,
+        )
 
     def _checked_step(self, todo: Any, scaling: Scaling | None) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
@@ -260,62 +321,70 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._check(g, i)
             if any(self._missing_state(g, i) for g, i, _ in map(plan.locate, todo)):
                 todo = False
-        try:
-            if todo is False:
-                for g in range(len(self.param_groups)):
-                    self._check_options(g)
-                for g, i in self._with_grad():
-                    self._check(g, i)
-                if capturing and any(self._missing_state(g, i) for g, i in self._with_grad()):
-                    raise backend.capture_error(f"fusedopt.{type(self).__name__} creates state")
-                for g, i in self._with_grad():
-                    self._complete_state(g, i, created)
-                if backend.native is None:
-                    plan, todo = None, None
-                    for g, i in self._with_grad():
-                        self._python_step(g, i, created, scaling)
-                else:
-                    plan = self._make_plan(created)
-                    todo = self._native_step(plan, scaling)
-            if todo is not None:
-                self._mixed_step(plan, todo, created, scaling)
-        except BaseException:
-            self._discard(created)
-            raise
-        if created and not self._has_step and scaling and any(map(_skips, scaling.values())):
-            # Without a step count, it is the state that says that there was a first step.
-            self._discard(created)
+        if todo is False:
+            for g in range(len(self.param_groups)):
+                self._check_options(g)
+            for g, i in self._with_grad():
+                self._check(g, i)
+            if capturing and any(self._missing_state(g, i) for g, i in self._with_grad()):
+                raise backend.capture_error(f"fusedopt.{type(self).__name__} creates state")
+            for g, i in self._with_grad():
+                self._complete_state(g, i, created)
+            if created and not self._has_step and scaling and any(map(_skips, scaling.values())):
+                # Without a step count, it is the state that says that there was a first step.
+                return
             plan = None
+            if backend.native is not None:
+                plan = self._make_plan(created)
+                todo = self._native_step(plan, scaling, created=created)
+        if todo is not None:
+            self._mixed_step(plan, todo, created, scaling)
         self._plan = plan
 
-    def _discard(self, created: Created) -> None:
-        for param, before in created.items():
-            for key, value in before.items():
-                if value is None:
-                    self.state[param].pop(key, None)
-                else:
-                    self.state[param][key] = value
-            if not self.state[param]:
-                del self.state[param]
-
     def _mixed_step(self, plan: Any, todo: Any, created: Created, scaling: Scaling | None) -> None:
-        """Copies gradients that have another layout than their parameter, does all that the
-        native side takes in one call, and the rest with the Python rule."""
+        """Takes the Python rule where the native side cannot go, copies gradients that have another
+        layout than their parameter, and does all the rest in one native call."""
         grads: dict[int, Tensor | None] = {}
-        python: list[tuple[int, int]] = []
+        python: list[tuple[int, int]] = [] if plan is not None else [*self._with_grad()]
         for entry in todo or ():
             g, i, native = plan.locate(entry)
             param = self.param_groups[g]["params"][i]
             grads[entry] = _in_layout_of(param, param.grad) if native else None
             if grads[entry] is None:
                 python.append((g, i))
-        if todo is False or self._native_step(plan, scaling, grads) is not None:
-            raise RuntimeError(
-                f"fusedopt.{type(self).__name__}: parameters, gradients or state changed while "
-                "step() was reading them; do not step one optimizer from several threads at once"
-            )
-        for g, i in python:
-            self._python_step(g, i, created, scaling)
+        written, kept = self._kept(python)
+        # Python delivers an interrupt after a call. There is none between the last write and the
+        # place where it counts as done, nor between an error and the restoration.
+        try:
+            for g, i in python:
+                self._python_step(g, i, created, scaling)
+            if plan is not None and (
+                todo is False or self._native_step(plan, scaling, grads, created) is not None
+            ):
+                raise RuntimeError(
+                    f"fusedopt.{type(self).__name__}: parameters, gradients or state changed while "
+                    "step() was reading them; let other threads change them before or after it"
+                )
+        except BaseException:
+            if written and not (plan is not None and plan.has_stepped):
+                torch._foreach_copy_(written, kept)
+            raise
+        if plan is None:
+            (self.state if self._state_of_whole is None else self._state_of_whole).update(created)
+
+    def _kept(self, entries: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
+        """What the Python rule is about to write, and copies of it. On the CPU only: other devices
+        seldom have the memory for that, and there an error may leave some parameters stepped."""
+        written = {}
+        for g, i in entries:
+            param = self.param_groups[g]["params"][i]
+            if self.param_groups[g].get("differentiable") or param.device.type != "cpu":
+                continue
+            for value in (param, *self.state.get(param, {}).values()):
+                if isinstance(value, Tensor):
+                    value = dtensor.local(value)
+                    written[id(value)] = value if _is_sparse(value) else value.detach()
+        return [*written.values()], [value.clone() for value in written.values()]
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
         for g, group in enumerate(self.param_groups):
@@ -328,15 +397,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         option needs that was switched on later (amsgrad, momentum, centered)."""
         group = self.param_groups[g]
         param = group["params"][i]
-        for key in self._missing_state(g, i):
-            state = self.state[param]
-            before = created.setdefault(param, {})
-            before[key] = state.get(key)
+        missing = self._missing_state(g, i)
+        if not missing or param in created:  # listed twice
+            return
+        state = created[param] = dict(self.state.get(param, {}))
+        if not self._has_step and _is_sparse(param.grad):
+            return  # the sparse update makes its own
+        for key in missing:
             if key in storage.EXTRAS:
                 state[key] = storage.new_extra(key, param)
             elif key != "step":
-                before[f"{key}_scale"] = state.get(f"{key}_scale")
-                self._store_state(group, param, key, self._value_of(group, param, key))
+                has_value = state.get(key) is not None
+                value = _value_of(state, key) if has_value else self._initial_state(group, param)
+                self._store_state(state, group, param, key, value)
             elif key not in state:
                 state[key] = self._new_step(group, param)
             elif self._counts_on_device(group, param):
@@ -344,19 +417,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             else:
                 state[key] = state[key].double()
 
-    def _value_of(self, group: Group, param: Tensor, key: str) -> Tensor:
-        """A state tensor as numbers, however it is stored; its initial value if there is none."""
-        state = self.state[param]
-        value = state.get(key)
-        if value is None:
-            return self._initial_state(group, param)
-        return storage.decode(value, state[f"{key}_scale"]) if storage.is_code(value) else value
-
     def _store_state(
-        self, group: Group, param: Tensor, key: str, value: Tensor, step: float = 0
+        self, state: dict[str, Any], group: Group, param: Tensor, key: str, value: Tensor
     ) -> None:
         """Puts numbers into the state, in the layout of the parameter, as the group declares."""
-        state = self.state[param]
         state.pop(f"{key}_scale", None)
         dtype = self._state_dtype(group, param, key)
         dense = torch.empty_like(
@@ -366,16 +430,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             state[key] = dense if dtype is None else dense.to(dtype)
         else:
             slot = self._slots(group).index(key)
-            state[key], state[f"{key}_scale"] = storage.encode(dense, dtype, step, slot)
+            state[key], state[f"{key}_scale"] = storage.encode(dense, dtype, 0, slot)
 
     def _missing_state(self, g: int, i: int) -> list[str]:
         """What the next step of the parameter needs and does not find in its state. A step count
         that its dtype cannot continue is missing, too."""
         group = self.param_groups[g]
         param = group["params"][i]
-        if not self._has_step and _is_sparse(param.grad):
-            return []  # the sparse update makes its own
         state = self.state.get(param, {})
+        if not self._has_step and _is_sparse(param.grad):
+            return [key for key in self._slots(group) if state.get(key) is None]
         missing = [key for key in self._slots(group) if not self._is_stored(group, param, key)]
         if self._has_step:
             step = state.get("step")
@@ -422,6 +486,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if (cls := dtensor.dtensor_type()) is not None:
             backend.native.set_dtensor_type(cls)
         plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")
+        states = {**self.state, **created}
         self._tickets = self._tickets or {}
         for device in {p.device for group in self.param_groups for p in group["params"]}:
             if backend.has_kernels(device):
@@ -439,7 +504,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 {name: group.get(name) for name in storage.OPTIONS},
             )
             for param in group["params"]:
-                state = self.state.get(param)
+                state = states.get(param)
                 extras = storage.extras(group, param)
                 if state and not python:
                     master, _, ema = extras
@@ -447,7 +512,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 scales = (f"{key}_scale" for key in (*keys, *[""] * 3)[:3])
                 is_new = self._is_new(param, created)
                 plan.add(param, state or None, keys, (*extras, *scales), is_new)
-        plan.finish(self.state)
+        plan.finish(states)
         return plan
 
     # The Python rule --------------------------------------------------------------------------
@@ -456,6 +521,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[g]
         param = group["params"][i]
         grad = param.grad
+        state = self._state_of(param, created)
         factor = None
         if scaling is not None:
             if _skips(scaling[param.device]):
@@ -463,14 +529,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             factor = _grad_factor(scaling[param.device])
         if _is_sparse(grad):
             grad = grad.to(torch.promote_types(grad.dtype, param.dtype))
-            self._sparse_update(group, param, grad if factor is None else grad * factor)
+            self._sparse_update(group, param, grad if factor is None else grad * factor, state)
             return
-        if storage.is_on(group) or any(
-            storage.is_code(self.state[param][key]) for key in self._slots(group)
-        ):
+        if storage.is_on(group) or any(storage.is_code(state[key]) for key in self._slots(group)):
             self._python_step_on_stored(group, param, grad, factor, created)
             return
-        state = self.state.get(param, {})
         step = self._next_step(group, param, created)
         old = [param, *(state[key] for key in self._slots(group))]
         if dtensor.is_dtensor(param) and not group["differentiable"]:
@@ -485,15 +548,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad = grad.to(opmath)
         grad = grad if factor is None else (grad * factor).to(opmath)
         new = self._python_rule(group, step, param_, grad, *slots)
+        if group["differentiable"]:
+            if self._has_step:
+                state["step"] += 1
+            for tensor, value in zip(old, new, strict=True):
+                tensor.copy_(value)
+            return
         if self._has_step:
-            state["step"] += 1
-        for tensor, value in zip(old, new, strict=True):
-            tensor.copy_(value)
+            old, new = [state["step"], *old], (state["step"] + 1, *new)
+        torch._foreach_copy_(old, new)  # at once: an error or interrupt finds all of it or nothing
 
     def _python_step_on_stored(
         self, group: Group, param: Tensor, grad: Tensor, factor: Tensor | None, created: Created
     ) -> None:
-        state = self.state[param]
+        state = self._state_of(param, created)
         step = self._next_step(group, param, created)
         keys, (master, rounding, ema) = self._slots(group), storage.extras(group, param)
         opmath = torch.float32 if param.dtype.itemsize == 2 else param.dtype
@@ -508,7 +576,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             value = torch.where(value.to(held.dtype) == held, value, held.float())
         else:
             value = held.to(opmath)
-        slots = [dtensor.local(self._value_of(group, param, key)).to(opmath) for key in keys]
+        slots = [dtensor.local(_value_of(state, key)).to(opmath) for key in keys]
         is_complex = param.is_complex()
         if is_complex:
             grad = torch.view_as_real(grad.resolve_conj())
@@ -516,44 +584,53 @@ class FusedOptimizer(torch.optim.Optimizer):
         value, *slots = self._python_rule(group, step, value, grad, *slots)
         if is_complex:
             value, *slots = (torch.view_as_complex(t.contiguous()) for t in (value, *slots))
+        written: list[tuple[Tensor, Tensor]] = []
         if self._has_step:
-            state["step"] += 1
+            written.append((state["step"], state["step"] + 1))
         for slot, (key, new) in enumerate(zip(keys, slots, strict=True)):
             target = dtensor.local(state[key])
             if storage.is_code(target):
                 new = torch.empty_like(target, dtype=new.dtype).copy_(new)  # for its strides
                 codes, scales = storage.encode(new, target.dtype, float(step), slot)
-                target.copy_(codes)
-                dtensor.local(state[f"{key}_scale"]).view(-1)[: scales.numel()].copy_(scales)
+                target_scales = dtensor.local(state[f"{key}_scale"]).view(-1)[: scales.numel()]
+                written += [(target, codes), (target_scales, scales)]
             else:
-                target.copy_(new)
+                written.append((target, new))
         if master == "master_remainder":
             high, low = storage.split(value)
-            held.copy_(high)
-            dtensor.local(state[master]).copy_(low)
+            written += [(held, high), (dtensor.local(state[master]), low)]
         elif rounding is not None:
-            held.copy_(storage.round_stochastically(value, state[rounding]))
-            dtensor.local(state[rounding]).view(-1)[1] += 1
+            rounded = storage.round_stochastically(value, state[rounding])
+            count = dtensor.local(state[rounding])
+            next_count = count.clone()
+            next_count.view(-1)[1] += 1
+            written += [(held, rounded), (count, next_count)]
         else:
-            held.copy_(value)
+            written.append((held, value))
             if master is not None:
-                dtensor.local(state[master]).copy_(value)
+                written.append((dtensor.local(state[master]), value))
         if ema is not None:
             average = dtensor.local(state[ema])
-            average.copy_(average + (1 - group["ema"]) * (value - average))
+            written.append((average, average + (1 - group["ema"]) * (value - average)))
+        old, new_values = map(list, zip(*written, strict=True))
+        torch._foreach_copy_(old, new_values)  # at once: see _python_step
         if held is not param:
             increment_version([param, *(state[key] for key in keys)])
 
     def _is_new(self, param: Tensor, created: Created) -> bool:
         """Whether this is the first step of the parameter: its state did not exist before."""
-        before = created.get(param, {})
-        return any(before.get(key, False) is None for key in self._all_slots)
+        before, after = self.state.get(param, {}), created.get(param, {})
+        return any(key in after and before.get(key) is None for key in self._all_slots)
+
+    def _state_of(self, param: Tensor, created: Created) -> dict[str, Any]:
+        state: dict[str, Any] = (created if param in created else self.state).get(param, {})
+        return state
 
     def _next_step(self, group: Group, param: Tensor, created: Created) -> float | Tensor:
         """The number of this step. Rules that do not count get 1 at the first one, then 2."""
         if not self._has_step:
             return 1.0 if self._is_new(param, created) else 2.0
-        step: Tensor = self.state[param]["step"] + 1
+        step: Tensor = self._state_of(param, created)["step"] + 1
         return step if group["differentiable"] or step.device.type != "cpu" else step.item()
 
     # Checks -----------------------------------------------------------------------------------
@@ -770,16 +847,29 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Afterwards they are what they were, bit for bit. ``step()`` raises RuntimeError inside.
         """
-        averages = list(self.ema_parameters())
-        params = [param for group in self.param_groups for param in group["params"]]
-        kept, was_swapped = [param.detach().clone() for param in params], self._has_swapped_ema
-        self._has_swapped_ema = True
+        params: list[Tensor] = []
+        ours: list[Tensor] = []
+        kept: list[Tensor] = []
+        was_swapped = self._has_swapped_ema
+        # Each list is copied in one call, which no interrupt can divide.
         try:
-            _copy_all(averages, params)
+            with self._exclusively("swap_ema()"):
+                averages = [*self.ema_parameters()]
+                params = [param for group in self.param_groups for param in group["params"]]
+                ours = [dtensor.local(param).detach() for param in params]
+                theirs = [dtensor.local(average).detach() for average in averages]
+                kept = [value.clone() for value in ours]
+                self._has_swapped_ema = True
+                torch._foreach_copy_(ours, theirs)
+                increment_version(params)
             yield
         finally:
-            _copy_all(kept, params)
-            self._has_swapped_ema = was_swapped
+            try:
+                if kept:
+                    torch._foreach_copy_(ours, kept)
+                    increment_version(params)
+            finally:
+                self._has_swapped_ema = was_swapped
 
     # Checkpoints ------------------------------------------------------------------------------
 
@@ -790,7 +880,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             stock (bool): as ``torch.optim`` would have written it: 8-bit state as float32, and
                 without masters, averages, and options that torch does not have (default: False).
         """
-        state_dict = super().state_dict()
+        with self._turn.lock:
+            state_dict = super().state_dict()
         if not stock:
             return state_dict
         own = self._own_options()
@@ -843,9 +934,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        groups = self._loaded_groups(state_dict)
-        state = self._loaded_state(state_dict, groups)
-        self.__setstate__({"state": state, "param_groups": groups})
+        with self._exclusively("load_state_dict()"):
+            groups = self._loaded_groups(state_dict)
+            state = self._loaded_state(state_dict, groups)
+            self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -980,6 +1072,12 @@ def _grad_factor(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) ->
     return factor
 
 
+def _value_of(state: dict[str, Any], key: str) -> Tensor:
+    """A state tensor as numbers, however it is stored."""
+    value: Tensor = state[key]
+    return storage.decode(value, state[f"{key}_scale"]) if storage.is_code(value) else value
+
+
 def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> Any:
     try:
         count = float(step)
@@ -1022,13 +1120,6 @@ def _match_layout(param: Tensor, state: list[Any]) -> None:
             copy = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
             if copy.stride() == param.stride():
                 value.data = copy.copy_(value)
-
-
-@torch.no_grad()
-def _copy_all(values: list[Tensor], params: list[Tensor]) -> None:
-    for value, param in zip(values, params, strict=True):
-        if value is not param:
-            param.copy_(value)
 
 
 def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -141,11 +143,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
         return param - lr * direction, momentum_buffer
 
-    def _sparse_update(self, group: Group, param: Tensor, grad: Tensor) -> None:
+    def _sparse_update(
+        self, group: Group, param: Tensor, grad: Tensor, state: dict[str, Any]
+    ) -> None:
         grad = -grad if group["maximize"] else grad
         momentum = group["momentum"]
         if momentum != 0:
-            state = self.state[param]
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 buffer = state["momentum_buffer"] = grad.detach().clone()

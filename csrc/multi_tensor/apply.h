@@ -9,6 +9,7 @@
 
 namespace fusedopt {
 
+class LaunchPlan;
 struct PreparedUpdate;
 
 // Updates elements [begin, begin + count) of one tensor.
@@ -113,8 +114,11 @@ PreparedUpdate prepare(const Rule& rule, double step, const StoredAs& stored, Wh
 // Whether threads may be used: not in a forked child.
 bool can_fork();
 
+// How the threads share the tasks of a step. Apart from apply_cpu, which needs no memory.
+LaunchPlan chunks_of(const Step& step);
+
 // False if the scaling says that the step is skipped: then nothing was written.
-bool apply_cpu(Step* step, int num_threads);
+bool apply_cpu(Step* step, const LaunchPlan& chunks, int num_threads);
 
 // Launches the step on the stream of the device. With step counts on the device it needs
 // kMaxTableTensors zeros there, which are zeros again afterwards. Throws std::runtime_error.

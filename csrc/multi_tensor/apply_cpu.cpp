@@ -73,20 +73,24 @@ Isa cpu_isa() {
 
 bool can_fork() { return getpid() == kImportedBy; }
 
-bool apply_cpu(Step* scaled_step, int num_threads) {
+LaunchPlan chunks_of(const Step& step) {
+  LaunchPlan plan;
+  for (const TensorTask& task : step.tasks) plan.add(task.numel);
+  return plan;
+}
+
+bool apply_cpu(Step* scaled_step, const LaunchPlan& chunks, int num_threads) {
   if (scaled_step->scaling.skip()) return false;
   const double factor = scaled_step->scaling.grad_factor();
   if (factor != 1) {
     for (PreparedUpdate& update : scaled_step->updates) update.scale_grads(&update, factor);
   }
   const Step& step = *scaled_step;
-  LaunchPlan plan;
-  for (const TensorTask& task : step.tasks) plan.add(task.numel);
-  const std::int64_t num_chunks = plan.num_chunks();
+  const std::int64_t num_chunks = chunks.num_chunks();
   if (num_threads > num_chunks) num_threads = static_cast<int>(num_chunks);
-  const bool serial = num_threads <= 1 || plan.num_elements() < kSerialElements || !can_fork();
+  const bool serial = num_threads <= 1 || chunks.num_elements() < kSerialElements || !can_fork();
   if (serial) {
-    for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, plan, chunk);
+    for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, chunks, chunk);
     return true;
   }
   // Each thread keeps to one contiguous part. Handing chunks out as threads come free cost 2% on 64 M
@@ -94,7 +98,7 @@ bool apply_cpu(Step* scaled_step, int num_threads) {
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(static) num_threads(num_threads)
 #endif
-  for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, plan, chunk);
+  for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) run_chunk(step, chunks, chunk);
   return true;
 }
 
