@@ -58,7 +58,7 @@ def script(code, **environment):
 @richest
 @every_dtype
 def test_thread_count_does_not_matter(case, dtype, step_threads):
-    values, grads = draw([(100_003,), (5,), (32_768,), (133, 377), (0,), (65,)], 2, dtype)
+    values, grads = draw([(200_003,), (5,), (32_768,), (133, 377), (0,), (65,)], 2, dtype)
     results = []
     for count in (1, 2, 3):
         step_threads(count)

@@ -51,18 +51,15 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_name = pytest.mark.parametrize("name", NAMES)
 richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 # A case for each number and meaning of state tensors, which is to say for each loop.
-every_loop = pytest.mark.parametrize(
-    "case",
-    [
-        *RICHEST,
-        Case("SGD", {"lr": 0.1}),
-        Case("AdamW", {"lr": 0.1}),
-        Case("RMSprop", {"lr": 0.05}),
-        Case("RMSprop", {"lr": 0.05, "momentum": 0.9}),
-        Case("RMSprop", {"lr": 0.05, "centered": True, "alpha": 0.9}),
-    ],
-    ids=str,
-)
+LOOPS = [
+    *RICHEST,
+    Case("SGD", {"lr": 0.1}),
+    Case("AdamW", {"lr": 0.1}),
+    Case("RMSprop", {"lr": 0.05}),
+    Case("RMSprop", {"lr": 0.05, "momentum": 0.9}),
+    Case("RMSprop", {"lr": 0.05, "centered": True, "alpha": 0.9}),
+]
+every_loop = pytest.mark.parametrize("case", LOOPS, ids=str)
 
 # Tensors below 4,096 elements have no codes. The last scales of these are of 64, 1 and 3 elements.
 SIZES = [(), (5,), (0, 3), (4096,), (4097,), (67, 65)]
