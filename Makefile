@@ -21,7 +21,7 @@ export FUSEDOPT_CUDA_ARCHS := $(or $(FUSEDOPT_CUDA_ARCHS),$(sort $(subst .,,$(sh
   nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]'))))
 export FUSEDOPT_CUDA := $(or $(FUSEDOPT_CUDA),$(if $(FUSEDOPT_CUDA_ARCHS),auto,0))
 
-.PHONY: build on_host test fuzz bench docs lint sdist wheel clean
+.PHONY: build on_host test fuzz sanitize bench docs lint sdist wheel clean
 build: $(INSTALLED)
 
 # The CUDA kernels as C++, for tests without a GPU; where there is what a native module needs.
