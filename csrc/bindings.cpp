@@ -56,7 +56,7 @@ struct Torch {
   std::size_t impl_offset = 0, storage_offset = 0, version_offset = 0;
 } torch;
 
-constexpr std::size_t kImplSize = 176;  // of a TensorImpl in torch 2.13; at least that before
+constexpr std::size_t kImplSize = 176;  // of a TensorImpl in torch 2.13
 
 bool is_plain_tensor(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
