@@ -613,7 +613,9 @@ int Plan::layout_of(PyObject* state, const py::tuple& keys, const py::tuple& ext
       if (name.equal(keys[s])) role = static_cast<int>(s);
     }
     for (std::size_t e = 0; e < extras.size(); ++e) {
-      if (name.equal(extras[e])) role = StateLayout::kFirstExtra + static_cast<int>(e);
+      if (!name.is_none() && name.equal(extras[e])) {
+        role = StateLayout::kFirstExtra + static_cast<int>(e);
+      }
     }
     if (rule_.has_step && name.equal(py::str("step"))) role = StateLayout::kStep;
     layout.keys.emplace_back(name, role);

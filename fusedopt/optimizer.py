@@ -32,8 +32,9 @@ Scaling = dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]]
 # way. It becomes the state of the optimizer when nothing can go wrong any more, in one action.
 Created = dict[Tensor, dict[str, Any]]
 
-# A float32 counter stops here: adding 1 no longer changes it.
+# A counter stops here: adding 1 no longer changes it.
 _LAST_FLOAT32_STEP = 2**24
+_LAST_STEP = 2**53
 
 
 class Turn:
@@ -508,7 +509,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 extras = storage.extras(group, param)
                 if state and not python:
                     master, _, ema = extras
-                    _match_layout(param, [state.get(key) for key in (*keys, master, ema)])
+                    shaped = filter(None, (*keys, master, ema))
+                    _match_layout(param, [state.get(key) for key in shaped])
                 scales = (f"{key}_scale" for key in (*keys, *[""] * 3)[:3])
                 is_new = self._is_new(param, created)
                 plan.add(param, state or None, keys, (*extras, *scales), is_new)
@@ -547,7 +549,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         param_, *slots = (t.to(opmath, copy=bool(group["differentiable"])) for t in old)
         grad = grad.to(opmath)
         grad = grad if factor is None else (grad * factor).to(opmath)
-        new = self._python_rule(group, step, param_, grad, *slots)
+        new = self._python_rule(_with_scalars(group), step, param_, grad, *slots)
         if group["differentiable"]:
             if self._has_step:
                 state["step"] += 1
@@ -581,7 +583,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if is_complex:
             grad = torch.view_as_real(grad.resolve_conj())
             value, *slots = map(torch.view_as_real, (value, *slots))
-        value, *slots = self._python_rule(group, step, value, grad, *slots)
+        value, *slots = self._python_rule(_with_scalars(group), step, value, grad, *slots)
         if is_complex:
             value, *slots = (torch.view_as_complex(t.contiguous()) for t in (value, *slots))
         written: list[tuple[Tensor, Tensor]] = []
@@ -648,10 +650,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_storage(g, group)
         for name, default in self.defaults.items():
             numbers = default if isinstance(default, tuple) else (default,)
-            if name in ("foreach", "fused") or not all(
+            if name in ("foreach", "fused", "initial_accumulator_value") or not all(
                 isinstance(n, (int, float, Tensor)) for n in numbers
             ):
                 continue
+            if name in ("l1", "eps_inside_sqrt") and group.get(name) is None:
+                continue  # off
             try:
                 values = group[name]
                 if isinstance(default, tuple) and len(values) != len(default):
@@ -663,7 +667,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         float(value)
                     elif value.device.type == "cpu":
                         float(value.detach())
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
                 raise TypeError(
                     f"fusedopt.{type(self).__name__}, param group {g}: {name!r} must be a number "
                     f"like {default!r}, got {group.get(name)!r}"
@@ -765,7 +769,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     RuntimeError,
                     "`requires_grad` is not supported for `step` in differentiable mode",
                 )
-            if step.device.type == "cpu" and not step.item() >= 0:
+            if step.device.type == "cpu" and not 0 <= step.item() < _LAST_STEP:
                 fail(ValueError, f"state['step'] is {step.item()}, not a count")
         for key in self._slots(group):
             value = state.get(key)
@@ -937,7 +941,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         with self._exclusively("load_state_dict()"):
             groups = self._loaded_groups(state_dict)
             state = self._loaded_state(state_dict, groups)
-            self.__setstate__({"state": state, "param_groups": groups})
+            before = self.__dict__.copy()
+            try:
+                self.__setstate__({"state": state, "param_groups": groups})
+            except Exception as error:
+                self.__dict__.update(before)
+                raise ValueError(
+                    f"fusedopt.{type(self).__name__}: torch.optim cannot take the loaded state "
+                    f"over ({error!r}); is it the checkpoint of another optimizer?"
+                ) from error
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -986,12 +998,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                 owner[key] = (g, i)
         saved = state_dict["param_groups"]
         state: defaultdict[Any, Any] = defaultdict(dict)
+        unowned: dict[Any, Any] = {}
         for key, value in state_dict["state"].items():
             if key in owner:
                 g, i = owner[key]
                 state[groups[g]["params"][i]] = self._loaded_entry(g, i, saved[g], groups[g], value)
+            elif isinstance(value, dict):
+                unowned[key] = value
             else:
-                state[key] = value
+                raise TypeError(
+                    f"fusedopt.{type(self).__name__}: the loaded state of {key!r}, which is no "
+                    f"parameter, is a {type(value).__name__}, not a dict"
+                )
+        # torch takes the first entry for that of a parameter.
+        state.update(unowned)
         return state
 
     def _loaded_entry(
@@ -1016,7 +1036,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "is it the checkpoint of another optimizer?"
             )
         state = {}
-        extras = storage.extras(group, param)
+        extras = [key for key in storage.extras(group, param) if key]
         for key, value in saved.items():
             if key == "step" and self._has_step:
                 value = _loaded_step(where, param, saved_group, value)
@@ -1081,9 +1101,9 @@ def _value_of(state: dict[str, Any], key: str) -> Tensor:
 def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> Any:
     try:
         count = float(step)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{where} has 'step' = {step!r}, not a number") from error
-    if not 0 <= count < float("inf"):
+    if not 0 <= count < _LAST_STEP:
         raise ValueError(f"{where} has 'step' = {count}, not a count")
     if isinstance(step, Tensor) and (saved_group.get("fused") or saved_group.get("capturable")):
         return step.to(dtype=torch.float32, device=param.device)
@@ -1133,9 +1153,18 @@ def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
     return grad
 
 
+def _with_scalars(group: Group) -> Group:
+    """The group with its tensors of one element, of whatever shape, as 0-dim tensors: any other
+    would broadcast a 0-dim parameter."""
+    return {
+        name: scalar(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+        for name, value in group.items()
+    }
+
+
 def scalar(value: float | Tensor) -> float | Tensor:
     """A hyperparameter as a number or a 0-dim tensor."""
-    return value.squeeze() if isinstance(value, Tensor) else value
+    return value.squeeze() if isinstance(value, Tensor) and not _is_sparse(value) else value
 
 
 def add_sparse(tensor: Tensor, other: Tensor, alpha: float = 1.0) -> None:

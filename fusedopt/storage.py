@@ -233,11 +233,19 @@ def as_stock(state: dict[str, Any]) -> dict[str, Any]:
 # Checks ------------------------------------------------------------------------------------------
 
 
+def _check_memory(key: str, value: Tensor, fail: Callable[..., NoReturn]) -> None:
+    if value.layout is not torch.strided:
+        fail(ValueError, f"state[{key!r}] is sparse; it must be dense")
+    if torch._debug_has_internal_overlap(dtensor.local(value)) == 1:
+        fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
+
+
 def check_scale(
     key: str, scale: Any, codes: Tensor, param: Tensor, fail: Callable[..., NoReturn]
 ) -> None:
     length = num_scales(dtensor.longest_shard(param))
     _check_row(f"{key}_scale", scale, torch.float32, length, param, fail)
+    _check_memory(f"{key}_scale", scale, fail)
     if scale.device != codes.device:
         fail(ValueError, f"state['{key}_scale'] is on {scale.device}; move it to {codes.device}")
 
@@ -258,10 +266,7 @@ def check_extra(
                 f"state[{key!r}] is {dtensor.placed(value)}, the parameter is "
                 f"{dtensor.placed(param)}",
             )
-    if value.layout is not torch.strided:
-        fail(ValueError, f"state[{key!r}] is sparse; it must be dense")
-    if torch._debug_has_internal_overlap(dtensor.local(value)) == 1:
-        fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
+    _check_memory(key, value, fail)
     if value.device != param.device and not any_device:
         fail(ValueError, f"state[{key!r}] is on {value.device}; move it to {param.device}")
 

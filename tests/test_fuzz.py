@@ -726,7 +726,7 @@ class Programs(RuleBasedStateMachine):
             slots = [k for k in ours._all_slots if state.get(k) is not None]
             key = rng.choice([k for k in slots if not storage.is_code(state[k])] or ["note"])
             value = state.get(key)
-            if value is None:
+            if not isinstance(value, Tensor):
                 state[key] = "of the program"
                 return
             if value.layout is not torch.strided:
