@@ -180,6 +180,13 @@ def keep_backend():
     fusedopt.backend.native = NATIVE
 
 
+def has_odd_options(opt: Any) -> bool:
+    kinds = (bool, int, float, str, type(None), torch.dtype)
+    options = [v for group in opt.param_groups for k, v in group.items() if k != "params"]
+    parts = [part for v in options for part in (v if isinstance(v, tuple) else (v,))]
+    return not all(isinstance(part, kinds) for part in parts)
+
+
 def on_every_backend(rng: random.Random, damaged: Any) -> None:
     """What ``damaged(random, params, opt)`` leads to, by backend; the damage is the same."""
     case, stored = rng.choice(RICHEST), rng.choice(STORED)
@@ -193,9 +200,10 @@ def on_every_backend(rng: random.Random, damaged: Any) -> None:
     # The two native backends and the Python rule take and refuse the same.
     python = errors["python"] or ""
     # The first is refused on a CPU only. With the others native goes on: it has infinities, and
-    # takes an array or a sparse tensor of one number for a number.
-    known = ("capturable", "ZeroDivision", "overflow", "Overflow", "numpy", "SparseCPU")
-    if any(word in python for word in known):
+    # takes whatever is one number, such as an array, or a tensor that is bool or sparse.
+    if any(word in python for word in ("capturable", "ZeroDivision", "overflow", "Overflow")):
+        return
+    if python and has_odd_options(outcomes["native"][1]):
         return
     assert len({error is None for error in errors.values()}) == 1, errors
     if errors["python"] is None and stored.get("rounding") is None:
