@@ -560,8 +560,8 @@ bool Plan::is_extra(int extra, const TensorView& tensor, const Entry& entry,
   if (extra == kEma) {
     return is_float(tensor.dtype) && tensor.dtype != kNone && same_layout(tensor, param);
   }
-  if (tensor.ndim < 1) return false;
   // A shard has one row of several, as long as the longest.
+  if (tensor.ndim < 1 || (tensor.ndim > 1 && !entry.spec)) return false;
   const std::int64_t length = tensor.shape[tensor.ndim - 1];
   const bool is_row =
       numel(tensor) == length && (tensor.strides[tensor.ndim - 1] == 1 || length < 2);

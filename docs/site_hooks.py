@@ -10,6 +10,7 @@ import ast
 import html
 import json
 import re
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,53 @@ def _errors() -> str:
     return "\n".join(parts).replace("None", "not finite")
 
 
+def _storage_steps() -> str:
+    """What bench.storage has written."""
+    measured = json.loads(next(RESULTS.rglob("storage.json")).read_text())
+    environment = measured["environment"]
+    parts = [f"Measured on {environment['cpu']}, torch {environment['torch']}.", ""]
+    parts += [
+        "| | bytes held | bytes moved | ms per step | of the floor |",
+        "| --- " * 5 + "|",
+    ]
+    for result in measured["results"]:
+        numbers = (
+            f"{result['bytes_held']:.2f}",
+            f"{result['bytes_moved']:.2f}",
+            f"{result['median_ms']['step']:.3g}",
+            f"{result['fraction_of_floor']:.0%}",
+        )
+        parts += [f"| {result['variant']} | " + " | ".join(numbers) + " |"]
+    return "\n".join(parts)
+
+
+def _storage_losses() -> str:
+    """What bench.storage_training has written, a table for each task."""
+    measured = json.loads(next(RESULTS.rglob("storage_training.json")).read_text())
+    results = measured["results"]
+    parts = []
+    for task in dict.fromkeys(result["task"] for result in results):
+        of_task = [result for result in results if result["task"] == task]
+        losses = {(r["variant"], r["optimizer"]): r["losses"] for r in of_task}
+        names = list(dict.fromkeys(r["optimizer"] for r in of_task))
+        title = {"gpt": "GPT", "cnn": "LeNet on the digits"}[task]
+        parts += ["", f"| {title} | " + " | ".join(names) + " |"]
+        parts += ["| --- " * (1 + len(names)) + "|"]
+        for variant in dict.fromkeys(r["variant"] for r in of_task):
+            cells = [_mean_and_spread(losses.get((variant, name))) for name in names]
+            parts += [f"| {variant} | " + " | ".join(cells) + " |"]
+    return "\n".join(parts)
+
+
+def _mean_and_spread(losses: list[float] | None) -> str:
+    if losses is None:
+        return "–"
+    return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+
+
 INCLUDED = {
+    "storage losses": _storage_losses,
+    "storage steps": _storage_steps,
     "errors": _errors,
     "figures": _figures,
     "plots": partial(_plots, of_recipes=False),
