@@ -55,7 +55,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             so that small steps are not lost; the seed comes from torch's generator and is state
             (default: None, to nearest).
         ema (float, optional): decay of an average of the weights, the state ``ema``; see
-            :meth:`ema_parameters` and :meth:`swap_ema` (default: None).
+            ``ema_parameters()`` and ``swap_ema()`` (default: None).
 
     State per parameter, made by the constructor: ``step`` (0-dim) and ``sum``, of the parameter's
     dtype, shape and strides. float16 and bfloat16 are computed in float32.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -40,14 +42,28 @@ _LAST_STEP = 2**53
 class Turn:
     """Whose turn it is to change an optimizer: threads wait for each other. Not part of a copy."""
 
-    __slots__ = ("is_stepping", "lock")
+    __slots__ = ("__weakref__", "is_stepping", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.is_stepping = False  # seen by code that the step itself runs, such as a signal handler
+        _turns.add(self)
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()
+
+
+_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """The thread that had a turn is not in this process. What it was stepping stays unfinished."""
+    for turn in _turns:
+        turn.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -198,7 +214,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _turn_error(self, call: str) -> RuntimeError:
         return RuntimeError(
             f"fusedopt.{type(self).__name__}: {call} was called from within step(), by a signal "
-            "handler or a tensor subclass; call it before or after the step"
+            "handler or a tensor subclass, or in a child that was forked while another thread was "
+            "in step(); call it, or fork, before or after the step"
         )
 
     @property
