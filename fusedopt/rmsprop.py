@@ -159,8 +159,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             variance = variance - slots["grad_avg"] * slots["grad_avg"]
         inside = group.get("eps_inside_sqrt")
         denom = (variance + eps).sqrt() if inside else variance.sqrt() + eps
-        direction = grad / denom
-        if "momentum_buffer" in slots:
-            direction = group["momentum"] * slots["momentum_buffer"] + direction
-            slots["momentum_buffer"] = direction
-        return param - lr * direction, *slots.values()
+        if "momentum_buffer" not in slots:
+            return param - lr * grad / denom, *slots.values()
+        slots["momentum_buffer"] = group["momentum"] * slots["momentum_buffer"] + grad / denom
+        return param - lr * slots["momentum_buffer"], *slots.values()

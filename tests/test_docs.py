@@ -167,9 +167,11 @@ EXTRAS = (ROOT / "pyproject.toml").read_text()
 
 
 def check_make(*arguments: str) -> None:
-    targets = re.findall(r"(?m)^([a-z_]+):", (ROOT / "Makefile").read_text())
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"(?m)^([a-z_]+):", makefile)
     for argument in arguments:
-        assert argument.startswith("ARGS=") or argument in targets, argument
+        variable, is_set, _ = argument.partition("=")
+        assert f"$({variable})" in makefile if is_set else argument in targets, argument
 
 
 def check_python(m: str, module: str, *arguments: str) -> None:

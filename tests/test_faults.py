@@ -24,6 +24,14 @@ from torch.overrides import TorchFunctionMode
 
 import fusedopt
 
+
+@pytest.fixture(autouse=True)
+def grad_mode():
+    """An interrupt in the middle of torch's own context managers leaves gradients switched off."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 BF16 = torch.bfloat16
 
 

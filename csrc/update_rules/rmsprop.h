@@ -51,12 +51,12 @@ struct RMSpropUpdate {
           one_minus_alpha < T(0.5) ? *grad_avg + one_minus_alpha * diff : grad - alpha * diff;
       variance = variance - *grad_avg * *grad_avg;
     }
-    const T step = grad / (sqrt(variance + eps_inside) + eps_outside);
+    const T denom = sqrt(variance + eps_inside) + eps_outside;
     if constexpr (kMomentum) {
-      *momentum_buffer = momentum * *momentum_buffer + step;
+      *momentum_buffer = momentum * *momentum_buffer + grad / denom;
       param = param - lr * *momentum_buffer;
     } else {
-      param = param - lr * step;
+      param = param - lr * grad / denom;  // in this order, as torch, it overflows last
     }
   }
 };
