@@ -63,6 +63,8 @@ def in_module(module):
                 continue
             if inspect.isclass(value):
                 read(value, f"{name}.")
+            elif isinstance(value, property):
+                found[prefix + name] = 1  # the object that has it
             elif callable(value):
                 (node,) = ast.parse(f"def {value.__doc__.strip()}: ...").body
                 found[prefix + name] = number_of_arguments(node)
