@@ -57,7 +57,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         ema (float, optional): decay of an average of the weights, the state ``ema``; see
             ``ema_parameters()`` and ``swap_ema()`` (default: None).
 
-    State per parameter, made by the constructor: ``step`` (0-dim) and ``sum``, of the parameter's
+    State per parameter, made by the constructor (by the first step with ``state_dtype``,
+    ``master_weights``, ``rounding`` or ``ema``): ``step`` (0-dim) and ``sum``, of the parameter's
     dtype, shape and strides. float16 and bfloat16 are computed in float32.
 
     Raises:
@@ -124,9 +125,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
                 self.state.pop(param, None)
 
     def _as_stock(self, group: Group, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        # torch's makes its state when it is created, and needs it.
-        initial = {"step": torch.zeros(()), "sum": self._initial_state(group, param)}
-        return super()._as_stock(group, param, state or initial)
+        if not state:  # torch's makes its state when it is created, and needs it
+            return {"step": torch.zeros(()), "sum": self._initial_state(group, param)}
+        return super()._as_stock(group, param, state)
 
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:

@@ -311,7 +311,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if plan is None:
             return False
-        owner = self.state if self._state_of_whole is None else self._state_of_whole
         return plan.step(
             self.param_groups,
             self.state,
@@ -319,8 +318,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             grads,
             scaling,
             created or None,
-            owner,
+            self._owner_of_state(),
         )
+
+    def _owner_of_state(self) -> dict[Any, Any]:
+        """Where new state goes."""
+        return self.state if self._state_of_whole is None else self._state_of_whole
 
     def _checked_step(self, todo: Any, scaling: Scaling | None) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
@@ -388,7 +391,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 torch._foreach_copy_(written, kept)
             raise
         if plan is None:
-            (self.state if self._state_of_whole is None else self._state_of_whole).update(created)
+            self._owner_of_state().update(created)
 
     def _kept(self, entries: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """What the Python rule is about to write, and copies of it. On the CPU only: other devices

@@ -63,6 +63,10 @@ constexpr int kMaxSlots = 2 + kMaxStates;
 // What a parameter may have beside its slots, and where the pointers to it stand behind them.
 enum Extra { kMaster = kMaxSlots, kRounding, kEma, kScales, kMaxPointers = kScales + kMaxStates };
 constexpr int kNumExtras = kMaxPointers - kMaxSlots;
+
+// Whether an extra has an element for each of the parameter's; the others are lists.
+constexpr bool is_elementwise(int extra) { return extra == kMaster || extra == kEma; }
+
 constexpr Dtype kNone = Dtype::kFloat64;  // no extra is computed in double
 
 // How the values of one parameter and its state are stored.

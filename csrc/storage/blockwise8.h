@@ -18,6 +18,10 @@ namespace fusedopt {
 // A divisor of kPieceElements and kBlockElements, so that one thread or group has a whole scale.
 constexpr int kScaleElements = 64;
 
+FUSEDOPT_HD constexpr std::int64_t num_scales(std::int64_t numel) {
+  return (numel + kScaleElements - 1) / kScaleElements;
+}
+
 // As an integer, so that the largest of several is the same in every order, NaNs included.
 FUSEDOPT_HD std::uint32_t magnitude_bits(float value) {
   return bits_from_float(value) & 0x7FFFFFFFu;

@@ -228,14 +228,9 @@ def test_clipping_and_skipped_steps(way, backend):
         fit(model, opt, map(layout.rows, batches[:2]))
         norms = [full(p.grad).float().norm() for p in model.parameters()]
         assert float(opt.grad_norm) == pytest.approx(float(torch.stack(norms).norm()), rel=1e-3)
-        before = snapshot(opt)
         grad = local(model.first.weight.grad)
         if dist.get_rank() == 0:
             grad.view(-1)[0] = torch.inf
+        before = snapshot(opt)
         opt.step()
-        after = snapshot(opt)
-        assert [(p, s) for _, p, s in after] != []
-        assert [s for _, _, s in before] == [s for _, _, s in after]
-        assert [[p for p, _ in ps] for _, ps, _ in before] == [
-            [p for p, _ in ps] for _, ps, _ in after
-        ]
+        assert snapshot(opt) == before
