@@ -386,7 +386,7 @@ class Plan {
   Verdict check(const Seen& seen);
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
   static bool is_placed_like(PyObject* tensor, const Entry& entry);
-  bool is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const;
+  bool is_usable(const Entry& entry, const Seen& seen, const TensorView& now) const;
   bool are_extras_expected(const Seen& seen);
   bool add_task(const Seen& seen, const TensorView& grad);
   bool counts_on_device(const Entry& entry, const TensorView& step) const;
@@ -509,9 +509,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& ex
       if (now.device != entry->device) return false;
       const bool is_state = role < StateLayout::kStep;
       const int kind = is_state ? 0 : role - StateLayout::kFirstExtra + kMaxSlots;
-      if ((is_state || kind == kMaster || kind == kEma) && !is_placed_like(value, *entry)) {
-        return false;
-      }
+      if ((is_state || is_elementwise(kind)) && !is_placed_like(value, *entry)) return false;
       const TensorView param = view_of(*entry, entry->data);
       if (!is_state) {
         if (!is_extra(kind, now, *entry, param)) return false;
@@ -569,7 +567,7 @@ bool Plan::is_extra(int extra, const TensorView& tensor, const Entry& entry,
     return is_row && tensor.dtype == Dtype::kInt64 && length == 2 &&
            param.dtype == Dtype::kBFloat16;
   }
-  const std::int64_t scales = (entry.numel + kScaleElements - 1) / kScaleElements;
+  const std::int64_t scales = num_scales(entry.numel);
   return is_row && tensor.dtype == Dtype::kFloat32 &&
          (length == scales || (entry.spec && length > scales));
 }
@@ -697,11 +695,9 @@ std::vector<std::int64_t> Plan::overlaps() const {
     for (int e = 0; e < kNumExtras && entry.extras >= 0; ++e) {
       const Expected& extra = extras_[static_cast<std::size_t>(entry.extras + e)];
       if (extra.data == nullptr) continue;
-      const std::int64_t listed =
-          e + kMaxSlots == kRounding ? 2 : (entry.numel + kScaleElements - 1) / kScaleElements;
+      const std::int64_t listed = e + kMaxSlots == kRounding ? 2 : num_scales(entry.numel);
       const std::int64_t stride = 1;
-      const bool has_elements = e + kMaxSlots == kMaster || e + kMaxSlots == kEma;
-      ranges.push_back(written_range(has_elements
+      ranges.push_back(written_range(is_elementwise(e + kMaxSlots)
                                          ? view_of(entry, extra)
                                          : TensorView{extra.data, extra.dtype, 1, &listed, &stride},
                                      owner));
@@ -894,7 +890,7 @@ Plan::Verdict Plan::check(const Seen& seen) {
     }
   }
   if (entry.extras >= 0 && !are_extras_expected(seen)) return Verdict::kStale;
-  if (!is_dense || !is_usable(entry, seen.grad, grad)) return Verdict::kPython;
+  if (!is_dense || !is_usable(entry, seen, grad)) return Verdict::kPython;
   if (!seen.is_copy && !is_placed_like(seen.grad, entry)) return Verdict::kPython;
   const int options_device = groups_[entry.group].options_device;
   if (options_device != kCpu && options_device != entry.device) return Verdict::kPython;
@@ -932,8 +928,7 @@ bool Plan::are_extras_expected(const Seen& seen) {
         has_negative_bit(tensor)) {
       return false;
     }
-    const bool has_elements = e + kMaxSlots == kMaster || e + kMaxSlots == kEma;
-    if (has_elements && !is_placed_like(tensor, entry)) return false;
+    if (is_elementwise(e + kMaxSlots) && !is_placed_like(tensor, entry)) return false;
     moved_ |= now.data != expected.data;
     expected.data = now.data;
   }
@@ -953,7 +948,7 @@ bool Plan::is_placed_like(PyObject* tensor, const Entry& entry) {
   return true;
 }
 
-bool Plan::is_usable(const Entry& entry, PyObject* grad, const TensorView& now) const {
+bool Plan::is_usable(const Entry& entry, const Seen& seen, const TensorView& now) const {
   if (now.device != entry.device || !same_layout(now, view_of(entry, entry.data))) return false;
   if (!can_combine({{entry.data.dtype, now.dtype}, 2})) return false;
   const auto begin = reinterpret_cast<std::uintptr_t>(now.data);
@@ -965,12 +960,12 @@ bool Plan::is_usable(const Entry& entry, PyObject* grad, const TensorView& now) 
     return false;
   }
   // If it is another tensor of this step it is copied, so that all gradients are read before
-  // anything is written.
-  if (begin != param && is_written(now.data)) return false;
+  // anything is written. The copy may be where a tensor was that is in no step of late.
+  if (begin != param && !seen.is_copy && is_written(now.data)) return false;
   if (begin == param && now.dtype != entry.data.dtype && entry.numel != 0) return false;
   // A view of the imaginary part of a conjugate is the only tensor that is negated lazily. It has
   // other strides than a parameter, except where strides do not matter.
-  return entry.numel > 1 || !has_negative_bit(grad);
+  return entry.numel > 1 || !has_negative_bit(seen.grad);
 }
 
 // False if the step count of the tensor cannot go on.
@@ -1095,20 +1090,26 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
     Plan* plan;
   } running(this);
   has_stepped_ = false;
-  updated_.clear();
-  counts_.clear();
-  roundings_.clear();
-  for (Step& step : steps_) step.clear();
 
   py::list todo;
   const py::dict all = with_created(state, created);
-  if (!read_groups(groups) || look(all, grads, &todo) == Verdict::kStale) return py::bool_(false);
+  const auto look_at_all = [&] {
+    updated_.clear();
+    counts_.clear();
+    roundings_.clear();
+    for (Step& step : steps_) step.clear();
+    todo = py::list();
+    return read_groups(groups) && look(all, grads, &todo) != Verdict::kStale;
+  };
+  if (!look_at_all()) return py::bool_(false);
   if (moved_) {
     for (const std::int64_t e : overlaps()) {
       if (!entries_[e].python) return py::bool_(false);
     }
     list_written();
     moved_ = false;
+    // The gradients were compared with the places where the tensors were before.
+    if (!look_at_all()) return py::bool_(false);
   }
   if (!todo.empty()) return std::move(todo);
   read_scaling(scaling);

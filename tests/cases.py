@@ -146,10 +146,12 @@ class EpsInsideSqrt(torch.optim.RMSprop):
                 for key in ("square_avg", "grad_avg", "momentum_buffer"):
                     state.setdefault(key, torch.zeros_like(p))
                 state["step"] = state.get("step", torch.tensor(0.0)) + 1
-                g = sign * p.grad + group["weight_decay"] * p
+                g = sign * p.grad
+                if group["weight_decay"]:  # as torch: zero times infinity is no number
+                    g = g + group["weight_decay"] * p
                 v = state["square_avg"].mul_(alpha).add_((1 - alpha) * g * g)
                 if group["centered"]:
-                    v = v - state["grad_avg"].mul_(alpha).add_((1 - alpha) * g) ** 2
+                    v = v - state["grad_avg"].lerp_(g, 1 - alpha) ** 2
                 g = g / (v + group["eps"]).sqrt()
                 if group["momentum"] > 0:
                     g = state["momentum_buffer"].mul_(group["momentum"]).add_(g)

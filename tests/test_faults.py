@@ -238,21 +238,23 @@ def faults(model: str, steps: int, change: Any, fault: Any, error: Any) -> None:
     places = range(1, 1 - counted.left)
     if os.environ.get("FUSEDOPT_FAULTS") != "all" and len(places) > 24:
         places = [*random.sample(places[:-8], 16), *places[-8:]]
-    failed = 0
+    unheard = 0
     for at in places:
         opt = twin()
         assert snapshot(opt) == before
         try:
-            with fault(at):
+            with fault(at) as armed:
                 opt.step()
         except error:
-            failed += 1
+            pass
+        else:  # a step may be shorter: whether a gradient is copied depends on addresses
+            unheard += armed.left <= 0
         now = snapshot(opt)
         assert now in (before, after), f"torn by a fault at place {at}"
         for _ in range(2 - (now == after)):
             step(opt)
         assert snapshot(opt) == later, f"the step after a fault at place {at}"
-    assert failed >= 0.9 * len(places)
+    assert unheard <= 0.1 * len(places)  # those within finalizers
 
 
 @every_situation

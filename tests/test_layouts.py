@@ -519,6 +519,40 @@ def test_gradient_that_is_another_parameter(case, backend):
 
 
 @richest
+def test_gradient_that_is_another_parameter_since_it_moved(case, backend):
+    runs = []
+    for build in (case.ours, case.stock):
+        torch.manual_seed(1)
+        params = [torch.randn(2**18).add(3).requires_grad_() for _ in range(4)]
+        opt = build(params)
+        mine, other = params[::2], params[1::2]
+        for moves in (False, True, False, True):
+            for p, q in zip(mine, other, strict=True):
+                p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+                if moves:
+                    q.data = q.data.clone()
+                    p.grad = q.data
+            opt.step()
+        runs.append((opt, params))
+    assert_trained_alike(*runs[0], *runs[1], dtype=torch.float32)
+
+
+@richest
+def test_copies_of_gradients_where_other_tensors_were(case, backend):
+    """A parameter without a gradient moves, and a copy of a gradient gets its old memory."""
+    torch.manual_seed(1)
+    mine, other = (torch.randn(6, 5).add(3).requires_grad_() for _ in range(2))
+    opt = case.ours([mine, other])
+    for _ in range(20):
+        for at_rest in (False, True):
+            mine.grad = torch.randn(5, 6).t()  # which is copied
+            other.grad = None if at_rest else torch.randn(6, 5)
+            if at_rest:
+                other.data = other.detach().clone()
+            opt.step()
+
+
+@richest
 def test_shared_state(case, backend):
     """Two parameters with one step count and one moment, each updated twice in a step."""
     values, grads = draw([(2**18,), (2**18,)], 4)
