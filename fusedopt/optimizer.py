@@ -459,7 +459,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[g]
         param = group["params"][i]
         state = self.state.get(param, {})
-        if not self._has_step and _is_sparse(param.grad):
+        if not self._has_step and param.grad is not None and _is_sparse(param.grad):
             return [key for key in self._slots(group) if state.get(key) is None]
         missing = [key for key in self._slots(group) if not self._is_stored(group, param, key)]
         if self._has_step:
@@ -515,7 +515,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     count = backend.native.NUM_TICKETS
                     self._tickets[device] = backend.lasting_zeros(count, torch.float32, device)
                 plan.add_tickets(self._tickets[device])
-        for group in self.param_groups:
+        for g, group in enumerate(self.param_groups):
             keys = self._slots(group)
             python = bool(group.get("differentiable"))
             plan.add_group(
@@ -524,8 +524,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.amp_fused,
                 {name: group.get(name) for name in storage.OPTIONS},
             )
-            for param in group["params"]:
+            for i, param in enumerate(group["params"]):
                 state = states.get(param)
+                if param.grad is None and self._missing_state(g, i):
+                    state = None  # unknown until its next step completes it
                 extras = storage.extras(group, param)
                 if state and not python:
                     master, _, ema = extras

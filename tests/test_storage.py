@@ -489,7 +489,8 @@ def test_checkpoints_and_copies_go_on_with_the_same_bits(case, way, dtype, backe
 @pytest.mark.parametrize(
     ("dtype", "declared"), [(BF16, F32), (F32, BF16), (F16, "8bit"), (F32, "8bit")], ids=str
 )
-def test_a_stock_checkpoint_is_converted(case, dtype, declared, backend):
+@pytest.mark.parametrize("at_once", [True, False], ids=["at_once", "one_by_one"])
+def test_a_stock_checkpoint_is_converted(case, dtype, declared, at_once, backend):
     values, grads = draw([(5,), (67, 65)], 4, dtype)
     (_, _), stock = train(case.stock, values, grads[:2])
     params = [leaf(p) for p in stock.param_groups[0]["params"]]
@@ -497,8 +498,10 @@ def test_a_stock_checkpoint_is_converted(case, dtype, declared, backend):
     opt.load_state_dict(stock.state_dict())
     assert opt.param_groups[0]["state_dtype"] == declared
     twins, twin = twin_of(case, opt, params)
-    step_through(opt, params, grads[2:3])
-    step_through(twin, twins, grads[2:3])
+    first, second = grads[2]
+    now = [[first, second]] if at_once else [[first, None], [None, second]]
+    step_through(opt, params, now)
+    step_through(twin, twins, now)
     for p, q in zip(params, twins, strict=True):
         for key, value in numbers(opt.state[p]).items():
             assert opt.state[p][key].dtype == dtype_of(case, key, p, opt.param_groups[0]), key
