@@ -13,13 +13,14 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fusedopt
+from bench import report
 from bench.workloads import WORKLOADS, shapes
 
 MODES = {
@@ -64,7 +65,8 @@ def rates(workload: str, processes: int, rounds: int, seconds: float) -> dict[st
     return {mode: processes * statistics.mean(rate) for mode, rate in found.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Run all and return the files written."""
     parser = argparse.ArgumentParser(prog="python -m bench.processes", description=__doc__)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument(
@@ -72,17 +74,21 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each mode in each round")
-    args = parser.parse_args()
-    table = Table(title=f"AdamW steps per second, {os.cpu_count()} cores")
-    for column in ("workload", "processes", *MODES, "fusedopt against the faster"):
-        table.add_column(column, justify="right")
-    for workload in args.workloads:
-        for processes in (1, args.processes):
-            rate = rates(workload, processes, args.rounds, args.seconds)
-            ours, *theirs = rate.values()
-            cells = [f"{r:,.0f}" for r in rate.values()]
-            table.add_row(workload, str(processes), *cells, f"{ours / max(theirs):.2f}×")
-    Console(width=120).print(table)
+    parser.add_argument("--out", type=Path, default=Path("bench/out"))
+    options = parser.parse_args(argv)
+    facts = report.environment(torch.device("cpu"))
+    cores = len(os.sched_getaffinity(0))
+    table = report.table(f"AdamW, steps per second, {cores} cores", "workload", "processes", *MODES)
+    results = []
+    for workload in options.workloads:
+        for processes in (1, options.processes):
+            rate = rates(workload, processes, options.rounds, options.seconds)
+            results.append({"workload": workload, "processes": processes, "steps_per_s": rate})
+            table.add_row(workload, str(processes), *(f"{r:,.0f}" for r in rate.values()))
+    table.caption = f"Of all processes together, each with {torch.get_num_threads()} threads."
+    report.console.print(table)
+    setup = {"cores": cores, "rounds": options.rounds, "seconds": options.seconds}
+    return [report.write_json(options.out / "processes.json", facts, **setup, results=results)]
 
 
 if __name__ == "__main__":

@@ -130,6 +130,22 @@ def _storage_steps() -> str:
     return "\n".join(parts)
 
 
+def _processes() -> str:
+    """What bench.processes has written."""
+    measured = json.loads(next(RESULTS.rglob("processes.json")).read_text())
+    results = measured["results"]
+    parts = ["| | processes | " + " | ".join(results[0]["steps_per_s"]) + " |"]
+    parts += ["| --- " * (2 + len(results[0]["steps_per_s"])) + "|"]
+    for result in results:
+        cells = [f"{rate:,.0f}" for rate in result["steps_per_s"].values()]
+        parts += [
+            f"| {result['workload']} | {result['processes']} | "
+            + " | ".join(cells)
+            + " |"
+        ]
+    return "\n".join(parts)
+
+
 def _storage_losses() -> str:
     """What bench.storage_training has written, a table for each task."""
     measured = json.loads(next(RESULTS.rglob("storage_training.json")).read_text())
@@ -155,6 +171,7 @@ def _mean_and_spread(losses: list[float] | None) -> str:
 
 
 INCLUDED = {
+    "processes": _processes,
     "storage losses": _storage_losses,
     "storage steps": _storage_steps,
     "errors": _errors,

@@ -4,6 +4,7 @@
 
 #include "apply.h"
 #include "grad_norm_cpu.h"
+#include "parallel.h"
 
 namespace fusedopt {
 
@@ -37,17 +38,11 @@ void grad_norm_cpu(const std::vector<GradToMeasure>& grads, const GradNorm& norm
   }
   const SumChunk sum = sum_chunk_for(cpu_isa());
   const double factor = unscale(norm.loss_scale);
-  const std::int64_t num_chunks = first_chunk.back();
-  [[maybe_unused]] const bool parallel =
-      num_threads > 1 && elements >= kSerialElements && can_fork();
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-#endif
-  for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+  parallel_for(first_chunk.back(), elements, num_threads, [&](std::int64_t chunk) {
     const auto after = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk);
     const auto g = static_cast<std::size_t>(after - first_chunk.begin()) - 1;
     norm.partials[chunk] = sum(grads[g], (chunk - first_chunk[g]) * kNormElements, factor);
-  }
+  });
   double sums[kPartialColumns];
   for (int c = 0; c < kPartialColumns; ++c) {
     sums[c] = sum_partial_column(norm.partials, norm.num_partials, c);

@@ -17,6 +17,12 @@ constexpr std::int64_t kPieceElements = 64;
 // 64,000 elements waited 4.8 ms for its second thread (2 cores, 2026-11).
 constexpr std::int64_t kSerialElements = 262144;
 
+// Where threads get no core, a step waits for them again after this many times as long as the last
+// wait lost, at most. 8 processes on 2 cores with two threads each, AdamW over 100 x 10,000, steps
+// per second of all together (2026-11): without end of waiting 650, 32: 3,000, 128: 3,800; one thread
+// each 3,070. After a wait of 10 ms a step may go alone for 0.3 s or 1.3 s.
+constexpr int kMaxPatience = 32;
+
 // Elements that the loop for one half dtype converts, updates and converts back at a time. One
 // thread of an EPYC 9005, 2026-11, AVX-512, 100 x 10,000 bfloat16 Adam, ms per step:
 // 16: 0.55, 32: 0.58, 64: 0.51, 128: 0.54; the converting loop below took 0.64.
