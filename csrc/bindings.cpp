@@ -20,6 +20,7 @@
 #include "multi_tensor/grad_norm.h"
 #include "multi_tensor/launch_plan.h"
 #include "multi_tensor/memory_floor.h"
+#include "multi_tensor/parallel.h"
 #include "multi_tensor/tensor_lists.h"
 #include "storage/blockwise8.h"
 #include "update_rules/adagrad.h"
@@ -1317,6 +1318,7 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.own_state = own_state.inc_ref();
   find_offsets(samples[0], samples[1], samples[2]);
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
+  shares_always();
 }
 
 void set_dtensor_type(const py::object& type) {

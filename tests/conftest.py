@@ -18,6 +18,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+# Before the import: tests of several threads are to have them on a busy machine, too.
+os.environ.setdefault("FUSEDOPT_CPU_THREADS", "always")
+
 import fusedopt
 
 TIMM = Path(__file__).parents[1] / "build" / "timm"

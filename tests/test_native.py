@@ -122,10 +122,11 @@ def test_instruction_sets_agree_bit_for_bit():
         assert not differ, isa
 
 
-def test_instruction_set_that_does_not_exist():
+@pytest.mark.parametrize("variable", ["FUSEDOPT_CPU_ISA", "FUSEDOPT_CPU_THREADS"])
+def test_settings_that_do_not_exist(variable):
     code = "import fusedopt.info; print(fusedopt.info.report())"
-    out = script("import warnings; warnings.simplefilter('ignore')\n" + code, FUSEDOPT_CPU_ISA="x")
-    assert "FUSEDOPT_CPU_ISA=x" in out
+    out = script("import warnings; warnings.simplefilter('ignore')\n" + code, **{variable: "x"})
+    assert f"{variable}=x" in out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -34,8 +34,10 @@ def trained(case: Any, backend: str) -> Any:
 
 
 @pytest.mark.parametrize("backend", ["native", "python"])
-def test_spawned_processes_give_the_same_bits(backend):
-    """Eight on whatever cores there are, at the same time."""
+@pytest.mark.parametrize("wait", ["", "always"])
+def test_spawned_processes_give_the_same_bits(backend, wait, monkeypatch):
+    """Eight on whatever cores there are, at the same time, with and without late threads."""
+    monkeypatch.setenv("FUSEDOPT_CPU_THREADS", wait)
     if backend == "native" and fusedopt.backend.native is None:
         pytest.skip("no native module")
     spawn = multiprocessing.get_context("spawn")

@@ -111,9 +111,6 @@ PreparedUpdate prepare(const Rule& rule, double step, const StoredAs& stored, Wh
   }
 }
 
-// Whether threads may be used: not in a forked child.
-bool can_fork();
-
 // How the threads share the tasks of a step. Apart from apply_cpu, which needs no memory.
 LaunchPlan chunks_of(const Step& step);
 

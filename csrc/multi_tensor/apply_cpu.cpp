@@ -1,5 +1,3 @@
-#include <unistd.h>
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -15,10 +13,6 @@
 namespace fusedopt {
 
 namespace {
-
-// libgomp's pool does not survive fork(): a parallel region in the child would wait for threads
-// that only its parent has.
-const pid_t kImportedBy = getpid();
 
 #if FUSEDOPT_HAS_AVX2
 bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
@@ -70,8 +64,6 @@ Isa cpu_isa() {
   static const Isa isa = choose_isa();
   return isa;
 }
-
-bool can_fork() { return getpid() == kImportedBy; }
 
 LaunchPlan chunks_of(const Step& step) {
   LaunchPlan plan;

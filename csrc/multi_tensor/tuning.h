@@ -19,8 +19,8 @@ constexpr std::int64_t kSerialElements = 262144;
 
 // Where threads get no core, a step waits for them again after this many times as long as the last
 // wait lost, at most. 8 processes on 2 cores with two threads each, AdamW over 100 x 10,000, steps
-// per second of all together (2026-11): without end of waiting 650, 32: 3,000, 128: 3,800; one thread
-// each 3,070. After a wait of 10 ms a step may go alone for 0.3 s or 1.3 s.
+// per second of all together (2026-11): 650 if they always wait, else 2,500 to 5,200 from run to run;
+// 128 gives little more. After a wait of 10 ms a step goes alone for 0.3 s at most.
 constexpr int kMaxPatience = 32;
 
 // Elements that the loop for one half dtype converts, updates and converts back at a time. One

@@ -1,4 +1,4 @@
-// What GCC calls for "omp parallel for schedule(static)", on std::thread instead of libgomp's pool.
+// What GCC calls for "omp parallel" and a static "omp for", on std::thread instead of libgomp's pool.
 // ThreadSanitizer sees std::thread start and end, but not libgomp's futexes: with libgomp, whatever
 // one region writes and the next one reads would be a race.
 #include <thread>

@@ -5,7 +5,7 @@ if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 endif()
 
 add_library(faults MODULE ${CMAKE_CURRENT_LIST_DIR}/faults.cpp
-            multi_tensor/apply_cpu.cpp multi_tensor/launch_plan.cpp)
+            multi_tensor/apply_cpu.cpp multi_tensor/launch_plan.cpp multi_tensor/parallel.cpp)
 target_include_directories(faults PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(faults PRIVATE OpenMP::OpenMP_CXX)
 
