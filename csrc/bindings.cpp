@@ -301,6 +301,7 @@ struct Entry {
   Expected data;
   Expected state[kMaxStates + 1];  // the last is the step count
   std::int64_t extras = -1;        // where they begin in Plan::extras_, if there are any
+  SlotDtypes stored;               // with a gradient of the parameter's dtype
 };
 
 // The tensors of an optimizer as they were at the last full check. A step compares every tensor
@@ -368,7 +369,7 @@ class Plan {
   bool add_state(PyObject* state, const py::tuple& keys, const py::tuple& extras, Entry* entry);
   static bool is_extra(int extra, const TensorView& tensor, const Entry& entry,
                        const TensorView& param);
-  SlotDtypes stored_as(const Entry& entry, Dtype grad) const;
+  SlotDtypes stored_as(const Entry& entry) const;
   int layout_of(PyObject* state, const py::tuple& keys, const py::tuple& extras);
   std::vector<std::int64_t> overlaps() const;
   void list_written();
@@ -386,7 +387,11 @@ class Plan {
   void bump_versions();
   Verdict check(const Seen& seen);
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
-  static bool is_placed_like(PyObject* tensor, const Entry& entry);
+  // Whether the process holds the same elements of both: then shards can be updated one by one.
+  static bool is_placed_like(PyObject* tensor, const Entry& entry) {
+    return entry.spec ? is_sharded_like(tensor, entry) : is_plain_tensor(tensor);
+  }
+  static bool is_sharded_like(PyObject* tensor, const Entry& entry);
   bool is_usable(const Entry& entry, const Seen& seen, const TensorView& now) const;
   bool are_extras_expected(const Seen& seen);
   bool add_task(const Seen& seen, const TensorView& grad);
@@ -472,6 +477,7 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
     if (now.device != kCpu && tickets_.count(now.device) == 0) entry.python = true;
     entry.data.data = now.data;
     entry.data.dtype = now.dtype;
+    entry.stored = stored_as(entry);
     if (is_plain_tensor(entry.param)) {
       own(torch.own_param(param), &entry.data);
     } else {
@@ -542,8 +548,9 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& ex
     entry->extras = static_cast<std::int64_t>(extras_.size());
     extras_.insert(extras_.end(), extra, extra + kNumExtras);
   }
-  const SlotDtypes dtypes = stored_as(*entry, entry->data.dtype);
-  return can_combine(dtypes) && (dtypes.is_plain() || entry->data.dtype != Dtype::kFloat64);
+  entry->stored = stored_as(*entry);
+  return can_combine(entry->stored) &&
+         (entry->stored.is_plain() || entry->data.dtype != Dtype::kFloat64);
 }
 
 // Whether the kernels can take what the state has under the name of an extra.
@@ -573,10 +580,10 @@ bool Plan::is_extra(int extra, const TensorView& tensor, const Entry& entry,
          (length == scales || (entry.spec && length > scales));
 }
 
-SlotDtypes Plan::stored_as(const Entry& entry, Dtype grad) const {
+SlotDtypes Plan::stored_as(const Entry& entry) const {
   SlotDtypes dtypes;
-  dtypes.slots[dtypes.num_slots++] = entry.data.dtype;
-  dtypes.slots[dtypes.num_slots++] = grad;
+  dtypes.num_slots = 2;
+  dtypes.slots[0] = dtypes.slots[1] = entry.data.dtype;
   for (int s = 0; s < kMaxStates; ++s) {
     if (entry.state[s].exists) dtypes.slots[dtypes.num_slots++] = entry.state[s].dtype;
   }
@@ -936,9 +943,7 @@ bool Plan::are_extras_expected(const Seen& seen) {
   return true;
 }
 
-// Whether the process holds the same elements of both: then shards can be updated one by one.
-bool Plan::is_placed_like(PyObject* tensor, const Entry& entry) {
-  if (!entry.spec) return is_plain_tensor(tensor);
+bool Plan::is_sharded_like(PyObject* tensor, const Entry& entry) {
   if (is_plain_tensor(tensor)) return false;
   const py::object spec = py::handle(tensor).attr("_spec");
   if (spec.is(entry.spec)) return true;
@@ -998,7 +1003,8 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
     counts_.push_back({now.data, now.dtype, step, entry.device});
   }
   TensorTask task;
-  const SlotDtypes dtypes = stored_as(entry, grad.dtype);
+  SlotDtypes dtypes = entry.stored;
+  dtypes.slots[1] = grad.dtype;
   int num_slots = 0;
   task.slots[num_slots++] = entry.data.data;
   task.slots[num_slots++] = grad.data;
