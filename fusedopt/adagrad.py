@@ -163,6 +163,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             return torch.sparse_coo_tensor(indices, new, grad.shape, is_coalesced=True)
 
         lr = float(group["lr"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
-        add_sparse(state["sum"], sparse(values.square()))
-        std = state["sum"].sparse_mask(grad)._values().sqrt() + group["eps"]
+        # As in the dense rule, the update takes the sum as it was before it is rounded.
+        sums = state["sum"].to(torch.promote_types(state["sum"].dtype, param.dtype))
+        add_sparse(sums, sparse(values.square()))
+        std = sums.sparse_mask(grad)._values().sqrt() + group["eps"]
+        if sums is not state["sum"]:
+            state["sum"].copy_(sums)
         add_sparse(param, sparse(values / std), -lr)

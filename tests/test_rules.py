@@ -421,6 +421,18 @@ def test_sparse_gradients_of_fewer_bits(name, dtype, backend):
     assert_trained_alike(ours, [param], oracle, [exact], dtype)
 
 
+def test_sparse_gradients_with_state_of_fewer_bits(backend):
+    """The sum overflows float16 when it is stored, not in the update."""
+    param = leaf(torch.zeros(6, 4))
+    opt = fusedopt.Adagrad([param], lr=0.1)
+    opt.state[param]["sum"] = torch.zeros(6, 4, dtype=torch.float16)
+    param.grad = _sparse(6, 4, [1, 4], torch.float32) * 1e4
+    opt.step()
+    moved = param.detach()[[1, 4]].abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.1))
+    assert opt.state[param]["sum"][[1, 4]].isinf().any()
+
+
 @pytest.mark.parametrize(
     "case",
     [
