@@ -22,7 +22,9 @@
 #include "multi_tensor/memory_floor.h"
 #include "multi_tensor/parallel.h"
 #include "multi_tensor/tensor_lists.h"
+#include "plan/written_memory.h"
 #include "storage/blockwise8.h"
+#include "torch_layout.h"
 #include "update_rules/adagrad.h"
 #include "update_rules/adam.h"
 #include "update_rules/rmsprop.h"
@@ -49,15 +51,21 @@ struct Torch {
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
   PyObject* dtensor_type = nullptr;  // null while nobody has imported it
+  PyObject* defaultdict_type = nullptr;
   py::handle increment_version;
-  py::handle own_param, own_state;
-  // Where a tensor object keeps the address of its TensorImpl, and where that keeps those of its
-  // storage and its version counter, in bytes; 0 if not found. Only to fetch memory ahead of time,
-  // never to learn anything.
-  std::size_t impl_offset = 0, storage_offset = 0, version_offset = 0;
+  py::handle parts_of;  // see fusedopt/memory.py
+  TorchLayout layout;
 } torch;
 
-constexpr std::size_t kImplSize = 176;  // of a TensorImpl in torch 2.13
+// A dict whose entries are what the C interface sees; a subclass may keep them elsewhere.
+bool is_plain_dict(PyObject* object) {
+  return PyDict_CheckExact(object) ||
+         reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch.defaultdict_type;
+}
+
+bool is_tensor(PyObject* object) {
+  return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(torch.tensor_type)) != 0;
+}
 
 bool is_plain_tensor(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
@@ -108,18 +116,55 @@ bool read_device(const dlpack::Device& device, int* out) {
   return false;
 }
 
-// The tensor as it is now, or false if the kernels cannot touch it (sparse, another device, ...).
-// Conjugate and negative bits are not looked at: see has_negative_bit.
-bool view_any(PyObject* object, TensorView* out) {
+// The TensorImpl of a plain tensor; only if the layout knows where that is.
+const char* impl_of(PyObject* tensor) { return pointer_at(tensor, torch.layout.impl); }
+
+// Where the storage of a plain tensor begins and how long it is. False if it has none.
+bool storage_of(PyObject* tensor, std::uintptr_t* begin, std::uint64_t* num_bytes) {
+  if (torch.layout.knows_memory()) {
+    const char* const storage = pointer_at(impl_of(tensor), torch.layout.storage);
+    if (storage == nullptr) return false;
+    *begin = static_cast<std::uintptr_t>(word_at(storage, torch.layout.memory));
+    *num_bytes = word_at(storage, torch.layout.num_bytes);
+    return *begin != 0;
+  }
+  try {
+    const py::object storage = py::handle(tensor).attr("untyped_storage")();
+    *begin = storage.attr("data_ptr")().cast<std::uintptr_t>();
+    *num_bytes = storage.attr("nbytes")().cast<std::uint64_t>();
+  } catch (const py::error_already_set&) {
+    return false;  // it has none
+  }
+  return *begin != 0;
+}
+
+// What a tensor is, whatever its dtype. False if it has no memory, or less than its elements span:
+// the storage may have been cut short, and the exchange does not look.
+bool exchange(PyObject* tensor, dlpack::Tensor* out, MemoryRange* range) {
+  if (torch.exchange->tensor_from_py_object_no_sync(tensor, out) != 0) {
+    PyErr_Clear();  // the Python side looks at this tensor again and says what is wrong with it
+    return false;
+  }
+  const auto data = reinterpret_cast<std::uintptr_t>(out->data) + out->byte_offset;
+  const auto element = static_cast<std::int64_t>(out->dtype.bits) * out->dtype.lanes / 8;
+  *range = memory_range(data, out->ndim, out->shape, out->strides, element);
+  if (range->begin == range->end) return true;
+  std::uintptr_t begin;
+  std::uint64_t num_bytes;
+  return data != 0 && storage_of(tensor, &begin, &num_bytes) && range->begin >= begin &&
+         range->end - begin <= num_bytes;
+}
+
+// The tensor as it is now, or false if the kernels cannot touch it (sparse, another device, without
+// memory, ...). Conjugate and negative bits are not looked at: see has_negative_bit.
+bool view_stored(PyObject* object, TensorView* out) {
   if (!is_plain_tensor(object)) {
     object = local_of(object);
     if (!is_plain_tensor(object)) return false;
   }
   dlpack::Tensor tensor;
-  if (torch.exchange->tensor_from_py_object_no_sync(object, &tensor) != 0) {
-    PyErr_Clear();  // the Python side looks at this tensor again and says what is wrong with it
-    return false;
-  }
+  MemoryRange range;
+  if (!exchange(object, &tensor, &range)) return false;
   if (!read_device(tensor.device, &out->device) || !read_dtype(tensor.dtype, &out->dtype)) {
     return false;
   }
@@ -131,7 +176,7 @@ bool view_any(PyObject* object, TensorView* out) {
 }
 
 bool view(PyObject* object, TensorView* out) {
-  return view_any(object, out) && is_float(out->dtype);
+  return view_stored(object, out) && is_float(out->dtype);
 }
 
 // Whether it can be read and written from here.
@@ -143,15 +188,20 @@ bool is_host(const TensorView& tensor) {
 #endif
 }
 
+// Of a tensor that is plain, or whose shard is.
 bool has_negative_bit(PyObject* tensor) {
-  return py::cast<bool>(py::handle(local_of(tensor)).attr("is_neg")());
+  tensor = local_of(tensor);
+  if (torch.layout.knows_negative()) {
+    return (word_at(impl_of(tensor), torch.layout.keys) & torch.layout.negative) != 0;
+  }
+  return py::cast<bool>(py::handle(tensor).attr("is_neg")());
 }
 
 // Options of one param group, read by name for a rule.
 class Options {
  public:
   Options(PyObject* group, std::string where) : group_(group), where_(std::move(where)) {
-    capturable_ = get("capturable", 0) != 0;
+    capturable_ = flag("capturable", false);
   }
 
   bool capturable() const { return capturable_; }
@@ -163,6 +213,13 @@ class Options {
   double get(const char* name, double otherwise) const {
     PyObject* value = PyDict_GetItemString(group_, name);
     return value == nullptr || value == Py_None ? otherwise : host_number(name, value);
+  }
+
+  // Whatever Python takes for true; None is off.
+  bool flag(const char* name) const { return is_true(find(name)); }
+  bool flag(const char* name, bool otherwise) const {
+    PyObject* value = PyDict_GetItemString(group_, name);
+    return value == nullptr ? otherwise : is_true(value);
   }
 
   // One that may be a tensor on the device, which a capturable step leaves there.
@@ -179,6 +236,12 @@ class Options {
   }
 
  private:
+  static bool is_true(PyObject* value) {
+    const int answer = PyObject_IsTrue(value);
+    if (answer < 0) throw py::error_already_set();
+    return answer != 0;
+  }
+
   PyObject* find(const char* name) const {
     PyObject* value = PyDict_GetItemString(group_, name);
     if (value == nullptr) throw py::key_error(where_ + " has no '" + name + "'");
@@ -273,7 +336,6 @@ const RuleEntry& find_rule(const std::string& name) {
 struct Expected {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  bool owned = false;   // by the plan, see Plan::own
   bool exists = false;  // also without elements, when there may be no data
 };
 
@@ -285,13 +347,27 @@ struct StateLayout {
   std::vector<std::pair<py::object, int>> keys;
 };
 
+// What is looked at of a tensor that takes the Python rule, so that it leaves it when it can.
+struct Portrait {
+  std::uint64_t hash = 0;           // of what decides whether the kernels can take it
+  std::vector<MemoryRange> memory;  // of the parameter and its state
+
+  void add(std::uint64_t word) {
+    hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+    hash ^= hash >> 32;
+  }
+};
+
 struct Entry {
   PyObject* param = nullptr;  // compared, and used only while its group's list holds it
   std::uint32_t group = 0, index = 0;
-  bool python = false;       // takes the Python rule
-  bool first_step = false;   // its state is new; rules without a step count want to know
-  bool device_step = false;  // its step count is on its device
-  bool needs_state = false;  // whatever its rule needs
+  bool python = false;            // takes the Python rule, and
+  bool for_memory = false;        // only because it shares memory with another entry
+  bool in_order = false;          // in this step, because its gradient is what another entry writes
+  std::int64_t shares_step = -1;  // its step count is that of all in Plan::shared_steps_[this]
+  bool first_step = false;        // its state is new; rules without a step count want to know
+  bool device_step = false;       // its step count is on its device
+  bool needs_state = false;       // whatever its rule needs
   int device = kCpu;
   int layout = -1;       // of its state dict, -1 if it has none
   py::object spec;       // where the shards of a DTensor are; null for other tensors
@@ -302,7 +378,12 @@ struct Entry {
   Expected state[kMaxStates + 1];  // the last is the step count
   std::int64_t extras = -1;        // where they begin in Plan::extras_, if there are any
   SlotDtypes stored;               // with a gradient of the parameter's dtype
+  std::int64_t portrait = -1;      // where it is in Plan::portraits_, if it has one
+  MemoryRange free_grad;           // of the last gradient that nothing overlapped, and when
+  std::size_t free_since = 0;      // Plan::generation_ was this then
 };
+
+class NewState;
 
 // The tensors of an optimizer as they were at the last full check. A step compares every tensor
 // with it, writes only if all is as expected, and otherwise says what is not.
@@ -319,14 +400,18 @@ class Plan {
   void add(py::handle param, const py::object& state, const py::tuple& keys,
            const py::tuple& extras, bool first_step);
   void finish(const py::dict& state);
-  py::object step(const py::list& groups, const py::dict& state, int num_threads,
+  py::object step(const py::object& groups, const py::object& state, int num_threads,
                   const py::object& grads, const py::object& scaling, const py::object& created,
-                  const py::dict& owner);
+                  const py::object& owner);
   bool has_stepped() const { return has_stepped_; }
+  // Group and index, and whether the kernels can take it if its gradient is copied.
   py::tuple locate(std::size_t e) const {
     const Entry& entry = entries_.at(e);
-    return py::make_tuple(entry.group, entry.index, !entry.python);
+    return py::make_tuple(entry.group, entry.index, !entry.python && !entry.in_order);
   }
+  // For the garbage collector.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
 
  private:
   enum class Verdict { kFine, kNoGrad, kPython, kStale };
@@ -365,34 +450,40 @@ class Plan {
     std::uint32_t last_update = 0;
   };
 
-  void own(py::object owner, Expected* expected);
   bool add_state(PyObject* state, const py::tuple& keys, const py::tuple& extras, Entry* entry);
   static bool is_extra(int extra, const TensorView& tensor, const Entry& entry,
                        const TensorView& param);
   SlotDtypes stored_as(const Entry& entry) const;
   int layout_of(PyObject* state, const py::tuple& keys, const py::tuple& extras);
-  std::vector<std::int64_t> overlaps() const;
   void list_written();
-  bool is_written(const void* data) const;
+  std::vector<std::size_t> sharing() const;
+  bool shares_as_before() const;
+  void put_in_order(std::size_t e);
+  Portrait portrait_of(PyObject* param, PyObject* state) const;
+  bool is_as_portrayed(const Entry& entry, PyObject* state);
+  void read_early(const Seen& seen);
   TensorView view_of(const Entry& entry, const Expected& tensor) const {
     const std::int64_t* shape = dims_.data() + entry.dims;
     return {tensor.data, tensor.dtype, entry.ndim, shape, shape + entry.ndim};
   }
 
   bool read_groups(const py::list& groups);
-  Verdict look(const py::dict& state, const py::object& grads, py::list* todo);
-  Verdict look_at(Seen* block, std::size_t size, const py::object& grads, py::list* todo);
+  Verdict look(const py::dict& state, const py::object& grads);
+  Verdict look_at(Seen* block, std::size_t size, const py::dict& state, const py::object& grads);
   bool find_tensors(Seen* seen) const;
   void fetch(const Seen* block, std::size_t size) const;
   void bump_versions();
-  Verdict check(const Seen& seen);
+  Verdict check(const Seen& seen, const py::dict& state);
+  Verdict leave_to_python(const Seen& seen);
+  bool add_shared();
+  bool is_step_expected(PyObject* tensor, Entry* entry);
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
   // Whether the process holds the same elements of both: then shards can be updated one by one.
   static bool is_placed_like(PyObject* tensor, const Entry& entry) {
     return entry.spec ? is_sharded_like(tensor, entry) : is_plain_tensor(tensor);
   }
   static bool is_sharded_like(PyObject* tensor, const Entry& entry);
-  bool is_usable(const Entry& entry, const Seen& seen, const TensorView& now) const;
+  bool is_usable(Entry* entry, const Seen& seen, const TensorView& now);
   bool are_extras_expected(const Seen& seen);
   bool add_task(const Seen& seen, const TensorView& grad);
   bool counts_on_device(const Entry& entry, const TensorView& step) const;
@@ -400,7 +491,7 @@ class Plan {
                                 Where where);
   Step& step_on(int device);
   void read_scaling(const py::object& scaling);
-  void launch(int num_threads, const py::dict& owner, const py::object& created);
+  void launch(int num_threads, const NewState& new_state);
 
   const RuleEntry& rule_;
   const std::string owner_;  // for messages
@@ -411,31 +502,28 @@ class Plan {
   std::vector<StateLayout> layouts_;
   std::vector<std::int64_t> state_order_;  // entries in the order of the optimizer's state, or -1
   std::vector<std::size_t> stateless_;     // the other entries
-  std::unordered_set<const void*> written_starts_;  // where written tensors begin
-  std::vector<bool> written_filter_;                // a Bloom filter of the same
-  py::list owners_;
+  std::unordered_map<std::string, int> layout_index_;
+  std::vector<Portrait> portraits_;
+  std::vector<std::vector<std::size_t>> shared_steps_;  // entries that share a step count
+  WrittenMemory written_memory_;
+  std::size_t generation_ = 0;  // of written_memory_
 
   // Of the running step.
   bool running_ = false;
   bool has_stepped_ = false;  // in the last call of step()
   bool moved_ = false;        // since overlaps were looked for
   std::vector<py::object> held_;
-  std::vector<PyObject*> written_;  // of the block
+  std::vector<PyObject*> written_;     // of the block
+  std::vector<std::size_t> todo_;      // entries that need the Python side
+  std::vector<std::size_t> in_order_;  // entries of which that is true
+  std::vector<Seen> shared_;           // those that share a step count, which follow the others
+  std::unordered_map<const void*, double> shared_counts_;
   std::vector<std::size_t> updated_;
   std::vector<StepCount> counts_;
   std::vector<std::uint64_t*> roundings_;  // counts of random bits used, on the CPU
   std::vector<Step> steps_;                // the CPU first, then the GPUs
   std::map<int, std::pair<py::object, std::uint32_t*>> tickets_;  // by device
 };
-
-// Gives a small tensor a second owner. A tensor that Python alone owns costs torch two trips
-// through the interpreter lock whenever C++ borrows it: with a second owner the exchange and the
-// version bump of the four tensors of a small Adam parameter went from 0.40 to 0.25 us (EPYC 9005,
-// 2026-11).
-void Plan::own(py::object owner, Expected* expected) {
-  expected->owned = !owner.is_none();
-  if (expected->owned) owners_.append(std::move(owner));
-}
 
 void Plan::add_tickets(const py::object& tensor) {
   TensorView now;
@@ -478,11 +566,7 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
     entry.data.data = now.data;
     entry.data.dtype = now.dtype;
     entry.stored = stored_as(entry);
-    if (is_plain_tensor(entry.param)) {
-      own(torch.own_param(param), &entry.data);
-    } else {
-      entry.spec = param.attr("_spec");
-    }
+    if (!is_plain_tensor(entry.param)) entry.spec = param.attr("_spec");
     entry.python |= group.python || !is_flat(now) || has_negative_bit(entry.param);
   } else {
     entry.python = true;
@@ -494,7 +578,7 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
 // False if the kernels cannot take the state.
 bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& extras,
                      Entry* entry) {
-  if (!PyDict_Check(state) || entry->ndim < 0) return false;
+  if (!is_plain_dict(state) || entry->ndim < 0) return false;
   const int layout = layout_of(state, keys, extras);
   Expected extra[kNumExtras];
   bool has_extras = false;
@@ -505,7 +589,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& ex
     PyDict_Next(state, &position, &key, &value);
     TensorView now;
     if (role == StateLayout::kIgnored) continue;
-    if (!view_any(value, &now) || has_negative_bit(value)) return false;
+    if (!view_stored(value, &now) || has_negative_bit(value)) return false;
     if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
     if (role == StateLayout::kStep) {
       if (numel(now) != 1 || !is_float(now.dtype) || itemsize(now.dtype) < 4) return false;
@@ -531,7 +615,6 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& ex
     entry->state[role].data = now.data;
     entry->state[role].dtype = now.dtype;
     entry->state[role].exists = true;
-    if (is_plain_tensor(value)) own(torch.own_state(py::handle(value)), &entry->state[role]);
     found[role] = true;
   }
   for (std::size_t s = 0; s < keys.size(); ++s) {
@@ -610,6 +693,7 @@ bool Plan::counts_on_device(const Entry& entry, const TensorView& step) const {
 
 int Plan::layout_of(PyObject* state, const py::tuple& keys, const py::tuple& extras) {
   StateLayout layout;
+  std::string index;  // keys that are equal have one layout, also if each dict has its own
   Py_ssize_t position = 0;
   PyObject *key, *value;
   while (PyDict_Next(state, &position, &key, &value)) {
@@ -625,17 +709,20 @@ int Plan::layout_of(PyObject* state, const py::tuple& keys, const py::tuple& ext
     }
     if (rule_.has_step && name.equal(py::str("step"))) role = StateLayout::kStep;
     layout.keys.emplace_back(name, role);
+    const auto address = std::to_string(reinterpret_cast<std::uintptr_t>(key));
+    index += PyUnicode_CheckExact(key) ? py::cast<std::string>(py::repr(name)) : address;
+    index += '=' + std::to_string(role) + ' ';
   }
-  const auto same = [&](const StateLayout& other) {
-    return std::equal(layout.keys.begin(), layout.keys.end(), other.keys.begin(), other.keys.end(),
-                      [](const auto& a, const auto& b) {
-                        return a.first.ptr() == b.first.ptr() && a.second == b.second;
-                      });
-  };
-  const auto found = std::find_if(layouts_.begin(), layouts_.end(), same);
-  if (found != layouts_.end()) return static_cast<int>(found - layouts_.begin());
-  layouts_.push_back(std::move(layout));
-  return static_cast<int>(layouts_.size()) - 1;
+  const auto [found, is_new] = layout_index_.emplace(index, static_cast<int>(layouts_.size()));
+  if (is_new) layouts_.push_back(std::move(layout));
+  return found->second;
+}
+
+// Null if it has none. The hash of a tensor is Python code.
+PyObject* state_of(const Entry& entry, const py::dict& state) {
+  PyObject* const found = PyDict_GetItemWithError(state.ptr(), entry.param);
+  if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return found;
 }
 
 void Plan::finish(const py::dict& state) {
@@ -655,65 +742,174 @@ void Plan::finish(const py::dict& state) {
     state_order_.push_back(known ? static_cast<std::int64_t>(found->second) : -1);
   }
   for (std::size_t e = 0; e < entries_.size(); ++e) {
-    if (entries_[e].layout < 0) stateless_.push_back(e);
+    Entry& entry = entries_[e];
+    if (entry.layout < 0) stateless_.push_back(e);
+    if (!entry.python || groups_[entry.group].python) continue;
+    entry.portrait = static_cast<std::int64_t>(portraits_.size());
+    portraits_.push_back(portrait_of(entry.param, state_of(entry, state)));
   }
-  for (const std::int64_t e : overlaps()) entries_[e].python = true;
   list_written();
+  for (const std::size_t e : sharing()) {
+    Entry& entry = entries_[e];
+    if (!entry.python) entry.python = entry.for_memory = true;
+  }
 }
 
-std::size_t filter_bit(const void* data, std::size_t size) {
-  return (reinterpret_cast<std::uintptr_t>(data) * 0x9E3779B97F4A7C15u >> 20) & (size - 1);
+// The bytes of a tensor of any kind, as far as they can be told.
+void add_memory_of(PyObject* tensor, std::vector<MemoryRange>* memory, Portrait* portrait) {
+  PyObject* const local = local_of(tensor);
+  dlpack::Tensor now;
+  MemoryRange range;
+  const bool is_known = is_plain_tensor(local) && exchange(local, &now, &range);
+  if (portrait != nullptr) {
+    portrait->add(reinterpret_cast<std::uintptr_t>(Py_TYPE(tensor)));
+    portrait->add(is_known);
+  }
+  if (!is_known) {
+    for (const py::handle part : torch.parts_of(py::handle(local))) {
+      add_memory_of(part.ptr(), memory, portrait);
+    }
+    return;
+  }
+  memory->push_back(range);
+  if (portrait == nullptr) return;
+  portrait->add(now.dtype.code * 256u + now.dtype.bits);
+  portrait->add(static_cast<std::uint64_t>(now.device.type) * 256 + now.device.id);
+  portrait->add(range.begin % 16);
+  portrait->add(has_negative_bit(local));
+  for (int d = 0; d < now.ndim; ++d) {
+    portrait->add(static_cast<std::uint64_t>(now.shape[d]));
+    portrait->add(static_cast<std::uint64_t>(now.strides[d]));
+  }
+}
+
+// `state` may be null.
+Portrait Plan::portrait_of(PyObject* param, PyObject* state) const {
+  Portrait portrait;
+  add_memory_of(param, &portrait.memory, &portrait);
+  if (state == nullptr) return portrait;
+  portrait.add(reinterpret_cast<std::uintptr_t>(Py_TYPE(state)));
+  if (!is_plain_dict(state)) return portrait;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state, &position, &key, &value)) {
+    if (is_tensor(value)) add_memory_of(value, &portrait.memory, &portrait);
+  }
+  return portrait;
+}
+
+// False if the kernels may be able to take it now. Memory may have moved.
+bool Plan::is_as_portrayed(const Entry& entry, PyObject* state) {
+  Portrait now = portrait_of(entry.param, state);
+  Portrait& before = portraits_[static_cast<std::size_t>(entry.portrait)];
+  if (now.hash != before.hash) return false;
+  if (!(now.memory == before.memory)) {
+    before.memory = std::move(now.memory);
+    moved_ = true;
+  }
+  return true;
 }
 
 void Plan::list_written() {
-  std::size_t size = 1024;
-  while (size < entries_.size() * (1 + kMaxStates) * 16) size *= 2;
-  written_filter_.assign(size, false);
-  written_starts_.clear();
-  const auto add = [&](const Expected& tensor) {
-    if (tensor.data == nullptr) return;
-    written_filter_[filter_bit(tensor.data, size)] = true;
-    written_starts_.insert(tensor.data);
-  };
-  for (const Entry& entry : entries_) {
-    add(entry.data);
-    for (int s = 0; s < kMaxStates; ++s) add(entry.state[s]);
-  }
-  for (const Expected& extra : extras_) add(extra);
-}
-
-bool Plan::is_written(const void* data) const {
-  return written_filter_[filter_bit(data, written_filter_.size())] &&
-         written_starts_.count(data) != 0;
-}
-
-// Entries whose memory another entry writes too.
-std::vector<std::int64_t> Plan::overlaps() const {
-  std::vector<WrittenRange> ranges;
+  std::vector<OwnedRange> ranges;
   ranges.reserve(entries_.size() * (2 + kMaxStates));
+  std::vector<std::pair<const void*, std::size_t>> steps;
+  const auto range_of = [](const TensorView& tensor) {
+    return memory_range(reinterpret_cast<std::uintptr_t>(tensor.data), tensor.ndim, tensor.shape,
+                        tensor.strides, static_cast<std::int64_t>(itemsize(tensor.dtype)));
+  };
   for (std::size_t e = 0; e < entries_.size(); ++e) {
-    const Entry& entry = entries_[e];
-    const auto owner = static_cast<std::int64_t>(e);
+    Entry& entry = entries_[e];
+    if (entry.portrait >= 0) {
+      for (const MemoryRange& memory :
+           portraits_[static_cast<std::size_t>(entry.portrait)].memory) {
+        ranges.push_back({memory, e});
+      }
+      continue;
+    }
     if (entry.data.data == nullptr) continue;
-    ranges.push_back(written_range(view_of(entry, entry.data), owner));
+    ranges.push_back({range_of(view_of(entry, entry.data)), e});
     for (int s = 0; s < kMaxStates; ++s) {
       if (entry.state[s].data == nullptr) continue;
-      ranges.push_back(written_range(view_of(entry, entry.state[s]), owner));
+      ranges.push_back({range_of(view_of(entry, entry.state[s])), e});
     }
-    for (int e = 0; e < kNumExtras && entry.extras >= 0; ++e) {
-      const Expected& extra = extras_[static_cast<std::size_t>(entry.extras + e)];
+    for (int x = 0; x < kNumExtras && entry.extras >= 0; ++x) {
+      const Expected& extra = extras_[static_cast<std::size_t>(entry.extras + x)];
       if (extra.data == nullptr) continue;
-      const std::int64_t listed = e + kMaxSlots == kRounding ? 2 : num_scales(entry.numel);
+      const std::int64_t listed = x + kMaxSlots == kRounding ? 2 : num_scales(entry.numel);
       const std::int64_t stride = 1;
-      ranges.push_back(written_range(is_elementwise(e + kMaxSlots)
-                                         ? view_of(entry, extra)
-                                         : TensorView{extra.data, extra.dtype, 1, &listed, &stride},
-                                     owner));
+      ranges.push_back({range_of(is_elementwise(x + kMaxSlots)
+                                     ? view_of(entry, extra)
+                                     : TensorView{extra.data, extra.dtype, 1, &listed, &stride}),
+                        e});
     }
     const Expected& step = entry.state[StateLayout::kStep];
-    if (step.data != nullptr) ranges.push_back(written_range({step.data, step.dtype}, owner));
+    if (step.data == nullptr) continue;
+    steps.emplace_back(step.data, e);
   }
-  return overlapping_owners(std::move(ranges));
+  // A count that several entries have is in the way of none of them: see add_shared.
+  std::sort(steps.begin(), steps.end());
+  shared_steps_.clear();
+  for (std::size_t begin = 0, end = 0; begin < steps.size(); begin = end) {
+    bool is_shared = false, on_host = true;
+    const Expected& step = entries_[steps[begin].second].state[StateLayout::kStep];
+    for (; end < steps.size() && steps[end].first == steps[begin].first; ++end) {
+      const Entry& entry = entries_[steps[end].second];
+      is_shared = end > begin;
+      on_host &= !entry.device_step && entry.state[StateLayout::kStep].dtype == step.dtype;
+    }
+    is_shared &= on_host;
+    if (is_shared) shared_steps_.emplace_back();
+    for (std::size_t at = begin; at < end; ++at) {
+      Entry& entry = entries_[steps[at].second];
+      entry.shares_step = is_shared ? static_cast<std::int64_t>(shared_steps_.size()) - 1 : -1;
+      if (is_shared) shared_steps_.back().push_back(steps[at].second);
+      if (is_shared && at > begin) continue;
+      ranges.push_back({range_of({step.data, step.dtype}), steps[at].second});
+    }
+  }
+  written_memory_.assign(std::move(ranges));
+  ++generation_;
+}
+
+// Entries whose order matters, because another one writes the same memory: in ascending order. Of
+// those that share a step count all or none.
+std::vector<std::size_t> Plan::sharing() const {
+  std::vector<std::size_t> found = written_memory_.sharing();
+  for (const std::vector<std::size_t>& members : shared_steps_) {
+    const bool is_in_order = std::any_of(members.begin(), members.end(), [&](std::size_t e) {
+      const bool is_python = entries_[e].python && !entries_[e].for_memory;
+      return is_python || std::binary_search(found.begin(), found.end(), e);
+    });
+    if (!is_in_order) continue;
+    found.insert(found.end(), members.begin(), members.end());
+    std::sort(found.begin(), found.end());
+  }
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  return found;
+}
+
+// Whether the same entries share memory as when the plan was made.
+bool Plan::shares_as_before() const {
+  const std::vector<std::size_t> now = sharing();
+  for (const std::size_t e : now) {
+    if (!entries_[e].python) return false;
+  }
+  for (std::size_t e = 0; e < entries_.size(); ++e) {
+    if (entries_[e].for_memory && !std::binary_search(now.begin(), now.end(), e)) return false;
+  }
+  return true;
+}
+
+// The step of this entry, and of those that go with it, must come in the order of the groups.
+void Plan::put_in_order(std::size_t e) {
+  if (entries_[e].in_order) return;
+  entries_[e].in_order = true;
+  in_order_.push_back(e);
+  if (entries_[e].shares_step < 0) return;
+  for (const std::size_t other : shared_steps_[static_cast<std::size_t>(entries_[e].shares_step)]) {
+    put_in_order(other);
+  }
 }
 
 // Reads this step's options. False if the groups are not those of the plan.
@@ -723,8 +919,8 @@ bool Plan::read_groups(const py::list& groups) {
   for (std::size_t g = 0; g < groups_.size(); ++g) {
     Group& group = groups_[g];
     PyObject* dict = PyList_GET_ITEM(groups.ptr(), g);
-    PyObject* params = PyDict_Check(dict) ? PyDict_GetItemString(dict, "params") : nullptr;
-    if (params == nullptr || !PyList_Check(params) ||
+    PyObject* params = PyDict_CheckExact(dict) ? PyDict_GetItemString(dict, "params") : nullptr;
+    if (params == nullptr || !PyList_CheckExact(params) ||
         static_cast<std::size_t>(PyList_GET_SIZE(params)) != group.num_params) {
       return false;
     }
@@ -732,7 +928,7 @@ bool Plan::read_groups(const py::list& groups) {
       if (PyList_GET_ITEM(params, i) != entries_[e].param) return false;
     }
     const Options options(dict, owner_ + ", param group " + std::to_string(g));
-    const bool python = options.get("differentiable", 0) != 0;
+    const bool python = options.flag("differentiable", false);
     if (python != group.python || options.capturable() != group.capturable) return false;
     if (python) continue;  // the Python rule reads its options itself
     group.rule = rule_.read(options);
@@ -751,14 +947,14 @@ bool Plan::read_groups(const py::list& groups) {
 }
 
 // Looks at every tensor of the step and lists what there is to do. Writes no tensor.
-Plan::Verdict Plan::look(const py::dict& state, const py::object& grads, py::list* todo) {
+Plan::Verdict Plan::look(const py::dict& state, const py::object& grads) {
   Seen block[kBlock];
   std::size_t size = 0;
   const auto see = [&](std::size_t e, PyObject* entry_state) {
     block[size++] = Seen{e, entry_state};
     if (size < kBlock) return Verdict::kFine;
     size = 0;
-    return look_at(block, kBlock, grads, todo);
+    return look_at(block, kBlock, state, grads);
   };
   Py_ssize_t position = 0;
   PyObject *key, *value;
@@ -773,13 +969,28 @@ Plan::Verdict Plan::look(const py::dict& state, const py::object& grads, py::lis
   for (const std::size_t e : stateless_) {
     if (see(e, nullptr) == Verdict::kStale) return Verdict::kStale;
   }
-  return look_at(block, size, grads, todo);
+  if (look_at(block, size, state, grads) == Verdict::kStale) return Verdict::kStale;
+  return add_shared() ? Verdict::kFine : Verdict::kStale;
+}
+
+// The entries that share a step count take it one after the other, in the order of the groups, as a
+// loop over them would.
+bool Plan::add_shared() {
+  std::sort(shared_.begin(), shared_.end(),
+            [](const Seen& a, const Seen& b) { return a.entry < b.entry; });
+  written_.clear();
+  for (const Seen& seen : shared_) {
+    TensorView grad;
+    if (!view(seen.grad, &grad) || !add_task(seen, grad)) return false;
+  }
+  if (!shared_.empty()) bump_versions();
+  return true;
 }
 
 // Each pass over the block waits for memory once, not once per tensor: after a backward nothing
 // of this is in a near cache.
-Plan::Verdict Plan::look_at(Seen* block, std::size_t size, const py::object& grads,
-                            py::list* todo) {
+Plan::Verdict Plan::look_at(Seen* block, std::size_t size, const py::dict& state,
+                            const py::object& grads) {
   static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   for (std::size_t i = 0; i < size; ++i) {
     if (block[i].state != nullptr && !find_tensors(&block[i])) return Verdict::kStale;
@@ -803,9 +1014,9 @@ Plan::Verdict Plan::look_at(Seen* block, std::size_t size, const py::object& gra
   }
   written_.clear();
   for (std::size_t i = 0; i < size; ++i) {
-    const Verdict verdict = check(block[i]);
+    const Verdict verdict = check(block[i], state);
     if (verdict == Verdict::kStale) return verdict;
-    if (verdict == Verdict::kPython) todo->append(block[i].entry);
+    if (verdict == Verdict::kPython) todo_.push_back(block[i].entry);
   }
   bump_versions();
   return Verdict::kFine;
@@ -824,14 +1035,21 @@ void Plan::bump_versions() {
   torch.increment_version(written);
 }
 
+// Two strings may be equal: what was unpickled has keys of its own.
+bool is_same_name(PyObject* one, PyObject* other) {
+  return PyUnicode_CheckExact(one) && PyUnicode_CheckExact(other) &&
+         PyUnicode_Compare(one, other) == 0;
+}
+
 // Finds the state tensors by the remembered order of the keys.
 bool Plan::find_tensors(Seen* seen) const {
-  if (!PyDict_Check(seen->state)) return false;
+  if (!is_plain_dict(seen->state)) return false;
   const auto& keys = layouts_[entries_[seen->entry].layout].keys;
   Py_ssize_t position = 0;
   PyObject *key, *value;
   for (const auto& [name, role] : keys) {
-    if (!PyDict_Next(seen->state, &position, &key, &value) || key != name.ptr()) return false;
+    if (!PyDict_Next(seen->state, &position, &key, &value)) return false;
+    if (key != name.ptr() && !is_same_name(key, name.ptr())) return false;
     if (role != StateLayout::kIgnored) seen->tensors[role] = value;
   }
   return !PyDict_Next(seen->state, &position, &key, &value);
@@ -841,19 +1059,14 @@ bool Plan::find_tensors(Seen* seen) const {
 // after a backward torch's records of the tensors are in no near cache. Prefetch instructions did
 // nothing here, loads halved the time of the checks (1,000 x 64 Adam, EPYC 9005, 2026-11).
 void Plan::fetch(const Seen* block, std::size_t size) const {
-  if (torch.impl_offset == 0) return;
+  if (torch.layout.impl == 0) return;
   constexpr std::size_t kTensors = 2 + StateLayout::kStep;
   const char* impls[kBlock * kTensors];
   std::size_t count = 0;
-  const auto pointer_at = [](const char* base, std::size_t offset) {
-    const char* pointer;
-    std::memcpy(&pointer, base + offset, sizeof(pointer));
-    return pointer;
-  };
   const auto touch = [](const char* address) { (void)*const_cast<const volatile char*>(address); };
   const auto add = [&](PyObject* tensor) {
     if (tensor == nullptr || !is_plain_tensor(tensor)) return;
-    const char* impl = pointer_at(reinterpret_cast<const char*>(tensor), torch.impl_offset);
+    const char* impl = impl_of(tensor);
     if (impl != nullptr) impls[count++] = impl;
   };
   for (std::size_t i = 0; i < size; ++i) {
@@ -865,11 +1078,11 @@ void Plan::fetch(const Seen* block, std::size_t size) const {
     for (int s = 0; s <= StateLayout::kStep; ++s) add(block[i].tensors[s]);
   }
   for (std::size_t i = 0; i < count; ++i) {
-    for (std::size_t at = 0; at < kImplSize; at += 64) touch(impls[i] + at);
-    touch(impls[i] + kImplSize - 1);
+    for (std::size_t at = 0; at < kTensorImplBytes; at += 64) touch(impls[i] + at);
+    touch(impls[i] + kTensorImplBytes - 1);
   }
   for (std::size_t i = 0; i < count; ++i) {
-    for (const std::size_t offset : {torch.storage_offset, torch.version_offset}) {
+    for (const std::size_t offset : {torch.layout.storage, torch.layout.version}) {
       const char* record = offset == 0 ? nullptr : pointer_at(impls[i], offset);
       if (record == nullptr) continue;
       touch(record);
@@ -878,16 +1091,21 @@ void Plan::fetch(const Seen* block, std::size_t size) const {
   }
 }
 
-Plan::Verdict Plan::check(const Seen& seen) {
+Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
   Entry& entry = entries_[seen.entry];
   if (seen.grad == Py_None) {
     if (seen.is_copy) updated_.push_back(seen.entry);  // by the Python rule
     return Verdict::kNoGrad;
   }
-  if (entry.python) return Verdict::kPython;
+  if (entry.python && !entry.for_memory) {
+    if (entry.portrait >= 0 && !is_as_portrayed(entry, state_of(entry, state))) {
+      return Verdict::kStale;
+    }
+    return leave_to_python(seen);
+  }
   TensorView grad;
   const bool is_dense = view(seen.grad, &grad);
-  if (!is_dense && !rule_.has_step) return Verdict::kPython;
+  if (!is_dense && !rule_.has_step) return leave_to_python(seen);
   const bool needs_state =
       rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
   if (needs_state && entry.layout < 0) return Verdict::kStale;
@@ -898,18 +1116,49 @@ Plan::Verdict Plan::check(const Seen& seen) {
     }
   }
   if (entry.extras >= 0 && !are_extras_expected(seen)) return Verdict::kStale;
-  if (!is_dense || !is_usable(entry, seen, grad)) return Verdict::kPython;
-  if (!seen.is_copy && !is_placed_like(seen.grad, entry)) return Verdict::kPython;
+  if (rule_.has_step && !is_step_expected(seen.tensors[StateLayout::kStep], &entry)) {
+    return Verdict::kStale;
+  }
+  if (!is_dense || entry.for_memory) return leave_to_python(seen);
+  if (!is_usable(&entry, seen, grad) || (!seen.is_copy && !is_placed_like(seen.grad, entry))) {
+    read_early(seen);
+    return Verdict::kPython;
+  }
   const int options_device = groups_[entry.group].options_device;
-  if (options_device != kCpu && options_device != entry.device) return Verdict::kPython;
+  if (options_device != kCpu && options_device != entry.device) return leave_to_python(seen);
+  if (entry.shares_step >= 0) {
+    shared_.push_back(seen);
+    return Verdict::kFine;
+  }
   return add_task(seen, grad) ? Verdict::kFine : Verdict::kStale;
+}
+
+// The gradient is read before the kernels start: by a copy, or by the Python rule. If it is what
+// another entry writes then both are put in order.
+void Plan::read_early(const Seen& seen) {
+  if (seen.is_copy) return;
+  std::vector<MemoryRange> memory;
+  add_memory_of(seen.grad, &memory, nullptr);
+  for (const MemoryRange& range : memory) {
+    written_memory_.for_each_overlap(range, [&](std::size_t writer) {
+      if (writer == seen.entry) return;
+      put_in_order(writer);
+      put_in_order(seen.entry);
+    });
+  }
+}
+
+Plan::Verdict Plan::leave_to_python(const Seen& seen) {
+  read_early(seen);
+  if (entries_[seen.entry].shares_step >= 0) put_in_order(seen.entry);
+  return Verdict::kPython;
 }
 
 // Dtype and layout must be what they were. Memory may have moved: then overlaps are looked for
 // again.
 bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
   TensorView now;
-  if (!view_any(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
+  if (!view_stored(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
       !same_layout(now, view_of(entry, *expected)) || !is_placed_like(tensor, entry)) {
     return false;
   }
@@ -917,7 +1166,6 @@ bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* exp
     if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
     if (has_negative_bit(tensor)) return false;
     expected->data = now.data;
-    expected->owned = false;
     moved_ = true;
   }
   return true;
@@ -931,7 +1179,7 @@ bool Plan::are_extras_expected(const Seen& seen) {
     Expected& expected = extras_[static_cast<std::size_t>(entry.extras + e)];
     if (tensor == nullptr) continue;
     TensorView now;
-    if (!view_any(tensor, &now) || now.dtype != expected.dtype ||
+    if (!view_stored(tensor, &now) || now.dtype != expected.dtype ||
         !is_extra(e + kMaxSlots, now, entry, view_of(entry, entry.data)) ||
         has_negative_bit(tensor)) {
       return false;
@@ -940,6 +1188,17 @@ bool Plan::are_extras_expected(const Seen& seen) {
     moved_ |= now.data != expected.data;
     expected.data = now.data;
   }
+  return true;
+}
+
+bool Plan::is_step_expected(PyObject* tensor, Entry* entry) {
+  Expected& expected = entry->state[StateLayout::kStep];
+  TensorView now;
+  if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
+  if (counts_on_device(*entry, now) != entry->device_step) return false;
+  if (!entry->device_step && !is_host(now)) return false;
+  moved_ |= now.data != expected.data;
+  expected.data = now.data;
   return true;
 }
 
@@ -954,51 +1213,41 @@ bool Plan::is_sharded_like(PyObject* tensor, const Entry& entry) {
   return true;
 }
 
-bool Plan::is_usable(const Entry& entry, const Seen& seen, const TensorView& now) const {
-  if (now.device != entry.device || !same_layout(now, view_of(entry, entry.data))) return false;
-  if (!can_combine({{entry.data.dtype, now.dtype}, 2})) return false;
+// Whether the kernels can take the gradient as it is: nothing else of the step writes it.
+bool Plan::is_usable(Entry* entry, const Seen& seen, const TensorView& now) {
+  if (now.device != entry->device || !same_layout(now, view_of(*entry, entry->data))) return false;
+  if (!can_combine({{entry->data.dtype, now.dtype}, 2})) return false;
   const auto begin = reinterpret_cast<std::uintptr_t>(now.data);
-  if (begin % itemsize(now.dtype) != 0) return false;
-  // A gradient may be the parameter itself, but not overlap it in another way.
-  const auto param = reinterpret_cast<std::uintptr_t>(entry.data.data);
-  if (begin != param && begin < param + entry.numel * itemsize(entry.data.dtype) &&
-      param < begin + entry.numel * itemsize(now.dtype)) {
-    return false;
-  }
-  // If it is another tensor of this step it is copied, so that all gradients are read before
-  // anything is written. The copy may be where a tensor was that is in no step of late.
-  if (begin != param && !seen.is_copy && is_written(now.data)) return false;
-  if (begin == param && now.dtype != entry.data.dtype && entry.numel != 0) return false;
-  // A view of the imaginary part of a conjugate is the only tensor that is negated lazily. It has
-  // other strides than a parameter, except where strides do not matter.
-  return entry.numel > 1 || !has_negative_bit(seen.grad);
+  if (begin % itemsize(now.dtype) != 0 || has_negative_bit(seen.grad)) return false;
+  // The copy may be where a tensor was that is in no step of late.
+  if (seen.is_copy || entry->numel == 0) return true;
+  if (now.data == entry->data.data) return now.dtype == entry->data.dtype;
+  const MemoryRange memory{begin,
+                           begin + static_cast<std::size_t>(entry->numel) * itemsize(now.dtype)};
+  if (entry->free_since == generation_ && entry->free_grad == memory) return true;
+  bool is_free = true;
+  written_memory_.for_each_overlap(memory, [&](std::size_t) { is_free = false; });
+  if (!is_free) return false;
+  entry->free_grad = memory;
+  entry->free_since = generation_;
+  return true;
 }
 
 // False if the step count of the tensor cannot go on.
 bool Plan::add_task(const Seen& seen, const TensorView& grad) {
   Entry& entry = entries_[seen.entry];
   double step = entry.first_step ? 1 : 2;
-  if (rule_.has_step) {
-    PyObject* tensor = seen.tensors[StateLayout::kStep];
-    const Expected& expected = entry.state[StateLayout::kStep];
-    TensorView now;
-    if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
-    if (counts_on_device(entry, now) != entry.device_step) return false;
-    if (!entry.device_step && !is_host(now)) return false;
-    if (now.data != expected.data) {
-      entry.state[StateLayout::kStep].data = now.data;
-      entry.state[StateLayout::kStep].owned = false;
-      moved_ = true;
-    }
-  }
   if (rule_.has_step && !entry.device_step) {
     const Expected& expected = entry.state[StateLayout::kStep];
     const TensorView now{expected.data, expected.dtype};
+    double unshared = 0;  // steps of other entries with this count
     const bool is_double = now.dtype == Dtype::kFloat64;
     const double count = is_double ? *static_cast<const double*>(now.data)
                                    : static_cast<double>(*static_cast<const float*>(now.data));
-    step = count + 1;
-    const bool counts_on = is_double ? step > count : static_cast<float>(step) > count;
+    double& counted = entry.shares_step >= 0 ? shared_counts_[now.data] : unshared;
+    const double before = count + counted++;
+    step = before + 1;
+    const bool counts_on = is_double ? step > before : static_cast<float>(step) > before;
     if (!(count >= 0) || !counts_on) return false;
     counts_.push_back({now.data, now.dtype, step, entry.device});
   }
@@ -1008,19 +1257,19 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
   int num_slots = 0;
   task.slots[num_slots++] = entry.data.data;
   task.slots[num_slots++] = grad.data;
-  // What the plan does not own is held while the interpreter lock is released.
-  const auto writes = [&](PyObject* tensor, const Expected& expected) {
+  // What is written is held while the interpreter lock is released.
+  const auto writes = [&](PyObject* tensor) {
     written_.push_back(tensor);
-    if (!expected.owned) held_.push_back(py::reinterpret_borrow<py::object>(tensor));
+    held_.push_back(py::reinterpret_borrow<py::object>(tensor));
     if (PyObject* const local = local_of(tensor); local != tensor) {
       written_.push_back(local);
       held_.push_back(py::reinterpret_borrow<py::object>(local));
     }
   };
-  writes(entry.param, entry.data);
+  writes(entry.param);
   for (int s = 0; s <= kMaxStates; ++s) {
     if (seen.tensors[s] == nullptr) continue;
-    writes(seen.tensors[s], entry.state[s]);
+    writes(seen.tensors[s]);
     if (s != StateLayout::kStep) task.slots[num_slots++] = entry.state[s].data;
   }
   if (entry.extras >= 0) {
@@ -1031,7 +1280,7 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
       const Expected& expected = extras_[static_cast<std::size_t>(entry.extras + e)];
       PyObject* const tensor = seen.tensors[StateLayout::kFirstExtra + e];
       pointers.push_back(expected.data);
-      if (tensor != nullptr) writes(tensor, expected);
+      if (tensor != nullptr) writes(tensor);
     }
     if (dtypes.stochastic && entry.device == kCpu) {
       roundings_.push_back(static_cast<std::uint64_t*>(pointers[task.extras + kRounding]) + 1);
@@ -1081,12 +1330,46 @@ py::dict with_created(const py::dict& state, const py::object& created) {
   return all;
 }
 
+// New state by parameter, as it becomes part of the optimizer: a dict that is there stays and gets
+// other entries, for others may hold it. Whatever can fail or run Python code is in the constructor.
+class NewState {
+ public:
+  NewState(const py::object& created, const py::object& owner) {
+    if (created.is_none() || owner.is_none()) return;
+    owner_ = owner;
+    for (const auto& [param, entries] : py::cast<py::dict>(created)) {
+      PyObject* const existing = PyDict_GetItemWithError(owner.ptr(), param.ptr());
+      if (existing == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (existing == nullptr) {
+        added_[param] = entries;
+      } else {
+        changed_.emplace_back(py::reinterpret_borrow<py::dict>(existing),
+                              py::reinterpret_borrow<py::dict>(entries));
+      }
+    }
+  }
+
+  void commit() const {
+    if (!owner_) return;
+    if (PyDict_Update(owner_.ptr(), added_.ptr()) != 0) throw py::error_already_set();
+    for (const auto& [existing, entries] : changed_) {
+      PyDict_Clear(existing.ptr());
+      if (PyDict_Update(existing.ptr(), entries.ptr()) != 0) throw py::error_already_set();
+    }
+  }
+
+ private:
+  py::object owner_;
+  py::dict added_;
+  std::vector<std::pair<py::dict, py::dict>> changed_;
+};
+
 // None if the step is done. Else nothing was written, and it returns the entries that need the
-// Python side, or False if the plan does not fit any more. `created`: new state by parameter, which
-// becomes part of `owner` together with the step, or None.
-py::object Plan::step(const py::list& groups, const py::dict& state, int num_threads,
+// Python side, or False if the plan does not fit any more. `created`: new state by parameter, or
+// None, which becomes part of `owner` together with the step, unless that is None.
+py::object Plan::step(const py::object& groups, const py::object& state, int num_threads,
                       const py::object& grads, const py::object& scaling, const py::object& created,
-                      const py::dict& owner) {
+                      const py::object& owner) {
   if (running_) throw std::runtime_error(owner_ + ": step() is running in another thread");
   struct Running {
     explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
@@ -1097,28 +1380,37 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
     Plan* plan;
   } running(this);
   has_stepped_ = false;
+  if (!PyList_CheckExact(groups.ptr()) || !is_plain_dict(state.ptr())) return py::bool_(false);
 
-  py::list todo;
-  const py::dict all = with_created(state, created);
+  const py::dict all = with_created(py::reinterpret_borrow<py::dict>(state), created);
   const auto look_at_all = [&] {
+    todo_.clear();
+    shared_.clear();
+    shared_counts_.clear();
     updated_.clear();
     counts_.clear();
     roundings_.clear();
+    for (const std::size_t e : in_order_) entries_[e].in_order = false;
+    in_order_.clear();
     for (Step& step : steps_) step.clear();
-    todo = py::list();
-    return read_groups(groups) && look(all, grads, &todo) != Verdict::kStale;
+    return read_groups(py::reinterpret_borrow<py::list>(groups)) &&
+           look(all, grads) != Verdict::kStale;
   };
   if (!look_at_all()) return py::bool_(false);
   if (moved_) {
-    for (const std::int64_t e : overlaps()) {
-      if (!entries_[e].python) return py::bool_(false);
-    }
     list_written();
     moved_ = false;
     // The gradients were compared with the places where the tensors were before.
-    if (!look_at_all()) return py::bool_(false);
+    if (!shares_as_before() || !look_at_all()) return py::bool_(false);
   }
-  if (!todo.empty()) return std::move(todo);
+  for (const std::size_t e : updated_) {
+    if (entries_[e].in_order) todo_.push_back(e);
+  }
+  if (!todo_.empty()) {
+    py::list todo;
+    for (const std::size_t e : todo_) todo.append(e);
+    return std::move(todo);
+  }
   read_scaling(scaling);
   for (const StepCount& count : counts_) {
     // Only the GPU knows whether it will count this step.
@@ -1126,7 +1418,7 @@ py::object Plan::step(const py::list& groups, const py::dict& state, int num_thr
       return py::bool_(false);
     }
   }
-  launch(num_threads, owner, created);
+  launch(num_threads, NewState(created, owner));
   return py::none();
 }
 
@@ -1167,7 +1459,7 @@ void* current_stream([[maybe_unused]] int device) {
 
 // What can fail comes first, then what is written from here. To Python it is one action: no code of
 // an interrupt or of a destructor runs between the new state, the update and the step counts.
-void Plan::launch(int num_threads, const py::dict& owner, const py::object& created) {
+void Plan::launch(int num_threads, const NewState& new_state) {
   std::vector<void*> streams;
   for (std::size_t s = 1; s < steps_.size(); ++s) {
     const int device = static_cast<int>(s) - 1;
@@ -1186,9 +1478,7 @@ void Plan::launch(int num_threads, const py::dict& owner, const py::object& crea
 #endif
   }
   const LaunchPlan chunks = steps_.empty() ? LaunchPlan() : chunks_of(steps_[0]);
-  if (!created.is_none() && PyDict_Update(owner.ptr(), created.ptr()) != 0) {
-    throw py::error_already_set();
-  }
+  new_state.commit();
   has_stepped_ = true;
   for (const std::size_t e : updated_) entries_[e].first_step = false;
   const py::gil_scoped_release release;
@@ -1273,40 +1563,44 @@ py::object grad_norm_of(const py::list& tensors, const py::object& clip,
   return py::none();
 }
 
-// Learns the layout that fetch() uses from tensors of which something is known: two that share
-// storage and version counter, and a third. Nothing but these tensors' own memory is read.
-void find_offsets(const py::object& sample, const py::object& alias, const py::object& other) {
-  const auto address_of = [](const py::object& tensor) {
-    return tensor.attr("_cdata").cast<std::uintptr_t>();
+// Samples: (tensor, address of its TensorImpl, of its StorageImpl, of its memory, bytes, negative).
+void learn_layout_from(const py::list& samples) {
+  std::vector<LayoutSample> known;
+  const auto pointer = [](const py::handle address) {
+    return reinterpret_cast<const char*>(address.cast<std::uintptr_t>());
   };
-  const auto word = [](std::uintptr_t base, std::size_t offset) {
-    std::uintptr_t value;
-    std::memcpy(&value, reinterpret_cast<const void*>(base + offset), sizeof(value));
-    return value;
-  };
-  constexpr std::size_t kWord = sizeof(std::uintptr_t);
-  const std::uintptr_t a = address_of(sample), b = address_of(alias), c = address_of(other);
-  const auto object = reinterpret_cast<std::uintptr_t>(sample.ptr());
-  const auto object_size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);
-  for (std::size_t at = sizeof(PyObject); at + kWord <= object_size; at += kWord) {
-    if (word(object, at) == a) torch.impl_offset = at;
+  for (const py::handle sample : samples) {
+    const auto tuple = py::cast<py::tuple>(sample);
+    const auto object = reinterpret_cast<const char*>(tuple[0].ptr());
+    const auto object_bytes = static_cast<std::size_t>(Py_TYPE(tuple[0].ptr())->tp_basicsize);
+    known.push_back({object, object_bytes, pointer(tuple[1]), pointer(tuple[2]),
+                     tuple[3].cast<std::uint64_t>(), tuple[4].cast<std::uint64_t>(),
+                     tuple[5].cast<bool>()});
   }
-  const auto storage = sample.attr("untyped_storage")().attr("_cdata").cast<std::uintptr_t>();
-  for (std::size_t at = kWord; at + kWord <= kImplSize; at += kWord) {
-    const std::uintptr_t value = word(a, at);
-    if (value == storage) {
-      torch.storage_offset = at;
-    } else if (value == word(b, at) && value != word(c, at) && value % kWord == 0) {
-      // Of two candidates neither is trusted.
-      torch.version_offset = torch.version_offset == 0 ? at : kImplSize;
-    }
+  torch.layout = learn_layout(known);
+}
+
+// ((address of the memory, bytes), negative) of a plain tensor, each None if it is not known.
+py::tuple read_layout(const py::object& tensor) {
+  py::object memory = py::none(), negative = py::none();
+  std::uintptr_t begin;
+  std::uint64_t num_bytes;
+  if (torch.layout.knows_memory()) {
+    storage_of(tensor.ptr(), &begin, &num_bytes);
+    memory = py::make_tuple(begin, num_bytes);
   }
-  if (torch.version_offset == kImplSize) torch.version_offset = 0;
+  if (torch.layout.knows_negative()) negative = py::bool_(has_negative_bit(tensor.ptr()));
+  return py::make_tuple(memory, negative);
+}
+
+void forget_layout(const std::string& what) {
+  if (what == "memory") torch.layout.num_bytes = 0;
+  if (what == "negative") torch.layout.keys = 0;
 }
 
 void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
-          const py::object& increment_version, const py::object& own_param,
-          const py::object& own_state, const py::tuple& samples) {
+          const py::object& increment_version, const py::object& parts_of,
+          const py::object& defaultdict_type) {
   const void* pointer = py::isinstance<py::int_>(table)
                             ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
                             : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
@@ -1320,15 +1614,65 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.tensor_type = tensor_type.inc_ref().ptr();
   torch.parameter_type = parameter_type.inc_ref().ptr();
   torch.increment_version = increment_version.inc_ref();
-  torch.own_param = own_param.inc_ref();
-  torch.own_state = own_state.inc_ref();
-  find_offsets(samples[0], samples[1], samples[2]);
+  torch.parts_of = parts_of.inc_ref();
+  torch.defaultdict_type = defaultdict_type.inc_ref().ptr();
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
   shares_always();
 }
 
 void set_dtensor_type(const py::object& type) {
   if (torch.dtensor_type == nullptr) torch.dtensor_type = type.inc_ref().ptr();
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  for (const StateLayout& layout : layouts_) {
+    for (const auto& [name, role] : layout.keys) Py_VISIT(name.ptr());
+  }
+  for (const Group& group : groups_) {
+    for (const auto& [name, value] : group.storage) {
+      Py_VISIT(name.ptr());
+      Py_VISIT(value.ptr());
+    }
+  }
+  for (const Entry& entry : entries_) Py_VISIT(entry.spec.ptr());
+  for (const auto& [device, tickets] : tickets_) Py_VISIT(tickets.first.ptr());
+  for (const py::object& held : held_) Py_VISIT(held.ptr());
+  return 0;
+}
+
+// What a destructor runs may call the plan: it is empty before anything goes.
+void Plan::clear() {
+  const std::vector<StateLayout> layouts = std::move(layouts_);
+  const std::vector<Group> groups = std::move(groups_);
+  const std::vector<Entry> entries = std::move(entries_);
+  const auto tickets = std::move(tickets_);
+  layouts_.clear();
+  groups_.clear();
+  entries_.clear();
+  tickets_.clear();
+  state_order_.clear();
+  stateless_.clear();
+}
+
+// A plan can be part of a cycle: what it holds is the collector's to see.
+void take_part_in_collection(PyHeapTypeObject* heap_type) {
+  static constexpr auto plan_of = [](PyObject* object) -> Plan* {
+    auto* const instance = reinterpret_cast<py::detail::instance*>(object);
+    return instance->get_value_and_holder().holder_constructed()
+               ? py::cast<Plan*>(py::handle(object))
+               : nullptr;
+  };
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* object, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(object));
+    const Plan* const plan = plan_of(object);
+    return plan == nullptr ? 0 : plan->traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* object) {
+    if (Plan* const plan = plan_of(object)) plan->clear();
+    return 0;
+  };
 }
 
 std::string describe() {
@@ -1366,6 +1710,9 @@ void memory_floor_of(const py::list& reads, const py::list& writes, int num_thre
 
 PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.def("bind", &bind);
+  module.def("learn_layout", &learn_layout_from);
+  module.def("read_layout", &read_layout);
+  module.def("forget_layout", &forget_layout);
   module.def("set_dtensor_type", &set_dtensor_type);
   module.def("describe", &describe);
   module.def("describe_cuda", [] { return FUSEDOPT_CUDA_STATUS; });  // with CUDA or why not
@@ -1383,7 +1730,7 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.attr("SCALE_ELEMENTS") = kScaleElements;
   module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
              py::arg("num_threads"));
-  py::class_<Plan>(module, "Plan")
+  py::class_<Plan>(module, "Plan", py::custom_type_setup(&take_part_in_collection))
       .def(py::init<const std::string&, std::string>())
       .def("add_tickets", &Plan::add_tickets)
       .def("add_group", &Plan::add_group)

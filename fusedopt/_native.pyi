@@ -28,13 +28,13 @@ class Plan:
     def finish(self, state: dict[Any, Any], /) -> None: ...
     def step(
         self,
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
+        groups: object,
+        state: object,
         num_threads: int,
         grads: dict[int, Tensor | None] | None,
         scaling: dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]] | None,
         created: dict[Tensor, dict[str, Any]] | None,
-        owner: dict[Any, Any],
+        owner: dict[Any, Any] | None,
         /,
     ) -> list[int] | Literal[False] | None: ...
     @property
@@ -46,11 +46,13 @@ def bind(
     tensor_type: type[Tensor],
     parameter_type: type[Tensor],
     increment_version: Callable[[Any], object],
-    own_param: Callable[[Tensor], object],
-    own_state: Callable[[Tensor], object],
-    samples: tuple[Tensor, Tensor, Tensor],
+    parts_of: Callable[[Any], list[Tensor]],
+    defaultdict_type: type[dict[Any, Any]],
     /,
 ) -> None: ...
+def learn_layout(samples: list[tuple[Tensor, int, int, int, int, bool]], /) -> None: ...
+def read_layout(tensor: Tensor, /) -> tuple[tuple[int, int] | None, bool | None]: ...
+def forget_layout(what: Literal["memory", "negative"], /) -> None: ...
 def set_dtensor_type(dtensor_type: type[Tensor], /) -> None: ...
 def describe() -> str: ...
 def describe_cuda() -> str: ...

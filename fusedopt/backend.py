@@ -10,12 +10,17 @@ import importlib
 import os
 import traceback
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+
+from . import memory, torch_layout
+
+# What the kernels compute on, as it is.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def build_error() -> str:
@@ -24,44 +29,20 @@ def build_error() -> str:
     return file.read_text() if file.exists() else ""
 
 
-# Tensors whose size is no matter: one may outlive its replacement until the next step.
-_SMALL_BYTES = 16384
-
-
-def _own_state(tensor: Tensor) -> Any:
-    """Something that owns a small state tensor, beside the optimizer's state."""
-    if tensor.nbytes > _SMALL_BYTES:
-        return None
-    with torch.no_grad():
-        view = tensor.view(tensor.shape)
-    return view if view._base is tensor else None  # in inference mode a view does not own its base
-
-
-def _own_param(param: Tensor) -> Any:
-    """The node that accumulates the gradient of a small parameter: the only owner that
-    torch.utils.swap_tensors tolerates. On a GPU the node would stay on the stream that it was made
-    on, and a backward in a CUDA graph must be on that of the capture."""
-    small = param.nbytes <= _SMALL_BYTES and param.device.type == "cpu"
-    if not (small and param.requires_grad and param.is_leaf):
-        return None
-    return get_gradient_edge(param).node
-
-
 def _bind(module: Any) -> None:
     """Hands torch's DLPack exchange table to the native module."""
     for name in ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"):
         table = getattr(torch.Tensor, name, None)
         if table is not None:
-            sample = torch.zeros(1)
             module.bind(
                 table,
                 torch.Tensor,
                 torch.nn.Parameter,
                 torch._C._increment_version,
-                _own_param,
-                _own_state,
-                (sample, sample.detach(), torch.zeros(1)),
+                memory.parts_of,
+                defaultdict,
             )
+            torch_layout.prove(module)
             return
     raise ImportError(
         f"torch {torch.__version__} does not export the DLPack C exchange API on torch.Tensor; "

@@ -7,6 +7,7 @@ which name the native module knows the same update (``_rule``). The rest is here
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import threading
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
-from . import backend, dtensor, storage
+from . import backend, dtensor, memory, storage
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _norm: GradNorm | None = None
     _tickets: dict[torch.device, Tensor] | None = None
     _has_swapped_ema: bool = False
+    # param_groups as the running step reads them; None between steps.
+    _step_groups: list[Group] | None = None
 
     _turn: Turn
 
@@ -260,12 +263,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             try:
                 self._check_not_swapped()
                 scaling = self._grad_scaling()
+                self._step_groups = self.param_groups
                 todo = self._native_step(self._plan, scaling)
+                if todo is False:
+                    self._step_groups = _plain_groups(self.param_groups)
+                    if self._step_groups is not self.param_groups:
+                        todo = self._native_step(self._plan, scaling)
                 if todo is not None:
-                    with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
                         self._checked_step(todo, scaling)
             finally:
                 turn.is_stepping = False
+                self._step_groups = None
+
+    @property
+    def _groups(self) -> list[Group]:
+        """``param_groups`` as plain dicts, whatever a user has put there."""
+        return self._step_groups or _plain_groups(self.param_groups)
 
     @torch.no_grad()
     def _grad_scaling(self) -> Scaling | None:
@@ -311,15 +325,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if plan is None:
             return False
-        return plan.step(
-            self.param_groups,
-            self.state,
+        state, owner = self.state, self._owner_of_state()
+        is_plain = _is_plain_dict(state) and _is_plain_dict(owner)
+        answer = plan.step(
+            self._groups,
+            state if is_plain else dict(state),
             torch.get_num_threads(),
             grads,
             scaling,
             created or None,
-            self._owner_of_state(),
+            owner if is_plain else None,
         )
+        if answer is None and created and not is_plain:
+            self._keep(created)
+        return answer
+
+    def _keep(self, created: Created) -> None:
+        """Makes new state part of the optimizer's. A dict that is there stays, for others may hold
+        it."""
+        owner = self._owner_of_state()
+        for param, entries in created.items():
+            existing = owner.get(param)
+            if existing is None:
+                owner[param] = entries
+            else:
+                existing.clear()
+                existing.update(entries)
 
     def _owner_of_state(self) -> dict[Any, Any]:
         """Where new state goes."""
@@ -328,7 +359,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _checked_step(self, todo: Any, scaling: Scaling | None) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
         capturing = backend.is_capturing()
-        for g, group in enumerate(self.param_groups if capturing else ()):
+        for g, group in enumerate(self._groups if capturing else ()):
             if not group.get("capturable"):
                 raise RuntimeError(
                     f"fusedopt.{type(self).__name__}: step() is being captured into a CUDA graph, "
@@ -343,7 +374,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if any(self._missing_state(g, i) for g, i, _ in map(plan.locate, todo)):
                 todo = False
         if todo is False:
-            for g in range(len(self.param_groups)):
+            for g in range(len(self._groups)):
                 self._check_options(g)
             for g, i in self._with_grad():
                 self._check(g, i)
@@ -358,6 +389,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if backend.native is not None:
                 plan = self._make_plan(created)
                 todo = self._native_step(plan, scaling, created=created)
+                if todo is False:  # it is not as the plan has it, and would not be the next time
+                    plan = None
         if todo is not None:
             self._mixed_step(plan, todo, created, scaling)
         self._plan = plan
@@ -366,40 +399,58 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes the Python rule where the native side cannot go, copies gradients that have another
         layout than their parameter, and does all the rest in one native call."""
         grads: dict[int, Tensor | None] = {}
-        python: list[tuple[int, int]] = [] if plan is not None else [*self._with_grad()]
-        for entry in todo or ():
-            g, i, native = plan.locate(entry)
-            param = self.param_groups[g]["params"][i]
-            grads[entry] = _in_layout_of(param, param.grad) if native else None
-            if grads[entry] is None:
-                python.append((g, i))
-        written, kept = self._kept(python)
+        written: list[Tensor] = []
+        kept: list[Tensor] = []
         # Python delivers an interrupt after a call. There is none between the last write and the
         # place where it counts as done, nor between an error and the restoration.
         try:
-            for g, i in python:
-                self._python_step(g, i, created, scaling)
-            if plan is not None and (
-                todo is False or self._native_step(plan, scaling, grads, created) is not None
-            ):
-                raise RuntimeError(
-                    f"fusedopt.{type(self).__name__}: parameters, gradients or state changed while "
-                    "step() was reading them; let other threads change them before or after it"
-                )
+            while todo is not None:
+                python = self._left_to_python(plan, todo, grads)
+                targets, copies = self._kept(python)
+                written, kept = written + targets, kept + copies
+                for g, i in python:
+                    self._python_step(g, i, created, scaling)
+                if plan is None:
+                    break
+                todo = self._native_step(plan, scaling, grads, created)
+                if todo is False:
+                    raise RuntimeError(
+                        f"fusedopt.{type(self).__name__}: parameters, gradients or state changed "
+                        "while step() was reading them; let other threads change them before or "
+                        "after it"
+                    )
         except BaseException:
             if written and not (plan is not None and plan.has_stepped):
                 torch._foreach_copy_(written, kept)
             raise
         if plan is None:
-            self._owner_of_state().update(created)
+            self._keep(created)
+
+    def _left_to_python(
+        self, plan: Any, todo: Any, grads: dict[int, Tensor | None]
+    ) -> list[tuple[int, int]]:
+        """Which of the entries of a plan take the Python rule, in the order of the groups; without
+        a plan all of them. Adds to ``grads`` what the kernels see instead of their gradients: None,
+        or for the other entries a copy. A copy that they do not take either is given up."""
+        if plan is None:
+            return [*self._with_grad()]
+        python = []
+        for entry in todo:
+            g, i, native = plan.locate(entry)
+            param = self._groups[g]["params"][i]
+            can_copy = native and entry not in grads
+            grads[entry] = _in_layout_of(param, param.grad) if can_copy else None
+            if grads[entry] is None:
+                python.append((g, i))
+        return sorted(python)
 
     def _kept(self, entries: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """What the Python rule is about to write, and copies of it. On the CPU only: other devices
         seldom have the memory for that, and there an error may leave some parameters stepped."""
         written = {}
         for g, i in entries:
-            param = self.param_groups[g]["params"][i]
-            if self.param_groups[g].get("differentiable") or param.device.type != "cpu":
+            param = self._groups[g]["params"][i]
+            if self._groups[g].get("differentiable") or param.device.type != "cpu":
                 continue
             for value in (param, *self.state.get(param, {}).values()):
                 if isinstance(value, Tensor):
@@ -408,7 +459,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [*written.values()], [value.clone() for value in written.values()]
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
-        for g, group in enumerate(self.param_groups):
+        for g, group in enumerate(self._groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:
                     yield g, i
@@ -416,12 +467,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _complete_state(self, g: int, i: int, created: Created) -> None:
         """Creates the state that the parameter lacks: all of it at its first step, or what an
         option needs that was switched on later (amsgrad, momentum, centered)."""
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         missing = self._missing_state(g, i)
         if not missing or param in created:  # listed twice
             return
-        state = created[param] = dict(self.state.get(param, {}))
+        state = created[param] = self._entries_of(param)
         if not self._has_step and _is_sparse(param.grad):
             return  # the sparse update makes its own
         for key in missing:
@@ -437,6 +488,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state[key] = state[key].to(dtype=torch.float32, device=param.device)
             else:
                 state[key] = state[key].double()
+
+    def _entries_of(self, param: Tensor) -> dict[str, Any]:
+        """A copy of the state of a parameter, or a new one, of the class that its state has."""
+        existing = self.state.get(param)
+        if existing is not None:
+            return copy.copy(existing)
+        factory = getattr(self._owner_of_state(), "default_factory", None)
+        entries: dict[str, Any] = factory() if factory else {}
+        return entries
 
     def _store_state(
         self, state: dict[str, Any], group: Group, param: Tensor, key: str, value: Tensor
@@ -456,7 +516,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _missing_state(self, g: int, i: int) -> list[str]:
         """What the next step of the parameter needs and does not find in its state. A step count
         that its dtype cannot continue is missing, too."""
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         state = self.state.get(param, {})
         if not self._has_step and param.grad is not None and _is_sparse(param.grad):
@@ -509,13 +569,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan = backend.native.Plan(self._rule, f"fusedopt.{type(self).__name__}")
         states = {**self.state, **created}
         self._tickets = self._tickets or {}
-        for device in {p.device for group in self.param_groups for p in group["params"]}:
+        for device in {p.device for group in self._groups for p in group["params"]}:
             if backend.has_kernels(device):
                 if device not in self._tickets:
                     count = backend.native.NUM_TICKETS
                     self._tickets[device] = backend.lasting_zeros(count, torch.float32, device)
                 plan.add_tickets(self._tickets[device])
-        for g, group in enumerate(self.param_groups):
+        for g, group in enumerate(self._groups):
             keys = self._slots(group)
             python = bool(group.get("differentiable"))
             plan.add_group(
@@ -542,7 +602,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # The Python rule --------------------------------------------------------------------------
 
     def _python_step(self, g: int, i: int, created: Created, scaling: Scaling | None) -> None:
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         grad = param.grad
         state = self._state_of(param, created)
@@ -668,7 +728,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, g: int) -> None:
         """Raises if a number among the options of a group is none, or an option no choice."""
-        group = self.param_groups[g]
+        group = self._groups[g]
         self._check_storage(g, group)
         for name, default in self.defaults.items():
             numbers = default if isinstance(default, tuple) else (default,)
@@ -680,6 +740,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue  # off
             try:
                 values = group[name]
+                if isinstance(default, bool):
+                    bool(values)
+                    continue
                 if isinstance(default, tuple) and len(values) != len(default):
                     raise ValueError(f"{len(values)} values")
                 for value in values if isinstance(default, tuple) else (values,):
@@ -706,7 +769,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check(self, g: int, i: int) -> None:
         """Raises if the parameter, its gradient or its state cannot be updated."""
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         grad = param.grad
 
@@ -723,6 +786,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(ValueError, "a meta tensor has no data; materialize it with to_empty() first")
         if param.is_inference() and not torch.is_inference_mode_enabled():
             fail(RuntimeError, "it was made in inference mode; clone() it outside")
+        if (problem := memory.problem(param)) is not None:
+            fail(RuntimeError, f"it {problem}")
         if torch._debug_has_internal_overlap(dtensor.local(param)) == 1:
             fail(
                 ValueError,
@@ -750,6 +815,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if grad.device != param.device:
             fail(ValueError, f"its grad is on {grad.device}; move both to one device")
+        if not memory.is_zero(grad) and (problem := memory.problem(grad)) is not None:
+            fail(RuntimeError, f"its grad {problem}")
         if grad.is_complex() != param.is_complex() or not (
             grad.is_floating_point() or grad.is_complex()
         ):
@@ -780,6 +847,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_state(
         self, group: Group, param: Any, state: dict[str, Any], fail: Callable[..., NoReturn]
     ) -> None:
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (problem := memory.problem(value)) is not None:
+                fail(RuntimeError, f"state[{key!r}] {problem}")
         if self._has_step:
             step = state.get("step")
             if not isinstance(step, Tensor) or step.numel() != 1 or step.is_complex():
@@ -836,7 +906,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         storage.check_scale(key, state.get(f"{key}_scale"), codes, param, fail)
 
     def _describe(self, g: int, i: int) -> str:
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         names = group.get("param_names")
         name = f" {names[i]!r}" if names else ""
@@ -1132,6 +1202,21 @@ def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> An
     return step
 
 
+def _is_plain_dict(mapping: Any) -> bool:
+    return type(mapping) in (dict, defaultdict)
+
+
+def _plain_groups(groups: Any) -> list[Group]:
+    """Param groups as the native side reads them: without asking a subclass what it makes of it."""
+    if type(groups) is list and all(
+        type(group) is dict and type(group["params"]) is list for group in groups
+    ):
+        return groups
+    return [
+        {**{key: group[key] for key in group}, "params": [*group["params"]]} for group in groups
+    ]
+
+
 def _is_sparse(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided
 
@@ -1140,7 +1225,7 @@ def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor | None:
     """A copy of grad with the strides of param, or None if it is not an ordinary real tensor. Of
     DTensors that of what this process holds."""
     param, grad = dtensor.local(param), dtensor.local(dtensor.placed_like(grad, param))
-    if type(grad) is not Tensor or _is_sparse(grad) or grad.is_complex():
+    if type(grad) is not Tensor or _is_sparse(grad) or grad.dtype not in backend.FLOATS:
         return None
     if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
         return None

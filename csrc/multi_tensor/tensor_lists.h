@@ -29,16 +29,4 @@ inline bool same_layout(const TensorView& a, const TensorView& b) {
 // Dtypes that one update can combine: all float64, or any mix of the others (computed in float).
 bool can_combine(const SlotDtypes& dtypes);
 
-// Memory that a step writes, and which tensor it belongs to.
-struct WrittenRange {
-  std::uintptr_t begin, end;
-  std::int64_t owner;
-};
-
-// Owners whose memory another owner writes too: their order matters, they cannot share a launch.
-std::vector<std::int64_t> overlapping_owners(std::vector<WrittenRange> ranges);
-
-// The bytes between the lowest and the highest element of the tensor, whatever its strides.
-WrittenRange written_range(const TensorView& tensor, std::int64_t owner);
-
 }  // namespace fusedopt

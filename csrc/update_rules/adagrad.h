@@ -39,7 +39,7 @@ struct Adagrad {
   template <typename Options>
   static Adagrad from(const Options& options) {
     return {options.number("lr"),    options("lr_decay"),    options("eps"),
-            options("weight_decay"), options.get("l1", 0.0), options("maximize") != 0};
+            options("weight_decay"), options.get("l1", 0.0), options.flag("maximize")};
   }
 
   static constexpr bool kHasStep = true;

@@ -78,9 +78,9 @@ struct Adam {
             options("eps"),
             options("weight_decay"),
             options.get("l1", 0.0),
-            options("amsgrad") != 0,
-            options("maximize") != 0,
-            options("decoupled_weight_decay") != 0};
+            options.flag("amsgrad"),
+            options.flag("maximize"),
+            options.flag("decoupled_weight_decay")};
   }
 
   static constexpr bool kHasStep = true;

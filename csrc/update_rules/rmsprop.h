@@ -74,9 +74,9 @@ struct RMSprop {
             options("weight_decay"),
             options.get("l1", 0.0),
             options("momentum"),
-            options("centered") != 0,
-            options("maximize") != 0,
-            options.get("eps_inside_sqrt", 0.0) != 0};
+            options.flag("centered"),
+            options.flag("maximize"),
+            options.flag("eps_inside_sqrt", false)};
   }
 
   static constexpr bool kHasStep = true;

@@ -47,8 +47,8 @@ struct SGD {
   template <typename Options>
   static SGD from(const Options& options) {
     return {options.number("lr"),    options("momentum"),    options("dampening"),
-            options("weight_decay"), options.get("l1", 0.0), options("nesterov") != 0,
-            options("maximize") != 0};
+            options("weight_decay"), options.get("l1", 0.0), options.flag("nesterov"),
+            options.flag("maximize")};
   }
 
   static constexpr bool kHasStep = false;  // prepare gets 1 at a tensor's first step, then 2

@@ -1,0 +1,108 @@
+"""What the native module may read of torch's tensor objects, learned and proven at import.
+
+torch has no C interface for how long a storage is, nor for whether a tensor is negated lazily, and
+asking Python costs more than the update of a small tensor. The words lie at fixed places, which
+``csrc/torch_layout.cpp`` finds by looking for known values in samples; what it found must then
+hold for other tensors and after everything that moves a tensor. Where it does not, nothing is read
+and Python is asked: slower, but right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+_DTYPES += [torch.int64, torch.int16, torch.uint8]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _samples() -> list[Tensor]:
+    """Tensors whose storages differ in address and in size. The first two share storage and version
+    counter."""
+    first = _empty((3, 7))
+    negative = [_empty((n,), torch.complex64).conj().imag for n in (3, 5)]
+    return [
+        first,
+        first.detach(),
+        *(_empty((rank + 1,) * rank) for rank in range(8)),
+        *(_empty((11 + i,), dtype) for i, dtype in enumerate(_DTYPES)),
+        _empty((29, 6))[1:, ::2],
+        _empty((2, 31)).t(),
+        _empty((37,)).expand(5, 37),
+        _empty((0, 3)),
+        torch.nn.Parameter(_empty((41, 1))),
+        torch.frombuffer(bytearray(92), dtype=torch.float32),  # not from torch's allocator
+        *negative,
+        torch._neg_view(_empty((2, 3, 4, 5, 6), torch.float64)),
+    ]
+
+
+def _moves() -> Iterator[Tensor]:
+    """A tensor after each thing that can happen to it, and others."""
+    tensor = _empty((64,)).requires_grad_()
+    yield tensor
+    tensor.data = _empty((5, 3), torch.bfloat16)
+    yield tensor
+    tensor.set_(_empty((4, 4, 2), torch.bfloat16))  # type: ignore[call-overload]
+    yield tensor
+    yield tensor.requires_grad_(False).resize_(7, 13)
+    for size in (200, 0, 1000, 16):
+        tensor.untyped_storage().resize_(size)
+        yield tensor
+    other = torch.nn.Parameter(_empty((9,)))
+    torch.utils.swap_tensors(tensor, other)
+    yield from (tensor, other)
+    yield tensor.requires_grad_(False)
+    yield _empty((3,)).share_memory_()
+    yield torch.frombuffer(bytearray(48), dtype=torch.float32)
+    complex_ = _empty((6, 2), torch.complex128)
+    yield from (complex_, complex_.conj(), complex_.conj().imag, complex_.real, complex_.imag)
+    yield torch.view_as_real(complex_)
+    yield torch._neg_view(tensor)
+    yield torch._neg_view(torch._neg_view(tensor))
+    with torch.inference_mode():
+        yield _empty((21,))
+
+
+def prove(module: Any) -> str | None:
+    """Lets the native module learn the layout, and takes from it what does not hold. Returns what
+    was wrong, or None."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return _prove(module)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        # Another torch, in which a sample cannot be made: nothing is known, which is no error.
+        module.forget_layout("memory")
+        module.forget_layout("negative")
+        return f"{type(error).__name__}: {error}"
+
+
+def _prove(module: Any) -> str | None:
+    samples = _samples()
+    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in samples):
+        return "imported inside of a mode that makes tensors of another kind"
+    module.learn_layout(
+        [(t, t._cdata, t.untyped_storage()._cdata, *_memory(t), t.is_neg()) for t in samples]
+    )
+    problem = None
+    for tensor in (*_samples(), *_moves()):
+        memory, is_negative = module.read_layout(tensor)
+        if memory != _memory(tensor):
+            module.forget_layout("memory")
+            problem = "the storage of a tensor is not found"
+        if is_negative != tensor.is_neg():
+            module.forget_layout("negative")
+            problem = "the negative bit of a tensor is not found"
+    return problem
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
