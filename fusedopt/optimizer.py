@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import threading
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -337,20 +338,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             owner if is_plain else None,
         )
         if answer is None and created and not is_plain:
-            self._keep(created)
+            _call_all(self._commits(created))
         return answer
 
-    def _keep(self, created: Created) -> None:
-        """Makes new state part of the optimizer's. A dict that is there stays, for others may hold
-        it."""
-        owner = self._owner_of_state()
+    def _commits(self, created: Created) -> list[functools.partial[Any]]:
+        """Calls that make new state part of the optimizer's. A dict that is there stays, for others
+        may hold it."""
+        owner, calls, added = self._owner_of_state(), [], {}
         for param, entries in created.items():
             existing = owner.get(param)
             if existing is None:
-                owner[param] = entries
+                added[param] = entries
             else:
-                existing.clear()
-                existing.update(entries)
+                calls.append(functools.partial(existing.clear))
+                calls.append(functools.partial(existing.update, entries))
+        return [*calls, functools.partial(owner.update, added)]
 
     def _owner_of_state(self) -> dict[Any, Any]:
         """Where new state goes."""
@@ -403,6 +405,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         kept: list[Tensor] = []
         # Python delivers an interrupt after a call. There is none between the last write and the
         # place where it counts as done, nor between an error and the restoration.
+        done: list[bool] = []
+        commits = [*self._commits(created), functools.partial(done.append, True)]
         try:
             while todo is not None:
                 python = self._left_to_python(plan, todo, grads)
@@ -411,6 +415,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for g, i in python:
                     self._python_step(g, i, created, scaling)
                 if plan is None:
+                    _call_all(commits)
                     break
                 todo = self._native_step(plan, scaling, grads, created)
                 if todo is False:
@@ -420,11 +425,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                         "after it"
                     )
         except BaseException:
-            if written and not (plan is not None and plan.has_stepped):
+            if written and not (done or (plan is not None and plan.has_stepped)):
                 torch._foreach_copy_(written, kept)
             raise
-        if plan is None:
-            self._keep(created)
 
     def _left_to_python(
         self, plan: Any, todo: Any, grads: dict[int, Tensor | None]
@@ -1200,6 +1203,11 @@ def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> An
     if isinstance(step, Tensor) and (saved_group.get("fused") or saved_group.get("capturable")):
         return step.to(dtype=torch.float32, device=param.device)
     return step
+
+
+def _call_all(calls: list[functools.partial[Any]]) -> None:
+    """In one call, which no interrupt divides."""
+    deque(map(functools.partial.__call__, calls), maxlen=0)
 
 
 def _is_plain_dict(mapping: Any) -> bool:
