@@ -11,6 +11,7 @@ import torch
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .checkpoint import own_options
 from .optimizer import FusedOptimizer
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -62,7 +63,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
     _check(optimizer, _OURS, schedulers)
-    extras = optimizer._own_options()
+    extras = own_options(type(optimizer))
     groups = (optimizer.defaults, *optimizer.param_groups)
     on = [name for name in extras if any(group.get(name) for group in groups)]
     on += ["max_grad_norm"] * (optimizer.max_grad_norm is not None)
