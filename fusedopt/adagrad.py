@@ -73,6 +73,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     _rule = "adagrad"
     _takes_sparse = True
     _required_slots = _all_slots = _unsigned_slots = ("sum",)
+    _own_options = (*FusedOptimizer._own_options, "capturable")
 
     def __init__(
         self,

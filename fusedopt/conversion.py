@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from . import storage
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
-from .checkpoint import own_options
 from .optimizer import FusedOptimizer
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -63,9 +63,11 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
     _check(optimizer, _OURS, schedulers)
-    extras = own_options(type(optimizer))
+    extras = optimizer._own_options
     groups = (optimizer.defaults, *optimizer.param_groups)
-    on = [name for name in extras if any(group.get(name) for group in groups)]
+    # An average with a decay of 0 is on, too.
+    off = {name: (None,) if name in storage.OPTIONS else (None, 0) for name in extras}
+    on = [name for name in extras if any(group.get(name) not in off[name] for group in groups)]
     on += ["max_grad_norm"] * (optimizer.max_grad_norm is not None)
     on += ["amp_fused"] * optimizer.amp_fused
     if on:

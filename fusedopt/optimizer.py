@@ -7,10 +7,11 @@ which name the native module knows the same update (``_rule``). The rest is here
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -71,6 +72,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     _required_slots: ClassVar[tuple[str, ...]] = ()
     _all_slots: ClassVar[tuple[str, ...]]
     _unsigned_slots: ClassVar[tuple[str, ...]] = ()  # second moments
+    # Options of param groups: those of fusedopt, and those that the class of torch's has. A class
+    # that a user derives may have any constructor, and options of its own that are in neither.
+    _own_options: ClassVar[tuple[str, ...]] = ("l1", *storage.OPTIONS)
+    _torch_options: ClassVar[frozenset[str]] = frozenset()
 
     # Clip the norm of all gradients of a step to this much; may be changed at any time. (These are
     # set on the object: a default on the class would hide them from wrappers that inherit from it.)
@@ -91,6 +96,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     _attached: Attached | None = None
     # Of an optimizer of one parameter in the backward: the state of the whole, for new state.
     _state_of_whole: dict[Any, Any] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls._torch_options:  # else it is derived from a class that knows them
+            stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
+            cls._torch_options = frozenset(inspect.signature(stock).parameters)
+            cls._own_options = tuple(
+                name for name in cls._own_options if name not in cls._torch_options
+            )
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -668,6 +682,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_storage(g, group)
         for name, default in self.defaults.items():
             numbers = default if isinstance(default, tuple) else (default,)
+            if name not in self._torch_options and name not in self._own_options:
+                continue  # a subclass added it
             if name in ("foreach", "fused", "initial_accumulator_value") or not all(
                 isinstance(n, (int, float, Tensor)) for n in numbers
             ):
@@ -900,7 +916,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             stock (bool): as ``torch.optim`` would have written it: 8-bit state as float32, and
-                without masters, averages, and options that torch does not have (default: False).
+                without masters, averages, and options of fusedopt. What a program or a subclass
+                adds to groups and state stays (default: False).
         """
         with self._turn.lock:
             state_dict = super().state_dict()
@@ -910,7 +927,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _as_stock(self, group: Group, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of one parameter as torch's class has it."""
-        return storage.as_stock(state)
+        return storage.as_stock(state, self._all_slots)
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -927,9 +944,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Differences from torch.optim: state tensors keep the dtype they were saved in (torch casts
         them to the parameter's dtype), options that the checkpoint does not know are taken from
-        the defaults, and those that torch does not have stay what they are, and shapes are checked.
+        the defaults, and those that torch does not have (fusedopt's, and what a subclass adds to
+        ``defaults``) stay what they are, and shapes are checked.
         """
-        if not isinstance(state_dict, dict):
+        if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

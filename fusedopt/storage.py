@@ -223,13 +223,14 @@ def random_bits(key: int, step: int, count: int) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:count]
 
 
-def as_stock(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of one parameter as torch knows it."""
-    scales = {f"{key}_scale": key for key, value in state.items() if is_code(value)}
+def as_stock(state: dict[str, Any], slots: tuple[str, ...]) -> dict[str, Any]:
+    """The state of one parameter as torch knows it. ``slots``: the names of its state tensors."""
+    codes = [key for key in slots if is_code(state.get(key))]
+    left_out = {*EXTRAS, *(f"{key}_scale" for key in codes)}
     return {
-        key: decode(value, state[f"{key}_scale"]) if is_code(value) else value
+        key: decode(value, state[f"{key}_scale"]) if key in codes else value
         for key, value in state.items()
-        if key not in scales and key not in EXTRAS
+        if key not in left_out
     }
 
 
