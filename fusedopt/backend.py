@@ -52,7 +52,7 @@ def _bind(module: Any) -> None:
     for name in ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"):
         table = getattr(torch.Tensor, name, None)
         if table is not None:
-            sample = torch.zeros(1)
+            sample = torch.zeros(1, dtype=torch.float32, device="cpu")
             module.bind(
                 table,
                 torch.Tensor,
@@ -60,7 +60,7 @@ def _bind(module: Any) -> None:
                 torch._C._increment_version,
                 _own_param,
                 _own_state,
-                (sample, sample.detach(), torch.zeros(1)),
+                (sample, sample.detach(), sample.clone()),
             )
             return
     raise ImportError(

@@ -32,9 +32,6 @@ Scaling = dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]]
 # way. It becomes the state of the optimizer when nothing can go wrong any more, in one action.
 Created = dict[Tensor, dict[str, Any]]
 
-# A counter stops here: adding 1 no longer changes it.
-_LAST_FLOAT32_STEP = 2**24
-
 
 class Turn:
     """Whose turn it is to change an optimizer: threads wait for each other. Not part of a copy."""
@@ -500,9 +497,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _can_count(self, group: Group, param: Tensor, step: Tensor) -> bool:
         if self._counts_on_device(group, param):
             return step.device == param.device
-        if step.device.type != "cpu" or step.dtype != torch.float32:
+        if step.device.type != "cpu" or step.dtype == torch.float64:
             return True
-        return step.item() < _LAST_FLOAT32_STEP
+        if step.dtype.is_floating_point:
+            return step.item() < 2 / torch.finfo(step.dtype).eps
+        return step.dtype != torch.bool and step.item() < torch.iinfo(step.dtype).max
 
     def _new_step(self, group: Group, param: Tensor) -> Tensor:
         fused = group.get("fused")
@@ -1049,8 +1048,12 @@ def _with_scalars(group: Group) -> Group:
 
 
 def scalar(value: float | Tensor) -> float | Tensor:
-    """A hyperparameter as a number or a 0-dim tensor."""
-    return value.squeeze() if isinstance(value, Tensor) and not _is_sparse(value) else value
+    """A hyperparameter as a number or a 0-dim tensor, no integer one: divided by a number, that
+    would have torch's default dtype."""
+    if not isinstance(value, Tensor) or _is_sparse(value):
+        return value
+    is_integer = not (value.is_floating_point() or value.is_complex())
+    return value.squeeze().to(torch.float32 if is_integer else value.dtype)
 
 
 def add_sparse(tensor: Tensor, other: Tensor, alpha: float = 1.0) -> None:
