@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
 from . import backend, checkpoint, dtensor, storage
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
@@ -466,6 +467,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[g]
         param = group["params"][i]
         state = self.state.get(param, {})
+        if is_lazy(param):  # of what shape it will be is not known yet
+            return ["step", *self._slots(group)]
         if not self._has_step and param.grad is not None and _is_sparse(param.grad):
             return [key for key in self._slots(group) if state.get(key) is None]
         missing = [key for key in self._slots(group) if not self._is_stored(group, param, key)]
@@ -851,11 +854,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         param = group["params"][i]
         names = group.get("param_names")
         name = f" {names[i]!r}" if names else ""
+        who = f"fusedopt.{type(self).__name__}, param group {g}, parameter {i}{name}"
+        if is_lazy(param):
+            return f"{who} (not materialized yet, {param.dtype})"
         strides = f", strides {tuple(param.stride())}" if param.layout is torch.strided else ""
-        return (
-            f"fusedopt.{type(self).__name__}, param group {g}, parameter {i}{name} "
-            f"(shape {tuple(param.shape)}, {param.dtype}{strides})"
-        )
+        return f"{who} (shape {tuple(param.shape)}, {param.dtype}{strides})"
 
     # The average of the weights ---------------------------------------------------------------
 
