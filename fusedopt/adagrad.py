@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import storage
-from .optimizer import FusedOptimizer, Group, add_sparse, penalized_grad, scalar
+from .optimizer import Created, FusedOptimizer, Group, add_sparse, penalized_grad, scalar
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -73,6 +74,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     _rule = "adagrad"
     _takes_sparse = True
     _required_slots = _all_slots = _unsigned_slots = ("sum",)
+    _own_options = (*FusedOptimizer._own_options, "capturable")
 
     def __init__(
         self,
@@ -118,15 +120,46 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             rounding=rounding,
             ema=ema,
         )
-        # The first step makes all that other storage needs, as it does for the other optimizers.
-        # With a part of it, a sharded checkpoint would be loaded into that part.
-        for group in filter(storage.is_on, self.param_groups):
+        for group in self.param_groups:
             for param in group["params"]:
-                self.state.pop(param, None)
+                if storage.is_on(group):
+                    # The first step makes all that other storage needs, as it does for the other
+                    # optimizers. With a part of it, a sharded checkpoint would be loaded into that.
+                    self.state.pop(param, None)
+                    continue
+                state = self.state[param]
+                if not group["fused"] and state["step"].device.type != "cpu":
+                    # torch's is on the default device.
+                    state["step"] = torch.tensor(0.0, dtype=state["step"].dtype, device="cpu")
+
+    def share_memory(self) -> None:
+        """Puts all that is kept for the parameters, but the step counts, into shared memory. What
+        the first step would make of it is made now.
+
+        Raises:
+            TypeError, ValueError: an option of a group is wrong.
+        """
+        with self._exclusively("share_memory()"):
+            created: Created = {}
+            for g, group in enumerate(self.param_groups):
+                self._check_options(g)
+                for i, param in enumerate(group["params"]):
+                    storage.check_param(group, param, functools.partial(self._refuse, g, i))
+                    self._complete_state(g, i, created)
+            self.state.update(created)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    for key, value in self.state[param].items():
+                        if isinstance(value, Tensor) and key != "step":
+                            value.share_memory_()
+
+    def _refuse(self, g: int, i: int, error: type[Exception], problem: str) -> NoReturn:
+        raise error(f"{self._describe(g, i)}: {problem}")
 
     def _as_stock(self, group: Group, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         if not state:  # torch's makes its state when it is created, and needs it
-            return {"step": torch.zeros(()), "sum": self._initial_state(group, param)}
+            step = self._new_step(group, param).to(param.device if group.get("fused") else "cpu")
+            return {"step": step, "sum": self._initial_state(group, param)}
         return super()._as_stock(group, param, state)
 
     @staticmethod
@@ -160,7 +193,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         indices, values = grad._indices(), grad._values()
 
         def sparse(new: Tensor) -> Tensor:
-            return torch.sparse_coo_tensor(indices, new, grad.shape, is_coalesced=True)
+            return torch.sparse_coo_tensor(
+                indices, new, grad.shape, dtype=new.dtype, device=new.device, is_coalesced=True
+            )
 
         lr = float(group["lr"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
         # As in the dense rule, the update takes the sum as it was before it is rounded.

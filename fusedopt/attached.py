@@ -6,10 +6,12 @@ import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from .optimizer import FusedOptimizer, Group
@@ -30,7 +32,8 @@ def attach(
 
     Args:
         model (Module or iterable): a module, of which the parameters that require a gradient are
-            taken, or what the class takes as ``params``.
+            taken, or what the class takes as ``params``. Those of lazy modules may get their shape
+            later.
         optimizer_class: ``fusedopt.Adam``, ``AdamW``, ``SGD``, ``RMSprop`` or ``Adagrad``.
         options: keyword arguments of the class.
 
@@ -177,17 +180,25 @@ def _check_free(param: Tensor, who: str) -> None:
 
 
 def _can_require_grad(param: Tensor) -> bool:
-    kind = param.is_floating_point() or param.is_complex()
-    return param.requires_grad or (kind and not param.is_inference())
+    with _allowing_calls(param):
+        kind = param.is_floating_point() or param.is_complex()
+        return param.requires_grad or (kind and not param.is_inference())
 
 
 def _register(param: Tensor, hook: Hook) -> RemovableHandle:
     """Also if the parameter is frozen: it may require a gradient later."""
-    requires_grad = param.requires_grad
-    param.requires_grad_()
-    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
-    param.requires_grad_(requires_grad)
+    with _allowing_calls(param):
+        requires_grad = param.requires_grad
+        param.requires_grad_()
+        handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+        param.requires_grad_(requires_grad)
     return handle
+
+
+def _allowing_calls(param: Tensor) -> AbstractContextManager[Any]:
+    """A parameter of a lazy module refuses most calls before the first forward. It stays the same
+    object, with its hooks, when it becomes an ordinary one."""
+    return torch._C.DisableTorchFunctionSubclass() if is_lazy(param) else nullcontext()
 
 
 def _part(whole: FusedOptimizer, g: int, i: int) -> FusedOptimizer:

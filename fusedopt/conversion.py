@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import storage
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .optimizer import FusedOptimizer
@@ -39,7 +40,10 @@ def from_torch(optimizer: torch.optim.Optimizer, *schedulers: Any) -> FusedOptim
             replaced by other code than a scheduler's.
     """
     _check(optimizer, _STOCK, schedulers)
+    steps = _steps_on_host(optimizer)
     _convert(optimizer, _OURS)
+    for param, step in steps.items():
+        optimizer.state[param]["step"] = step
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # what amp_fused=True sets
     optimizer._set_defaults()  # type: ignore[attr-defined]
     return optimizer  # type: ignore[return-value]
@@ -62,9 +66,11 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
     _check(optimizer, _OURS, schedulers)
-    extras = optimizer._own_options()
+    extras = optimizer._own_options
     groups = (optimizer.defaults, *optimizer.param_groups)
-    on = [name for name in extras if any(group.get(name) for group in groups)]
+    # An average with a decay of 0 is on, too.
+    off = {name: (None,) if name in storage.OPTIONS else (None, 0) for name in extras}
+    on = [name for name in extras if any(group.get(name) not in off[name] for group in groups)]
     on += ["max_grad_norm"] * (optimizer.max_grad_norm is not None)
     on += ["amp_fused"] * optimizer.amp_fused
     if on:
@@ -116,6 +122,45 @@ def _check(optimizer: Any, origin: dict[str, Any], schedulers: tuple[Any, ...]) 
             f"step() of this {name} has been replaced by "
             f"{getattr(step, '__qualname__', step)}; convert the optimizer before that"
         )
+
+
+def _steps_on_host(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torch.Tensor]:
+    """On the CPU, the step counts that torch has made on a default device which is not that of the
+    parameter.
+
+    Raises:
+        ValueError: one was made on the meta device, where nothing counts, and then loaded.
+    """
+    steps = {}
+    for g, group in enumerate(optimizer.param_groups):
+        on_device = group.get("fused") or group.get("capturable")
+        for i, param in enumerate(group["params"]):
+            state = optimizer.state.get(param) or {}
+            step = state.get("step")
+            if not isinstance(step, torch.Tensor) or on_device:
+                continue
+            if step.device.type == "cpu" or step.device == param.device:
+                continue
+            if not step.is_meta:
+                steps[param] = step.cpu()
+                continue
+            # torch's step() raises with it. What its constructor made is at its start.
+            if not _is_initial(state, group):
+                raise ValueError(
+                    f"param group {g}, parameter {i}: its step count is on the meta device, "
+                    "without data; set state['step'] to the count, as a tensor on the CPU"
+                )
+            steps[param] = torch.zeros((), dtype=step.dtype, device="cpu")
+    return steps
+
+
+def _is_initial(state: dict[str, Any], group: dict[str, Any]) -> bool:
+    """Whether the state is what torch's Adagrad makes before any step."""
+    initial, sums = group.get("initial_accumulator_value", 0), state.get("sum")
+    if set(state) != {"step", "sum"} or not isinstance(sums, torch.Tensor):
+        return False
+    value = complex(initial, initial) if sums.is_complex() else initial
+    return bool((sums == torch.full_like(sums, value)).all())
 
 
 def _convert(optimizer: Any, target: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ def row_per_shard(row: Tensor, param: Any) -> Tensor:
         return row
     from torch.distributed.tensor import DTensor
 
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=row.dtype, device="meta").stride()
     mine = row.view(*[1] * (len(shape) - 1), -1)
     return DTensor.from_local(mine, param.device_mesh, placements, shape=shape, stride=stride)
 

@@ -14,16 +14,16 @@ import os
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
-from . import backend, dtensor, memory, storage
+from . import backend, checkpoint, dtensor, memory, storage
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 if TYPE_CHECKING:
@@ -35,10 +35,6 @@ Scaling = dict[torch.device, tuple[Tensor | None, Tensor | None, Tensor | None]]
 # The whole state, by parameter, of those for which this step creates state or stores it in another
 # way. It becomes the state of the optimizer when nothing can go wrong any more, in one action.
 Created = dict[Tensor, dict[str, Any]]
-
-# A counter stops here: adding 1 no longer changes it.
-_LAST_FLOAT32_STEP = 2**24
-_LAST_STEP = 2**53
 
 
 class Turn:
@@ -77,6 +73,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     _required_slots: ClassVar[tuple[str, ...]] = ()
     _all_slots: ClassVar[tuple[str, ...]]
     _unsigned_slots: ClassVar[tuple[str, ...]] = ()  # second moments
+    # Options of param groups: those of fusedopt, and those that the class of torch's has. A class
+    # that a user derives may have any constructor, and options of its own that are in neither.
+    _own_options: ClassVar[tuple[str, ...]] = ("l1", *storage.OPTIONS)
+    _torch_options: ClassVar[frozenset[str]] = frozenset()
 
     # Clip the norm of all gradients of a step to this much; may be changed at any time. (These are
     # set on the object: a default on the class would hide them from wrappers that inherit from it.)
@@ -99,6 +99,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     _attached: Attached | None = None
     # Of an optimizer of one parameter in the backward: the state of the whole, for new state.
     _state_of_whole: dict[Any, Any] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls._torch_options:  # else it is derived from a class that knows them
+            stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
+            cls._torch_options = frozenset(inspect.signature(stock).parameters)
+            cls._own_options = tuple(
+                name for name in cls._own_options if name not in cls._torch_options
+            )
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -522,6 +531,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self._groups[g]
         param = group["params"][i]
         state = self.state.get(param, {})
+        if is_lazy(param):  # of what shape it will be is not known yet
+            return ["step", *self._slots(group)]
         if not self._has_step and param.grad is not None and _is_sparse(param.grad):
             return [key for key in self._slots(group) if state.get(key) is None]
         missing = [key for key in self._slots(group) if not self._is_stored(group, param, key)]
@@ -553,9 +564,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _can_count(self, group: Group, param: Tensor, step: Tensor) -> bool:
         if self._counts_on_device(group, param):
             return step.device == param.device
-        if step.device.type != "cpu" or step.dtype != torch.float32:
+        if step.device.type != "cpu" or step.dtype == torch.float64:
             return True
-        return step.item() < _LAST_FLOAT32_STEP
+        if step.dtype.is_floating_point:
+            return step.item() < 2 / torch.finfo(step.dtype).eps
+        return step.dtype != torch.bool and step.item() < torch.iinfo(step.dtype).max
 
     def _new_step(self, group: Group, param: Tensor) -> Tensor:
         fused = group.get("fused")
@@ -735,6 +748,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_storage(g, group)
         for name, default in self.defaults.items():
             numbers = default if isinstance(default, tuple) else (default,)
+            if name not in self._torch_options and name not in self._own_options:
+                continue  # a subclass added it
             if name in ("foreach", "fused", "initial_accumulator_value") or not all(
                 isinstance(n, (int, float, Tensor)) for n in numbers
             ):
@@ -864,7 +879,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     RuntimeError,
                     "`requires_grad` is not supported for `step` in differentiable mode",
                 )
-            if step.device.type == "cpu" and not 0 <= step.item() < _LAST_STEP:
+            if step.device.type == "cpu" and not 0 <= step.item() < storage.LAST_STEP:
                 fail(ValueError, f"state['step'] is {step.item()}, not a count")
         for key in self._slots(group):
             value = state.get(key)
@@ -913,11 +928,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         param = group["params"][i]
         names = group.get("param_names")
         name = f" {names[i]!r}" if names else ""
+        who = f"fusedopt.{type(self).__name__}, param group {g}, parameter {i}{name}"
+        if is_lazy(param):
+            return f"{who} (not materialized yet, {param.dtype})"
         strides = f", strides {tuple(param.stride())}" if param.layout is torch.strided else ""
-        return (
-            f"fusedopt.{type(self).__name__}, param group {g}, parameter {i}{name} "
-            f"(shape {tuple(param.shape)}, {param.dtype}{strides})"
-        )
+        return f"{who} (shape {tuple(param.shape)}, {param.dtype}{strides})"
 
     # The average of the weights ---------------------------------------------------------------
 
@@ -977,37 +992,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             stock (bool): as ``torch.optim`` would have written it: 8-bit state as float32, and
-                without masters, averages, and options that torch does not have (default: False).
+                without masters, averages, and options of fusedopt. What a program or a subclass
+                adds to groups and state stays (default: False).
         """
         with self._turn.lock:
             state_dict = super().state_dict()
         if not stock:
             return state_dict
-        own = self._own_options()
-        groups = [
-            {name: value for name, value in group.items() if name not in own}
-            for group in state_dict["param_groups"]
-        ]
-        state = dict(state_dict["state"])
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for param, key in zip(group["params"], saved["params"], strict=True):
-                state[key] = self._as_stock(group, param, state.get(key, {}))
-        return {
-            **state_dict,
-            "state": {k: v for k, v in state.items() if v},
-            "param_groups": groups,
-        }
+        return checkpoint.stock_state_dict(self, state_dict)
 
     def _as_stock(self, group: Group, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of one parameter as torch's class has it."""
-        return storage.as_stock(state)
-
-    @classmethod
-    def _own_options(cls) -> list[str]:
-        """The options of param groups that the class of torch's that this one extends has not."""
-        stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
-        known = inspect.signature(stock).parameters
-        return [name for name in inspect.signature(cls).parameters if name not in known]
+        return storage.as_stock(state, self._all_slots)
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -1024,9 +1020,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Differences from torch.optim: state tensors keep the dtype they were saved in (torch casts
         them to the parameter's dtype), options that the checkpoint does not know are taken from
-        the defaults, and those that torch does not have stay what they are, and shapes are checked.
+        the defaults, and those that torch does not have (fusedopt's, and what a subclass adds to
+        ``defaults``) stay what they are, and shapes are checked.
         """
-        if not isinstance(state_dict, dict):
+        if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -1034,8 +1031,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if result is not None:
                 state_dict = result
         with self._exclusively("load_state_dict()"):
-            groups = self._loaded_groups(state_dict)
-            state = self._loaded_state(state_dict, groups)
+            groups = checkpoint.loaded_groups(self, state_dict)
+            state = checkpoint.loaded_state(self, state_dict, groups)
             before = self.__dict__.copy()
             try:
                 self.__setstate__({"state": state, "param_groups": groups})
@@ -1047,124 +1044,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 ) from error
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _loaded_groups(self, state_dict: dict[str, Any]) -> list[Group]:
-        who = f"fusedopt.{type(self).__name__}"
-        for key, kind in (("state", dict), ("param_groups", list)):
-            if not isinstance(state_dict.get(key), kind):
-                raise TypeError(
-                    f"{who}: state_dict[{key!r}] must be a {kind.__name__}, got "
-                    f"{type(state_dict.get(key)).__name__}; is this an optimizer's state_dict?"
-                )
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(
-                "loaded state dict has a different number of parameter groups "
-                f"({len(saved)}, this {who} has {len(self.param_groups)})"
-            )
-        for g, (group, saved_group) in enumerate(zip(self.param_groups, saved, strict=True)):
-            if not isinstance(saved_group, dict) or "params" not in saved_group:
-                raise TypeError(f"{who}: param group {g} of the loaded state dict has no 'params'")
-            if len(saved_group["params"]) != len(group["params"]):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of "
-                    f"optimizer's group (group {g}: {len(saved_group['params'])} saved, "
-                    f"{len(group['params'])} here)"
-                )
-        loaded = []
-        own = self._own_options()
-        for g, (group, saved_group) in enumerate(
-            zip(self.param_groups, deepcopy(saved), strict=True)
-        ):
-            saved_group["params"] = group["params"]
-            if "param_names" in group:
-                saved_group.setdefault("param_names", group["param_names"])
-            known = {name: group[name] for name in own if name in group}
-            for name, value in {**self.defaults, **known}.items():
-                saved_group.setdefault(name, value)
-            self._check_storage(g, saved_group)
-            loaded.append(saved_group)
-        return loaded
-
-    def _loaded_state(self, state_dict: dict[str, Any], groups: list[Group]) -> Any:
-        owner = {}
-        for g, saved_group in enumerate(state_dict["param_groups"]):
-            for i, key in enumerate(saved_group["params"]):
-                owner[key] = (g, i)
-        saved = state_dict["param_groups"]
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        unowned: dict[Any, Any] = {}
-        for key, value in state_dict["state"].items():
-            if key in owner:
-                g, i = owner[key]
-                state[groups[g]["params"][i]] = self._loaded_entry(g, i, saved[g], groups[g], value)
-            elif isinstance(value, dict):
-                unowned[key] = value
-            else:
-                raise TypeError(
-                    f"fusedopt.{type(self).__name__}: the loaded state of {key!r}, which is no "
-                    f"parameter, is a {type(value).__name__}, not a dict"
-                )
-        # torch takes the first entry for that of a parameter.
-        state.update(unowned)
-        return state
-
-    def _loaded_entry(
-        self, g: int, i: int, saved_group: Group, group: Group, saved: Any
-    ) -> dict[str, Any]:
-        """The state of one parameter on its device, in the dtype that it was saved in."""
-        param = self.param_groups[g]["params"][i]
-        where = f"{self._describe(g, i)}: the loaded state"
-
-        def fail(error: type[Exception], problem: str) -> NoReturn:
-            raise error(f"{where}: {problem}")
-
-        if not isinstance(saved, dict):
-            raise TypeError(f"{where} is a {type(saved).__name__}, not a dict")
-        required = ("step", *self._required_slots) if self._has_step else self._required_slots
-        missing = [key for key in required if saved and saved.get(key) is None]
-        foreign = saved and not self._has_step and "step" in saved
-        if missing or foreign:
-            problem = f"has no {missing[0]!r}" if missing else "has a 'step'"
-            raise ValueError(
-                f"{where} {problem} (it has {sorted(map(str, saved))}); "
-                "is it the checkpoint of another optimizer?"
-            )
-        state = {}
-        extras = [key for key in storage.extras(group, param) if key]
-        for key, value in saved.items():
-            if key == "step" and self._has_step:
-                value = _loaded_step(where, param, saved_group, value)
-            elif isinstance(value, Tensor):
-                if key in self._all_slots and value.shape != param.shape:
-                    raise ValueError(
-                        f"{where} has {key!r} of shape {tuple(value.shape)}; is it the "
-                        "checkpoint of another model?"
-                    )
-                if key in self._all_slots and not dtensor.placed_alike(value, param):
-                    raise ValueError(
-                        f"{where} has {key!r} as {dtensor.placed(value)}, the parameter is "
-                        f"{dtensor.placed(param)}; load it with "
-                        "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                    )
-                if key in self._all_slots and storage.is_code(value):
-                    self._check_code(param, key, saved, fail)
-                elif key in self._all_slots and (
-                    value.is_complex() != param.is_complex()
-                    or not (value.is_floating_point() or value.is_complex())
-                ):
-                    raise ValueError(f"{where} has {key!r} of dtype {value.dtype}")
-                if key in extras:
-                    storage.check_extra(key, value, param, fail, any_device=True)
-                if key in self._required_slots and _is_sparse(value):
-                    raise ValueError(f"{where} has a sparse {key!r}; it must be dense")
-                if value.is_meta and not param.is_meta:
-                    raise ValueError(f"{where} has {key!r} on the meta device, without data")
-                value = value.to(device=param.device)
-            elif key in (*self._all_slots, *extras) and value is not None:
-                raise TypeError(f"{where} has {key!r} = {value!r}, not a tensor")
-            state[key] = value
-        return state
 
 
 def _check_max_grad_norm(value: Any) -> None:
@@ -1191,18 +1070,6 @@ def _value_of(state: dict[str, Any], key: str) -> Tensor:
     """A state tensor as numbers, however it is stored."""
     value: Tensor = state[key]
     return storage.decode(value, state[f"{key}_scale"]) if storage.is_code(value) else value
-
-
-def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> Any:
-    try:
-        count = float(step)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise TypeError(f"{where} has 'step' = {step!r}, not a number") from error
-    if not 0 <= count < _LAST_STEP:
-        raise ValueError(f"{where} has 'step' = {count}, not a count")
-    if isinstance(step, Tensor) and (saved_group.get("fused") or saved_group.get("capturable")):
-        return step.to(dtype=torch.float32, device=param.device)
-    return step
 
 
 def _call_all(calls: list[functools.partial[Any]]) -> None:
@@ -1278,8 +1145,12 @@ def _with_scalars(group: Group) -> Group:
 
 
 def scalar(value: float | Tensor) -> float | Tensor:
-    """A hyperparameter as a number or a 0-dim tensor."""
-    return value.squeeze() if isinstance(value, Tensor) and not _is_sparse(value) else value
+    """A hyperparameter as a number or a 0-dim tensor, no integer one: divided by a number, that
+    would have torch's default dtype."""
+    if not isinstance(value, Tensor) or _is_sparse(value):
+        return value
+    is_integer = not (value.is_floating_point() or value.is_complex())
+    return value.squeeze().to(torch.float32 if is_integer else value.dtype)
 
 
 def add_sparse(tensor: Tensor, other: Tensor, alpha: float = 1.0) -> None:

@@ -78,6 +78,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     _required_slots = ("square_avg",)
     _all_slots = ("square_avg", "grad_avg", "momentum_buffer")
     _unsigned_slots = ("square_avg",)
+    _own_options = (*FusedOptimizer._own_options, "eps_inside_sqrt")
 
     def __init__(
         self,

@@ -74,6 +74,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     _has_step = False
     _takes_sparse = True
     _all_slots = ("momentum_buffer",)
+    _own_options = (*FusedOptimizer._own_options, "capturable")
 
     def __init__(
         self,

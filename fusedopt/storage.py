@@ -1,7 +1,8 @@
 """How parameters and state are stored, apart from the rules that compute on them.
 
 The rules see values; what is here turns them into what a state dict holds and back. The native
-module does the same in ``csrc/storage/``, bit for bit.
+module does the same in ``csrc/storage/``, bit for bit. No tensor is made on torch's default device
+or in its default dtype, nor are integers multiplied with a float: the result has that dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "master_weights": (None, "split", "fp32"),
     "rounding": (None, "stochastic"),
 }
+
+# Steps are counted up to here: adding 1 no longer changes a float64.
+LAST_STEP = 2**53
 
 # Elements of one scale of 8-bit state, and the tensors that are too small for it: their state is a
 # small part of a model, and often the part that is sensitive (norms, biases).
@@ -95,7 +99,7 @@ def state_dtype(group: dict[str, Any], param: Tensor, unsigned: bool) -> torch.d
 def new_extra(key: str, param: Tensor) -> Tensor:
     """The first value of an extra."""
     if key == "rounding_state":  # a seed, and how many steps were rounded with it
-        seed = torch.randint(2**62, (2,), dtype=torch.int64)
+        seed = torch.randint(2**62, (2,), dtype=torch.int64, device="cpu")
         seed[1] = 0
         return dtensor.row_per_shard(seed.to(param.device), param)
     if key == "master_remainder":
@@ -125,13 +129,13 @@ def encode(
     blocks = padded.view(-1, SCALE_ELEMENTS)
     scales = blocks.abs().amax(1) if blocks.numel() else blocks.new_empty(0)
     # As products, as the native module has it; a small scale has no finite reciprocal.
-    raised = torch.where(scales < 2.0**-60, 2.0**64, 1.0)
+    raised = torch.ones_like(scales).masked_fill(scales < 2.0**-60, 2.0**64)
     reciprocal = (1 / (scales * raised)).where((scales > 0) & scales.isfinite(), 0)
     ratio = (blocks.abs() * raised[:, None] * reciprocal[:, None]).nan_to_num(0).clamp(max=1)
     if dtype == torch.int8:
         code = (127 * ratio.sqrt() + 0.5).floor().copysign(blocks)
     else:
-        noise = random_bits(_CODE_KEY + slot, int(step), padded.numel()).to(padded.device)
+        noise = random_bits(_CODE_KEY + slot, int(step), padded.numel()).to(padded)
         exact = 255 * ratio.sqrt().sqrt()
         near, noisy = (exact + 0.5).floor(), (exact + noise.view_as(blocks) * 2.0**-16).floor()
         code = torch.where((exact - near).abs() < 2.0**-12, near, noisy)
@@ -151,10 +155,10 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     flat = _in_memory(dtensor.local(codes)).float()
     scale = dtensor.local(scales).view(-1).repeat_interleave(SCALE_ELEMENTS)[: flat.numel()]
     if codes.dtype == torch.int8:
-        root = flat * torch.tensor(1 / 127, dtype=torch.float32)
+        root = flat * torch.tensor(1 / 127, dtype=torch.float32, device="cpu")
         decoded = root * root.abs() * scale
     else:
-        square = (flat * torch.tensor(1 / 255, dtype=torch.float32)).square()
+        square = (flat * torch.tensor(1 / 255, dtype=torch.float32, device="cpu")).square()
         decoded = square * square * scale
     _in_memory(dtensor.local(value)).copy_(decoded)
     return value
@@ -206,7 +210,7 @@ def round_stochastically(value: Tensor, rounding_state: Tensor) -> Tensor:
 def random_bits(key: int, step: int, count: int) -> Tensor:
     """16 random bits for each of ``count`` elements (csrc/storage/philox.h), as int64."""
     mask = 0xFFFFFFFF
-    block = torch.arange((count + 7) // 8, dtype=torch.int64)
+    block = torch.arange((count + 7) // 8, dtype=torch.int64, device="cpu")
     c0, c1 = block & mask, block >> 32
     c2, c3 = torch.full_like(block, step & mask), torch.full_like(block, step >> 32)
     key0, key1 = key & mask, key >> 32 & mask
@@ -220,13 +224,14 @@ def random_bits(key: int, step: int, count: int) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:count]
 
 
-def as_stock(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of one parameter as torch knows it."""
-    scales = {f"{key}_scale": key for key, value in state.items() if is_code(value)}
+def as_stock(state: dict[str, Any], slots: tuple[str, ...]) -> dict[str, Any]:
+    """The state of one parameter as torch knows it. ``slots``: the names of its state tensors."""
+    codes = [key for key in slots if is_code(state.get(key))]
+    left_out = {*EXTRAS, *(f"{key}_scale" for key in codes)}
     return {
-        key: decode(value, state[f"{key}_scale"]) if is_code(value) else value
+        key: decode(value, state[f"{key}_scale"]) if key in codes else value
         for key, value in state.items()
-        if key not in scales and key not in EXTRAS
+        if key not in left_out
     }
 
 

@@ -453,13 +453,49 @@ def test_torch_save_of_the_whole_optimizer(backend):
     assert snapshot(torch.load(file, weights_only=False)) == snapshot(opt)
 
 
-def test_adagrad_share_memory(backend):
-    (p,), opt = train(fusedopt.Adagrad, *draw([(5,)], 1))
-    opt.share_memory()
-    assert opt.state[p]["sum"].is_shared()
-    before = bits(opt.state[p]["sum"])
-    opt.step()
-    assert opt.state[p]["sum"].is_shared() and bits(opt.state[p]["sum"]) != before
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"ema": 0.9}, torch.float32),
+        ({"state_dtype": "8bit"}, torch.float32),
+        ({"state_dtype": torch.float32, "initial_accumulator_value": 0.1}, torch.bfloat16),
+        ({"master_weights": "split", "ema": 0.9}, torch.bfloat16),
+        ({"master_weights": "fp32"}, torch.float16),
+        ({"rounding": "stochastic"}, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_adagrad_share_memory(options, dtype, steps, backend):
+    """All that is kept for a parameter is shared, but the count, also before the first step; and no
+    bit is another than without."""
+    values, grads = draw([(70, 71), (5,)], 3, dtype)
+    runs = []
+    for shares in (False, True):
+        torch.manual_seed(0)
+        params, opt = train(fusedopt.Adagrad, values, grads[:steps], lr=0.1, **options)
+        if shares:
+            opt.share_memory()
+            keys = [[*opt.state[p]] for p in params]
+            opt.share_memory()
+            assert keys == [[*opt.state[p]] for p in params]
+        step_through(opt, params, grads[steps:])
+        runs.append((snapshot(opt), [opt.state[p] for p in params]))
+    assert runs[0][0] == runs[1][0]
+    for before, state in zip(*(states for _, states in runs), strict=True):
+        assert before.keys() == state.keys()
+        assert {key for key, value in state.items() if not value.is_shared()} == {"step"}
+
+
+@pytest.mark.parametrize("change", [{"ema": 2.0}, {"lr": "fast"}, {"master_weights": "split"}])
+def test_adagrad_share_memory_with_wrong_options(change, backend):
+    params = [leaf(torch.ones(5, dtype=torch.float16)) for _ in range(2)]
+    opt = fusedopt.Adagrad([{"params": [p]} for p in params], ema=0.9)
+    opt.param_groups[1].update(change)
+    with pytest.raises((TypeError, ValueError), match=r"param group 1"):
+        opt.share_memory()
+    assert not opt.state
 
 
 @every_name
