@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
-from . import backend, dtensor, storage
+from . import backend, dtensor, stock_step, storage, tensor_kinds
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # Without a step count, it is the state that says that there was a first step.
                 return
             plan = None
-            if backend.native is not None:
+            if backend.native is not None and not self._is_virtual():
                 plan = self._make_plan(created)
                 todo = self._native_step(plan, scaling, created=created)
         if todo is not None:
@@ -388,7 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         except BaseException:
             if written and not (plan is not None and plan.has_stepped):
-                torch._foreach_copy_(written, kept)
+                tensor_kinds.write(written, kept)
             raise
         if plan is None:
             self._owner_of_state().update(created)
@@ -396,16 +396,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _kept(self, entries: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """What the Python rule is about to write, and copies of it. On the CPU only: other devices
         seldom have the memory for that, and there an error may leave some parameters stepped."""
-        written = {}
+        written, kept = {}, []
         for g, i in entries:
             param = self.param_groups[g]["params"][i]
             if self.param_groups[g].get("differentiable") or param.device.type != "cpu":
                 continue
             for value in (param, *self.state.get(param, {}).values()):
-                if isinstance(value, Tensor):
-                    value = dtensor.local(value)
-                    written[id(value)] = value if _is_sparse(value) else value.detach()
-        return [*written.values()], [value.clone() for value in written.values()]
+                if not isinstance(value, Tensor) or id(value := dtensor.local(value)) in written:
+                    continue
+                copy = tensor_kinds.copy(value)
+                if copy is not None:
+                    written[id(value)] = value if tensor_kinds.is_unusual(value) else value.detach()
+                    kept.append(copy)
+        return [*written.values()], kept
+
+    def _is_virtual(self) -> bool:
+        """Whether there is a parameter or gradient without memory, so that what this step creates
+        or measures has none either."""
+        params = (self.param_groups[g]["params"][i] for g, i in self._with_grad())
+        return any(tensor_kinds.is_virtual(t) for p in params for t in (p, p.grad))
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
         for g, group in enumerate(self.param_groups):
@@ -421,9 +430,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         missing = self._missing_state(g, i)
         if not missing or param in created:  # listed twice
             return
+        if (mode := tensor_kinds.inactive_mode(param)) is not None:
+            with mode:
+                return self._complete_state(g, i, created)
         state = created[param] = dict(self.state.get(param, {}))
-        if not self._has_step and _is_sparse(param.grad):
-            return  # the sparse update makes its own
+        if self._makes_its_state(group, param, state):
+            return
         for key in missing:
             if key in storage.EXTRAS:
                 state[key] = storage.new_extra(key, param)
@@ -433,10 +445,25 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._store_state(state, group, param, key, value)
             elif key not in state:
                 state[key] = self._new_step(group, param)
+            elif tensor_kinds.is_fake(param) and not tensor_kinds.is_fake(state[key]):
+                count = tensor_kinds.number(state[key])
+                state[key] = torch.tensor(count, dtype=state[key].dtype, device=state[key].device)
             elif self._counts_on_device(group, param):
                 state[key] = state[key].to(dtype=torch.float32, device=param.device)
             else:
                 state[key] = state[key].double()
+
+    def _makes_its_state(self, group: Group, param: Tensor, state: dict[str, Any]) -> bool:
+        """Whether it is the update of this parameter that makes the state it lacks."""
+        if not self._has_step and param.grad is not None and _is_sparse(param.grad):
+            return True
+        is_first = not state or not self._has_step
+        return (
+            is_first
+            and not tensor_kinds.is_fake(param)  # torch's counts may not know their values
+            and stock_step.concerns(param, param.grad, state)
+            and stock_step.can_take(group, state)
+        )
 
     def _store_state(
         self, state: dict[str, Any], group: Group, param: Tensor, key: str, value: Tensor
@@ -444,9 +471,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Puts numbers into the state, in the layout of the parameter, as the group declares."""
         state.pop(f"{key}_scale", None)
         dtype = self._state_dtype(group, param, key)
-        dense = torch.empty_like(
-            param, dtype=value.dtype, memory_format=torch.preserve_format
-        ).copy_(value)
+        dense = value
+        if not tensor_kinds.is_unusual(param):
+            dense = torch.empty_like(
+                param, dtype=value.dtype, memory_format=torch.preserve_format
+            ).copy_(value)
         if dtype is None or dtype.is_floating_point:
             state[key] = dense if dtype is None else dense.to(dtype)
         else:
@@ -490,15 +519,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _can_count(self, group: Group, param: Tensor, step: Tensor) -> bool:
         if self._counts_on_device(group, param):
             return step.device == param.device
+        if tensor_kinds.is_fake(param) and not tensor_kinds.is_fake(step):
+            return False
         if step.device.type != "cpu" or step.dtype != torch.float32:
             return True
-        return step.item() < _LAST_FLOAT32_STEP
+        count = tensor_kinds.number(step)
+        return count is None or count < _LAST_FLOAT32_STEP
 
     def _new_step(self, group: Group, param: Tensor) -> Tensor:
         fused = group.get("fused")
         double = torch.get_default_dtype() == torch.float64 and not fused
-        return torch.zeros(
-            (),
+        # torch.zeros would make one that does not know its value in FakeTensorMode.
+        return torch.tensor(
+            0.0,
             dtype=torch.float64 if double else torch.float32,
             device=param.device if fused or self._counts_on_device(group, param) else "cpu",
         )
@@ -544,13 +577,43 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _python_step(self, g: int, i: int, created: Created, scaling: Scaling | None) -> None:
         group = self.param_groups[g]
         param = group["params"][i]
-        grad = param.grad
-        state = self._state_of(param, created)
         factor = None
         if scaling is not None:
             if _skips(scaling[param.device]):
                 return
             factor = _grad_factor(scaling[param.device])
+        if stock_step.concerns(param, param.grad, self._state_of(param, created)):
+            self._unusual_step(g, i, created, factor)
+        else:
+            self._rule_step(group, param, created, factor)
+
+    def _unusual_step(self, g: int, i: int, created: Created, factor: Tensor | None) -> None:
+        """Of what is no ordinary tensor: torch's own for-loop, if it knows all options."""
+        group = self.param_groups[g]
+        param = group["params"][i]
+        if (mode := tensor_kinds.inactive_mode(param)) is not None:
+            with mode:
+                return self._unusual_step(g, i, created, factor)
+        state = self._state_of(param, created)
+        try:
+            with stock_step.scaled_grad(param, factor):
+                if stock_step.can_take(group, state):
+                    stock_step.take(self, group, param, state)
+                else:
+                    self._rule_step(stock_step.with_numbers(group, param), param, created, None)
+        except Exception as error:
+            kind = tensor_kinds.name_first(param, param.grad, *state.values())
+            raise RuntimeError(
+                f"{self._describe(g, i)}: {type(self).__name__} cannot update what is {kind}: "
+                f"{error}"
+            ) from error
+        return None
+
+    def _rule_step(
+        self, group: Group, param: Tensor, created: Created, factor: Tensor | None
+    ) -> None:
+        grad: Tensor = param.grad  # type: ignore[assignment]
+        state = self._state_of(param, created)
         if _is_sparse(grad):
             grad = grad.to(torch.promote_types(grad.dtype, param.dtype))
             self._sparse_update(group, param, grad if factor is None else grad * factor, state)
@@ -580,7 +643,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if self._has_step:
             old, new = [state["step"], *old], (state["step"] + 1, *new)
-        torch._foreach_copy_(old, new)  # at once: an error or interrupt finds all of it or nothing
+        # At once: an error or interrupt finds all of it or nothing.
+        tensor_kinds.write([*old], [*new])
 
     def _python_step_on_stored(
         self, group: Group, param: Tensor, grad: Tensor, factor: Tensor | None, created: Created
@@ -637,7 +701,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             average = dtensor.local(state[ema])
             written.append((average, average + (1 - group["ema"]) * (value - average)))
         old, new_values = map(list, zip(*written, strict=True))
-        torch._foreach_copy_(old, new_values)  # at once: see _python_step
+        tensor_kinds.write(old, new_values)  # at once: see _rule_step
         if held is not param:
             increment_version([param, *(state[key] for key in keys)])
 
@@ -655,7 +719,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._has_step:
             return 1.0 if self._is_new(param, created) else 2.0
         step: Tensor = self._state_of(param, created)["step"] + 1
-        return step if group["differentiable"] or step.device.type != "cpu" else step.item()
+        if group["differentiable"] or (
+            step.device.type != "cpu" and not tensor_kinds.is_fake(step)
+        ):
+            return step
+        count = tensor_kinds.number(step)
+        return 1.0 if count is None else count  # a fake tensor without a value: any number will do
 
     # Checks -----------------------------------------------------------------------------------
 
@@ -688,7 +757,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     if not isinstance(value, Tensor):
                         float(value)
                     elif value.device.type == "cpu":
-                        float(value.detach())
+                        tensor_kinds.check_number(value)
             except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
                 raise TypeError(
                     f"fusedopt.{type(self).__name__}, param group {g}: {name!r} must be a number "
@@ -723,7 +792,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(ValueError, "a meta tensor has no data; materialize it with to_empty() first")
         if param.is_inference() and not torch.is_inference_mode_enabled():
             fail(RuntimeError, "it was made in inference mode; clone() it outside")
-        if torch._debug_has_internal_overlap(dtensor.local(param)) == 1:
+        if (
+            not tensor_kinds.is_unusual(param)
+            and torch._debug_has_internal_overlap(dtensor.local(param)) == 1
+        ):
             fail(
                 ValueError,
                 "several of its elements share one memory location (an expanded tensor?); "
@@ -741,8 +813,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "`fused=True` requires all the params to be floating point Tensors; leave fused "
                 "unset for complex parameters",
             )
+        stock_step.check(group, param, fail)
         if _is_sparse(grad):
-            self._check_sparse(group, grad, fail)
+            self._check_sparse(group, param, grad, fail)
         if grad.shape != param.shape:
             fail(
                 ValueError,
@@ -764,12 +837,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if state:
             self._check_state(group, param, state, fail)
 
-    def _check_sparse(self, group: Group, grad: Tensor, fail: Callable[..., NoReturn]) -> None:
+    def _check_sparse(
+        self, group: Group, param: Tensor, grad: Tensor, fail: Callable[..., NoReturn]
+    ) -> None:
         name = type(self).__name__
-        if not self._takes_sparse or grad.layout is not torch.sparse_coo:
+        # Here torch's loop decides.
+        unusual = tensor_kinds.is_unusual(param) or tensor_kinds.has_own_operators(grad)
+        if not (self._takes_sparse if grad.layout is torch.sparse_coo else unusual):
             hint = ", please consider SparseAdam instead" if name.startswith("Adam") else ""
             fail(RuntimeError, f"{name} does not support sparse gradients{hint}")
-        if group["weight_decay"] != 0:
+        if group["weight_decay"] != 0 and not unusual:
             fail(RuntimeError, "weight_decay option is not compatible with sparse gradients")
         on = [name for name in storage.OPTIONS if group.get(name) is not None]
         if on:
@@ -791,8 +868,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     RuntimeError,
                     "`requires_grad` is not supported for `step` in differentiable mode",
                 )
-            if step.device.type == "cpu" and not 0 <= step.item() < _LAST_STEP:
-                fail(ValueError, f"state['step'] is {step.item()}, not a count")
+            count = tensor_kinds.number(step) if step.device.type == "cpu" else None
+            if count is not None and not 0 <= count < _LAST_STEP:
+                fail(ValueError, f"state['step'] is {count}, not a count")
+        left_to_torch = stock_step.concerns(param, param.grad, state)
         for key in self._slots(group):
             value = state.get(key)
             if value is None:
@@ -813,6 +892,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value.is_floating_point() or value.is_complex()
             ):
                 fail(TypeError, f"state[{key!r}] has dtype {value.dtype}")
+            if left_to_torch:
+                continue
             if _is_sparse(value) and not _is_sparse(param.grad):
                 fail(RuntimeError, f"state[{key!r}] is sparse, but the gradient is dense")
             shard = dtensor.local(value)
@@ -1101,8 +1182,9 @@ def _check_max_grad_norm(value: Any) -> None:
 
 def _skips(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) -> bool:
     found_inf, _, clip = scaling
-    return bool(
-        (found_inf is not None and found_inf != 0) or (clip is not None and clip[SKIP] != 0)
+    return any(
+        flag is not None and tensor_kinds.number(flag) not in (None, 0)
+        for flag in (found_inf, None if clip is None else clip[SKIP])
     )
 
 
@@ -1122,7 +1204,7 @@ def _value_of(state: dict[str, Any], key: str) -> Tensor:
 
 def _loaded_step(where: str, param: Tensor, saved_group: Group, step: Any) -> Any:
     try:
-        count = float(step)
+        count = float(step) if not tensor_kinds.is_fake(step) else tensor_kinds.number(step) or 0.0
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{where} has 'step' = {step!r}, not a number") from error
     if not 0 <= count < _LAST_STEP:
