@@ -127,8 +127,9 @@ def _norm_of(grad: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(_flat(grad).double())
         return norm
     try:
-        elements = grad.values() if grad.layout is torch.jagged else grad
-        norm = torch.linalg.vector_norm(elements.detach()).double()
+        parts = grad.detach().unbind() if grad.is_nested else (grad.detach(),)
+        norms = [torch.linalg.vector_norm(part).double() for part in parts]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         return norm
     except Exception as error:
         raise TypeError(

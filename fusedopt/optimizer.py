@@ -411,8 +411,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [*written.values()], kept
 
     def _is_virtual(self) -> bool:
-        """Whether there is a parameter or gradient without memory, so that what this step creates
-        or measures has none either."""
+        """Whether what this step creates or measures may have no memory."""
+        if tensor_kinds.is_transforming():
+            return True
         params = (self.param_groups[g]["params"][i] for g, i in self._with_grad())
         return any(tensor_kinds.is_virtual(t) for p in params for t in (p, p.grad))
 
@@ -816,10 +817,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         stock_step.check(group, param, fail)
         if _is_sparse(grad):
             self._check_sparse(group, param, grad, fail)
-        if grad.shape != param.shape:
+        if tensor_kinds.shape(grad) != tensor_kinds.shape(param):
             fail(
                 ValueError,
-                f"its grad has shape {tuple(grad.shape)}; set grad to None and run backward again",
+                f"its grad has shape {tensor_kinds.shape(grad)}; "
+                "set grad to None and run backward again",
             )
         if grad.device != param.device:
             fail(ValueError, f"its grad is on {grad.device}; move both to one device")
@@ -878,10 +880,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue
             if not isinstance(value, Tensor):
                 fail(TypeError, f"state[{key!r}] is a {type(value).__name__}, not a tensor")
-            if value.shape != param.shape:
+            if tensor_kinds.shape(value) != tensor_kinds.shape(param):
                 fail(
                     ValueError,
-                    f"state[{key!r}] has shape {tuple(value.shape)}; load the state of this "
+                    f"state[{key!r}] has shape {tensor_kinds.shape(value)}; load the state of this "
                     "parameter, or delete it to start anew",
                 )
             if value.device != param.device:
@@ -921,10 +923,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         param = group["params"][i]
         names = group.get("param_names")
         name = f" {names[i]!r}" if names else ""
-        strides = f", strides {tuple(param.stride())}" if param.layout is torch.strided else ""
+        has_strides = param.layout is torch.strided and not param.is_nested
+        strides = f", strides {tuple(param.stride())}" if has_strides else ""
         return (
             f"fusedopt.{type(self).__name__}, param group {g}, parameter {i}{name} "
-            f"(shape {tuple(param.shape)}, {param.dtype}{strides})"
+            f"(shape {tensor_kinds.shape(param)}, {param.dtype}{strides})"
         )
 
     # The average of the weights ---------------------------------------------------------------
@@ -1144,9 +1147,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if key == "step" and self._has_step:
                 value = _loaded_step(where, param, saved_group, value)
             elif isinstance(value, Tensor):
-                if key in self._all_slots and value.shape != param.shape:
+                shape = tensor_kinds.shape(value)
+                if key in self._all_slots and shape != tensor_kinds.shape(param):
                     raise ValueError(
-                        f"{where} has {key!r} of shape {tuple(value.shape)}; is it the "
+                        f"{where} has {key!r} of shape {shape}; is it the "
                         "checkpoint of another model?"
                     )
                 if key in self._all_slots and not dtensor.placed_alike(value, param):

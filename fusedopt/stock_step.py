@@ -53,12 +53,11 @@ def can_take(group: Group, state: dict[str, Any]) -> bool:
 
 def check(group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:
     """Calls ``fail`` if an option that torch does not have cannot work on an unusual parameter."""
-    if tensor_kinds.is_fake(param) or not tensor_kinds.is_unusual(param):
+    held = dtensor.local(param)
+    if tensor_kinds.is_virtual(held) or not tensor_kinds.is_unusual(held):
         return
     on = own_options(group)
-    if dtensor.local(param).layout is torch.strided:
-        if not tensor_kinds.has_own_operators(param):
-            return
+    if held.layout is torch.strided and not held.is_nested:
         on = [name for name in on if group[name] == _OF_MEMORY.get(name)]
     if on:
         fail(
@@ -72,13 +71,15 @@ def check(group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:
 def scaled_grad(param: Tensor, factor: Tensor | None) -> Iterator[None]:
     """While the gradient of a parameter is the product with a factor."""
     grad = param.grad
-    product = grad
-    if grad is not None and factor is not None:
-        # A number where there is one: not every class multiplies with ordinary tensors.
-        number = None if tensor_kinds.is_unusual(factor) else tensor_kinds.number(factor)
-        product = grad if number == 1.0 else grad * (factor if number is None else number)
+    # A number where there is one: not every class multiplies with ordinary tensors.
+    number: float | None = 1.0 if factor is None else None
+    if factor is not None and not tensor_kinds.is_unusual(factor):
+        number = tensor_kinds.number(factor)
+    if grad is None or number == 1.0:
+        yield
+        return
     try:
-        param.grad = product
+        param.grad = grad * (factor if number is None else number)
         yield
     finally:
         param.grad = grad

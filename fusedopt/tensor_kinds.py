@@ -38,6 +38,19 @@ def is_transformed(tensor: Any) -> bool:
     )
 
 
+def is_transforming() -> bool:
+    """Whether a transformation of ``torch.func`` runs, which also takes the tensors that are made
+    meanwhile."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def shape(tensor: Tensor) -> tuple[Any, ...]:
+    """Its sizes; those of each component if they differ (nested tensors of strided layout)."""
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return tuple(map(tuple, tensor._nested_tensor_size().tolist()))
+    return tuple(tensor.shape)
+
+
 def is_virtual(tensor: Any) -> bool:
     """Whether it has no memory of its own at all."""
     return is_fake(tensor) or is_transformed(tensor)
@@ -133,6 +146,8 @@ def name(tensor: Tensor) -> str:
         return f"of type {type(held).__name__}"
     if held.layout is not torch.strided:
         return f"of layout {held.layout}"
+    if held.is_nested:
+        return "a nested tensor"
     return "inside a transformation of torch.func"
 
 
