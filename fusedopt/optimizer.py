@@ -793,9 +793,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(ValueError, "a meta tensor has no data; materialize it with to_empty() first")
         if param.is_inference() and not torch.is_inference_mode_enabled():
             fail(RuntimeError, "it was made in inference mode; clone() it outside")
-        if (
-            not tensor_kinds.is_unusual(param)
-            and torch._debug_has_internal_overlap(dtensor.local(param)) == 1
+        state = self.state.get(param)
+        left_to_torch = stock_step.concerns(param, grad, state)
+        if not (left_to_torch and tensor_kinds.is_unusual(param)) and (
+            torch._debug_has_internal_overlap(dtensor.local(param)) == 1
         ):
             fail(
                 ValueError,
@@ -814,7 +815,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "`fused=True` requires all the params to be floating point Tensors; leave fused "
                 "unset for complex parameters",
             )
-        stock_step.check(group, param, fail)
+        if left_to_torch:
+            stock_step.check(group, param, fail)
         if _is_sparse(grad):
             self._check_sparse(group, param, grad, fail)
         if tensor_kinds.shape(grad) != tensor_kinds.shape(param):
@@ -829,7 +831,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad.is_floating_point() or grad.is_complex()
         ):
             fail(TypeError, f"its grad has dtype {grad.dtype}; set it to a grad of matching kind")
-        state = self.state.get(param)
         if state is not None and not isinstance(state, dict):
             fail(TypeError, f"its state is a {type(state).__name__}, not a dict")
         storage.check_param(group, param, fail)
@@ -837,7 +838,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         slots = {key: state[key] for key in placed if key in state} if state else {}
         dtensor.check(param, grad, slots, fail)
         if state:
-            self._check_state(group, param, state, fail)
+            self._check_state(group, param, state, left_to_torch, fail)
 
     def _check_sparse(
         self, group: Group, param: Tensor, grad: Tensor, fail: Callable[..., NoReturn]
@@ -857,7 +858,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(RuntimeError, "l1 option is not compatible with sparse gradients")
 
     def _check_state(
-        self, group: Group, param: Any, state: dict[str, Any], fail: Callable[..., NoReturn]
+        self,
+        group: Group,
+        param: Any,
+        state: dict[str, Any],
+        left_to_torch: bool,
+        fail: Callable[..., NoReturn],
     ) -> None:
         if self._has_step:
             step = state.get("step")
@@ -873,7 +879,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             count = tensor_kinds.number(step) if step.device.type == "cpu" else None
             if count is not None and not 0 <= count < _LAST_STEP:
                 fail(ValueError, f"state['step'] is {count}, not a count")
-        left_to_torch = stock_step.concerns(param, param.grad, state)
         for key in self._slots(group):
             value = state.get(key)
             if value is None:

@@ -15,27 +15,28 @@ from . import dtensor, storage, tensor_kinds
 
 Group = dict[str, Any]
 
-# Options that torch's loop knows nothing about.
-_OWN = ("l1", "eps_inside_sqrt", *storage.OPTIONS)
-# Those that reinterpret the bits of memory.
+_SWITCHES = ("l1", "eps_inside_sqrt")  # beside storage.OPTIONS what torch does not have
+# Options that reinterpret the bits of memory.
 _OF_MEMORY = {"state_dtype": "8bit", "master_weights": "split", "rounding": "stochastic"}
 
 
 def concerns(param: Tensor, grad: Tensor | None, state: Any) -> bool:
     """Whether a parameter, its gradient or its state is no ordinary tensor. (Those of sparse
     embeddings are: they have an update of their own.)"""
-    values = state.values() if isinstance(state, dict) else ()
-    return tensor_kinds.is_unusual(param) or any(
-        isinstance(value, Tensor)
-        and tensor_kinds.is_unusual(value)
-        and not tensor_kinds.is_coo(value)
-        for value in (grad, *values)
-    )
+    if tensor_kinds.is_unusual(param):
+        return True
+    values = (grad, *state.values()) if isinstance(state, dict) else (grad,)
+    for value in values:
+        if isinstance(value, Tensor) and tensor_kinds.is_unusual(value):
+            if not tensor_kinds.is_coo(value):
+                return True
+    return False
 
 
 def own_options(group: Group) -> list[str]:
     """Options that are on and that torch does not have."""
-    return [name for name in _OWN if group.get(name) not in (None, False, 0)]
+    on = [name for name in _SWITCHES if group.get(name)]
+    return on + [name for name in storage.OPTIONS if group.get(name) is not None]
 
 
 def can_take(group: Group, state: dict[str, Any]) -> bool:
@@ -72,14 +73,14 @@ def scaled_grad(param: Tensor, factor: Tensor | None) -> Iterator[None]:
     """While the gradient of a parameter is the product with a factor."""
     grad = param.grad
     # A number where there is one: not every class multiplies with ordinary tensors.
-    number: float | None = 1.0 if factor is None else None
+    scale: Tensor | float | None = factor
     if factor is not None and not tensor_kinds.is_unusual(factor):
-        number = tensor_kinds.number(factor)
-    if grad is None or number == 1.0:
+        scale = tensor_kinds.number(factor)
+    if grad is None or scale is None or scale is not factor and scale == 1.0:
         yield
         return
     try:
-        param.grad = grad * (factor if number is None else number)
+        param.grad = grad * scale
         yield
     finally:
         param.grad = grad

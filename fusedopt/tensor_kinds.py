@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from . import dtensor
 
+_ORDINARY_TYPES = (Tensor, torch.nn.Parameter)
 _ORDINARY_FUNCTIONS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
     torch._C._disabled_torch_function_impl,
@@ -21,20 +22,15 @@ _ORDINARY_FUNCTIONS = (
 def is_unusual(tensor: Any) -> bool:
     """Whether only torch's operators can read and write it. Of DTensors, what this process holds
     counts."""
-    tensor = dtensor.local(tensor)
+    if type(tensor) not in _ORDINARY_TYPES:
+        tensor = dtensor.local(tensor)
+        if has_own_operators(tensor):
+            return True
     return (
         tensor.layout is not torch.strided
         or tensor.is_nested
-        or has_own_operators(tensor)
-        or is_transformed(tensor)
-    )
-
-
-def is_transformed(tensor: Any) -> bool:
-    """Whether it is what ``torch.func`` puts in the place of a tensor."""
-    tensor = dtensor.local(tensor)
-    return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(
-        tensor
+        or torch._is_functional_tensor(tensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
@@ -52,14 +48,21 @@ def shape(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def is_virtual(tensor: Any) -> bool:
-    """Whether it has no memory of its own at all."""
-    return is_fake(tensor) or is_transformed(tensor)
+    """Whether it has no memory of its own: fake, or what ``torch.func`` puts in the place of a
+    tensor."""
+    if type(tensor) not in _ORDINARY_TYPES:
+        tensor = dtensor.local(tensor)
+    return (
+        torch._is_functional_tensor(tensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or isinstance(tensor, FakeTensor)
+    )
 
 
 def has_own_operators(tensor: Any) -> bool:
     """Whether its class replaces operators or functions of torch."""
     cls = type(dtensor.local(tensor))
-    if cls is Tensor or cls is torch.nn.Parameter or hasattr(cls, "wait"):
+    if cls in _ORDINARY_TYPES or hasattr(cls, "wait"):
         return False  # wait: the result of a collective, which becomes an ordinary tensor when read
     function: Any = cls.__torch_function__
     return (
