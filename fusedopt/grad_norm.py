@@ -128,7 +128,7 @@ def _norm_of(grad: Tensor) -> Tensor:
         return norm
     try:
         parts = grad.detach().unbind() if grad.is_nested else (grad.detach(),)
-        norms = [torch.linalg.vector_norm(part).double() for part in parts]
+        norms = [_as_ordinary(torch.linalg.vector_norm(part)).double() for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         return norm
     except Exception as error:
@@ -136,6 +136,13 @@ def _norm_of(grad: Tensor) -> Tensor:
             f"a gradient {tensor_kinds.name(grad)} cannot be measured; leave max_grad_norm out, "
             f"and clip it in a way that its class knows before step(): {error}"
         ) from error
+
+
+def _as_ordinary(norm: Tensor) -> Tensor:
+    """What a class of its own computed, for the gradients of other classes beside it."""
+    if tensor_kinds.is_fake(norm) or not tensor_kinds.has_own_operators(norm):
+        return norm
+    return torch.tensor(norm.item(), dtype=torch.float64, device=norm.device)
 
 
 def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:

@@ -4,14 +4,16 @@ them, so do we, with its bits."""
 
 from __future__ import annotations
 
+import copy
 import random
 
-import fusedopt
 import pytest
 import torch
-from cases import NAMES, RICHEST, Case, draw, leaf
+from cases import NAMES, RICHEST, Case, draw, leaf, train
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
+
+import fusedopt
 
 aten = torch.ops.aten
 
@@ -227,7 +229,8 @@ def test_clipping_and_unscaling(layout, backend):
     value = LAYOUTS[layout](torch.randn(6, 4) + 3)
     grad = scaled(value)
     norm = dense(grad).norm() if layout not in ("csr",) else grad.values().norm()
-    expected = value - grad * float(0.5 / (norm + 1e-6))
+    factor = float(0.5 / (norm + 1e-6))
+    expected = torch.add(value, grad * factor, alpha=-1)
 
     param = nn.Parameter(value.clone())
     opt = fusedopt.SGD([param], lr=1.0, max_grad_norm=0.5)
@@ -245,7 +248,7 @@ def test_clipping_and_unscaling(layout, backend):
     assert torch.equal(dense(param), dense(value))
     opt.found_inf = torch.tensor(0.0)
     opt.step()
-    torch.testing.assert_close(dense(param), dense(value - grad))
+    torch.testing.assert_close(dense(param), dense(torch.add(value, grad, alpha=-1)))
 
 
 # Subclasses -----------------------------------------------------------------------------------
@@ -257,7 +260,13 @@ class Quantized(torch.Tensor):
 
     KNOWN = (
         *(aten.detach.default, aten.clone.default, aten.zeros_like.default, aten.full_like.default),
-        *(aten.add.Tensor, aten.neg.default, aten.copy_.default, aten.mul.Tensor),
+        *(
+            aten.add.Tensor,
+            aten.neg.default,
+            aten.sqrt.default,
+            aten.copy_.default,
+            aten.mul.Tensor,
+        ),
         *(aten.add_.Tensor, aten.mul_.Tensor, aten.mul_.Scalar, aten.lerp_.Scalar),
         *(aten.addcmul_.default, aten.addcdiv_.default),
     )
@@ -381,28 +390,27 @@ def test_parameters_of_a_subclass(kind, case, backend):
 
 
 @pytest.mark.parametrize("case", RICHEST, ids=str)
-def test_gradients_and_state_of_a_subclass(case, backend):
-    """On an ordinary parameter: the state as that of an optimizer in 8 bits."""
+@pytest.mark.parametrize("what", ["grad", "state", "both"])
+def test_gradients_and_state_of_a_subclass(case, what, backend):
+    """On an ordinary parameter: gradients in 8 bits, or the state of an optimizer in 8 bits."""
     case = Case(case.name, {k: v for k, v in case.options.items() if k != "amsgrad"})
     (value,), grads = draw([(5, 4)], 4)
-    results = []
-    for build in (case.ours, case.stock):
-        param = leaf(value)
-        opt = build([param])
-        for at, (grad,) in enumerate(grads):
-            param.grad = grad.clone() if at < 2 else None
-            if at >= 2:  # torch's engine would take a gradient of another type, too
-                param.grad = Quantized.of(grad) if case.name == "SGD" else grad.clone()
+    (q,), stock = train(case.stock, [value], grads[:1])
+    p = leaf(q)
+    ours = case.ours([p])
+    saved = copy.deepcopy(stock.state_dict())
+    for state in (stock.state[q], saved["state"][0]) if what != "grad" else ():
+        for key in {"exp_avg", "momentum_buffer", "sum"} & state.keys():
+            state[key] = Quantized.of(state[key])
+    ours.load_state_dict(saved)
+    for (grad,) in grads[1:]:
+        for param, opt in ((p, ours), (q, stock)):
+            param.grad = Quantized.of(grad) if what != "state" else grad.clone()
             opt.step()
-            if at == 0:
-                state = opt.state[param]
-                for key in ("exp_avg", "momentum_buffer"):
-                    if key in state:
-                        state[key] = Quantized.of(state[key])
-        results.append((param, {k: plain(v) for k, v in opt.state[param].items()}))
-    (p, mine), (q, theirs) = results
-    assert torch.equal(p, q)
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+        assert torch.equal(p, q)
+    for key, moment in stock.state[q].items():
+        assert type(ours.state[p][key]) is type(moment)
+        assert torch.equal(plain(ours.state[p][key]), plain(moment))
 
 
 @pytest.mark.parametrize("case", RICHEST, ids=str)
@@ -470,7 +478,8 @@ def test_an_error_in_the_middle_changes_nothing(case, steps, backend, monkeypatc
     for at in range(steps):
         step(at)
     before = everything()
-    last = aten.add_.Tensor if case.name == "SGD" else aten.addcdiv_.default
+    adds = case.name == "SGD" or "momentum" in case.options
+    last = aten.add_.Tensor if adds else aten.addcdiv_.default
     with monkeypatch.context() as patch:
         patch.setattr(Failing, "fails", last)
         with pytest.raises(RuntimeError, match=r"parameter 1.*type Failing.*has no aten") as info:
@@ -504,12 +513,13 @@ def test_masked_parameters_as_in_torch(name, backend):
 
 def test_clipping_of_subclasses(backend):
     value, grad = torch.randn(5, 4), torch.randn(5, 4) + 3
-    for options, kind in (({"max_grad_norm": 0.5}, "two tensors"), ({}, "cautious")):
-        param = nn.Parameter(KINDS[kind](value))
-        opt = fusedopt.SGD([param], lr=1.0, **options)
-        param.grad = KINDS[kind](grad)
-        if not options:
-            fusedopt.clip_grad_norm_([param], 0.5)
+    param, other = nn.Parameter(KINDS["two tensors"](value)), leaf(value)
+    opt = fusedopt.SGD([param, other], lr=1.0, max_grad_norm=0.5)
+    param.grad, other.grad = KINDS["two tensors"](grad), grad.clone()
+    opt.step()
+    clipped = grad * (0.5 / (2**0.5 * grad.norm() + 1e-6))
+    torch.testing.assert_close(plain(param)[0], value - clipped)
+    torch.testing.assert_close(other, value - clipped)
+    param.grad = Quantized.of(grad)
+    with pytest.raises(TypeError, match="of type Quantized cannot be measured"):
         opt.step()
-        first = plain(param)[0] if kind == "two tensors" else plain(param)
-        torch.testing.assert_close(first, value - grad * (0.5 / (grad.norm() + 1e-6)))
