@@ -412,7 +412,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _is_virtual(self) -> bool:
         """Whether what this step creates or measures may have no memory."""
-        if tensor_kinds.is_transforming():
+        if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
             return True
         params = (self.param_groups[g]["params"][i] for g, i in self._with_grad())
         return any(tensor_kinds.is_virtual(t) for p in params for t in (p, p.grad))
@@ -456,14 +456,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _makes_its_state(self, group: Group, param: Tensor, state: dict[str, Any]) -> bool:
         """Whether it is the update of this parameter that makes the state it lacks."""
-        if not self._has_step and param.grad is not None and _is_sparse(param.grad):
-            return True
-        is_first = not state or not self._has_step
-        return (
-            is_first
-            and not tensor_kinds.is_fake(param)  # torch's counts may not know their values
-            and stock_step.concerns(param, param.grad, state)
-            and stock_step.can_take(group, state)
+        if self._has_step or param.grad is None:
+            return False
+        return _is_sparse(param.grad) or (
+            stock_step.concerns(param, param.grad, state) and stock_step.can_take(group, state)
         )
 
     def _store_state(

@@ -21,9 +21,10 @@ _OF_MEMORY = {"state_dtype": "8bit", "master_weights": "split", "rounding": "sto
 
 
 def concerns(param: Tensor, grad: Tensor | None, state: Any) -> bool:
-    """Whether a parameter, its gradient or its state is no ordinary tensor. (Those of sparse
-    embeddings are: they have an update of their own.)"""
-    if tensor_kinds.is_unusual(param):
+    """Whether torch's operators must do the step: because they are recorded, or a parameter, its
+    gradient or its state is no ordinary tensor. (Those of sparse embeddings are: they have an
+    update of their own.)"""
+    if tensor_kinds.is_unusual(param) or tensor_kinds.is_traced():
         return True
     values = (grad, *state.values()) if isinstance(state, dict) else (grad,)
     for value in values:
@@ -44,12 +45,8 @@ def can_take(group: Group, state: dict[str, Any]) -> bool:
     if own_options(group) or any(map(storage.is_code, state.values())):
         return False
     step = state.get("step")
-    # The loop reads the count; on the device, it would have no value in FakeTensorMode.
-    return bool(
-        not isinstance(step, Tensor)
-        or group.get("differentiable")
-        or tensor_kinds.number(step) is not None
-    )
+    # The loop of most classes reads the count.
+    return not tensor_kinds.is_fake(step) or tensor_kinds.number(step) is not None
 
 
 def check(group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:

@@ -34,6 +34,11 @@ def is_unusual(tensor: Any) -> bool:
     )
 
 
+def is_traced() -> bool:
+    """Whether ``make_fx`` records operators: a native step would not be in its graph."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def is_transforming() -> bool:
     """Whether a transformation of ``torch.func`` runs, which also takes the tensors that are made
     meanwhile."""
@@ -139,7 +144,8 @@ def copy(tensor: Tensor) -> Tensor | None:
 
 def name_first(*tensors: Any) -> str:
     """For messages: what is unusual about the first of them that is not ordinary."""
-    return next(name(t) for t in tensors if isinstance(t, Tensor) and is_unusual(t))
+    names = (name(t) for t in tensors if isinstance(t, Tensor) and is_unusual(t))
+    return next(names, "traced by make_fx")
 
 
 def name(tensor: Tensor) -> str:
