@@ -437,6 +437,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = created[param] = dict(self.state.get(param, {}))
         if self._makes_its_state(group, param, state):
             return
+        with self._explained(g, i):
+            self._make_missing(group, param, state, missing)
+
+    def _make_missing(
+        self, group: Group, param: Tensor, state: dict[str, Any], missing: list[str]
+    ) -> None:
         for key in missing:
             if key in storage.EXTRAS:
                 state[key] = storage.new_extra(key, param)
@@ -592,19 +598,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             with mode:
                 return self._unusual_step(g, i, created, factor)
         state = self._state_of(param, created)
+        with self._explained(g, i), stock_step.scaled_grad(param, factor):
+            if stock_step.can_take(group, state):
+                stock_step.take(self, group, param, state)
+            else:
+                self._rule_step(stock_step.with_numbers(group, param), param, created, None)
+        return None
+
+    @contextlib.contextmanager
+    def _explained(self, g: int, i: int) -> Iterator[None]:
+        """Says of an error that an unusual tensor raises which parameter it is."""
         try:
-            with stock_step.scaled_grad(param, factor):
-                if stock_step.can_take(group, state):
-                    stock_step.take(self, group, param, state)
-                else:
-                    self._rule_step(stock_step.with_numbers(group, param), param, created, None)
+            yield
         except Exception as error:
-            kind = tensor_kinds.name_first(param, param.grad, *state.values())
+            param = self.param_groups[g]["params"][i]
+            tensors = (param, param.grad, *self.state.get(param, {}).values())
+            kind = tensor_kinds.first_unusual(*tensors)
+            if kind is None:
+                raise
             raise RuntimeError(
                 f"{self._describe(g, i)}: {type(self).__name__} cannot update what is {kind}: "
                 f"{error}"
             ) from error
-        return None
 
     def _rule_step(
         self, group: Group, param: Tensor, created: Created, factor: Tensor | None

@@ -142,10 +142,10 @@ def copy(tensor: Tensor) -> Tensor | None:
         return None
 
 
-def name_first(*tensors: Any) -> str:
+def first_unusual(*tensors: Any) -> str | None:
     """For messages: what is unusual about the first of them that is not ordinary."""
     names = (name(t) for t in tensors if isinstance(t, Tensor) and is_unusual(t))
-    return next(names, "traced by make_fx")
+    return next(names, "traced by make_fx" if is_traced() else None)
 
 
 def name(tensor: Tensor) -> str:
