@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import dtensor, storage
+from . import dtensor, storage, tensor_kinds
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -184,11 +184,11 @@ def _loaded_tensor(
     is_slot = key in optimizer._all_slots
     # Of a parameter that is not materialized yet the first step checks what there is to check.
     if is_slot and not is_lazy(param):
-        if value.shape != param.shape:
+        shape = tensor_kinds.shape(value)
+        if shape != tensor_kinds.shape(param):
             raise _Problem(
                 ValueError,
-                f" has {key!r} of shape {tuple(value.shape)}; is it the checkpoint of another "
-                "model?",
+                f" has {key!r} of shape {shape}; is it the checkpoint of another model?",
             )
         if not dtensor.placed_alike(value, param):
             raise _Problem(
@@ -216,7 +216,7 @@ def _loaded_step(
     optimizer: FusedOptimizer, param: Tensor, saved_group: Group, group: Group, step: Any
 ) -> Tensor:
     try:
-        count = float(step)
+        count = float(step) if not tensor_kinds.is_fake(step) else tensor_kinds.number(step) or 0.0
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise _Problem(TypeError, f" has 'step' = {step!r}, not a number") from error
     if not 0 <= count < storage.LAST_STEP:

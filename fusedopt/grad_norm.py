@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import backend, dtensor
+from . import backend, dtensor, tensor_kinds
 
 # What a clip tensor begins with (float64, one per device); the native module keeps more behind it.
 NORM, FACTOR, SKIP = range(3)
@@ -72,6 +72,8 @@ class GradNorm:
         skip_nonfinite: bool,
     ) -> Tensor:
         device, _ = bucket
+        if any(map(_is_left_to_torch, grads)):  # what these make does not outlive the step
+            return _clip_of(_norm(grads, loss_scale), max_norm, skip_nonfinite)
         if bucket not in self._clip:
             self._clip[bucket] = self._zeros(_HEADER, dtype=torch.float64, device=device)
         if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
@@ -100,14 +102,11 @@ class GradNorm:
 
 def _flat(grad: Tensor) -> Tensor:
     """The same elements in memory of their own."""
-    if type(grad) not in (Tensor, torch.nn.Parameter):
-        raise TypeError(
-            f"gradients of type {type(grad).__name__} cannot be measured here; clip them with "
-            "torch.nn.utils.clip_grad_norm_ before step()"
-        )
     grad = grad.detach()
-    if grad.layout is not torch.strided:
-        grad = grad.coalesce().values()
+    if grad.layout is torch._mkldnn:  # type: ignore[attr-defined]
+        grad = grad.to_dense()
+    elif grad.layout is not torch.strided:
+        grad = (grad.coalesce() if grad.layout is torch.sparse_coo else grad).values()
     if grad.is_complex():
         grad = torch.view_as_real(grad.resolve_conj())
     if not grad.is_floating_point():
@@ -115,8 +114,39 @@ def _flat(grad: Tensor) -> Tensor:
     return grad.clone(memory_format=torch.contiguous_format)
 
 
+def _is_left_to_torch(grad: Tensor) -> bool:
+    """Whether only torch's operators can measure it."""
+    return tensor_kinds.is_unusual(grad) and (
+        grad.layout is torch.strided or tensor_kinds.has_own_operators(grad)
+    )
+
+
+def _norm_of(grad: Tensor) -> Tensor:
+    norm: Tensor
+    if not _is_left_to_torch(grad):
+        norm = torch.linalg.vector_norm(_flat(grad).double())
+        return norm
+    try:
+        parts = grad.detach().unbind() if grad.is_nested else (grad.detach(),)
+        norms = [_as_ordinary(torch.linalg.vector_norm(part)).double() for part in parts]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return norm
+    except Exception as error:
+        raise TypeError(
+            f"a gradient {tensor_kinds.name(grad)} cannot be measured; leave max_grad_norm out, "
+            f"and clip it in a way that its class knows before step(): {error}"
+        ) from error
+
+
+def _as_ordinary(norm: Tensor) -> Tensor:
+    """What a class of its own computed, for the gradients of other classes beside it."""
+    if tensor_kinds.is_fake(norm) or not tensor_kinds.has_own_operators(norm):
+        return norm
+    return torch.tensor(norm.item(), dtype=torch.float64, device=norm.device)
+
+
 def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
-    norms = [torch.linalg.vector_norm(_flat(grad).double()) for grad in grads]
+    norms = [_norm_of(grad) for grad in grads]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm if loss_scale is None else norm / loss_scale.double()
 
@@ -172,7 +202,7 @@ def clip_grad_norm_(
         parameters = [parameters]
     given, parameters = parameters, list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    ordinary = all(
+    ordinary = not any(map(_is_left_to_torch, grads)) and all(
         type(grad) in (Tensor, torch.nn.Parameter) or dtensor.is_dtensor(grad) for grad in grads
     )
     if float(norm_type) != 2.0 or not grads or not ordinary:

@@ -23,7 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
-from . import backend, checkpoint, dtensor, memory, storage
+from . import backend, checkpoint, dtensor, memory, stock_step, storage, tensor_kinds
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 if TYPE_CHECKING:
@@ -397,7 +397,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # Without a step count, it is the state that says that there was a first step.
                 return
             plan = None
-            if backend.native is not None:
+            if backend.native is not None and not self._is_virtual():
                 plan = self._make_plan(created)
                 todo = self._native_step(plan, scaling, created=created)
                 if todo is False:  # it is not as the plan has it, and would not be the next time
@@ -435,7 +435,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     )
         except BaseException:
             if written and not (done or (plan is not None and plan.has_stepped)):
-                torch._foreach_copy_(written, kept)
+                tensor_kinds.write(written, kept)
             raise
 
     def _left_to_python(
@@ -459,16 +459,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _kept(self, entries: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """What the Python rule is about to write, and copies of it. On the CPU only: other devices
         seldom have the memory for that, and there an error may leave some parameters stepped."""
-        written = {}
+        written, kept = {}, []
         for g, i in entries:
             param = self._groups[g]["params"][i]
             if self._groups[g].get("differentiable") or param.device.type != "cpu":
                 continue
             for value in (param, *self.state.get(param, {}).values()):
-                if isinstance(value, Tensor):
-                    value = dtensor.local(value)
-                    written[id(value)] = value if _is_sparse(value) else value.detach()
-        return [*written.values()], [value.clone() for value in written.values()]
+                if not isinstance(value, Tensor) or id(value := dtensor.local(value)) in written:
+                    continue
+                copy = tensor_kinds.copy(value)
+                if copy is not None:
+                    written[id(value)] = value if tensor_kinds.is_unusual(value) else value.detach()
+                    kept.append(copy)
+        return [*written.values()], kept
+
+    def _is_virtual(self) -> bool:
+        """Whether what this step creates or measures may have no memory."""
+        if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
+            return True
+        params = (self.param_groups[g]["params"][i] for g, i in self._with_grad())
+        return any(tensor_kinds.is_virtual(t) for p in params for t in (p, p.grad))
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
         for g, group in enumerate(self._groups):
@@ -484,9 +494,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         missing = self._missing_state(g, i)
         if not missing or param in created:  # listed twice
             return
+        if (mode := tensor_kinds.inactive_mode(param)) is not None:
+            with mode:
+                return self._complete_state(g, i, created)
         state = created[param] = self._entries_of(param)
-        if not self._has_step and _is_sparse(param.grad):
-            return  # the sparse update makes its own
+        if self._makes_its_state(group, param, state):
+            return
+        with self._explained(g, i):
+            self._make_missing(group, param, state, missing)
+
+    def _make_missing(
+        self, group: Group, param: Tensor, state: dict[str, Any], missing: list[str]
+    ) -> None:
         for key in missing:
             if key in storage.EXTRAS:
                 state[key] = storage.new_extra(key, param)
@@ -496,6 +515,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._store_state(state, group, param, key, value)
             elif key not in state:
                 state[key] = self._new_step(group, param)
+            elif tensor_kinds.is_fake(param) and not tensor_kinds.is_fake(state[key]):
+                count = tensor_kinds.number(state[key])
+                state[key] = torch.tensor(count, dtype=state[key].dtype, device=state[key].device)
             elif self._counts_on_device(group, param):
                 state[key] = state[key].to(dtype=torch.float32, device=param.device)
             else:
@@ -510,15 +532,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         entries: dict[str, Any] = factory() if factory else {}
         return entries
 
+    def _makes_its_state(self, group: Group, param: Tensor, state: dict[str, Any]) -> bool:
+        """Whether it is the update of this parameter that makes the state it lacks."""
+        if self._has_step or param.grad is None:
+            return False
+        return _is_sparse(param.grad) or (
+            stock_step.concerns(param, param.grad, state) and stock_step.can_take(group, state)
+        )
+
     def _store_state(
         self, state: dict[str, Any], group: Group, param: Tensor, key: str, value: Tensor
     ) -> None:
         """Puts numbers into the state, in the layout of the parameter, as the group declares."""
         state.pop(f"{key}_scale", None)
         dtype = self._state_dtype(group, param, key)
-        dense = torch.empty_like(
-            param, dtype=value.dtype, memory_format=torch.preserve_format
-        ).copy_(value)
+        dense = value
+        if not tensor_kinds.is_unusual(param):
+            dense = torch.empty_like(
+                param, dtype=value.dtype, memory_format=torch.preserve_format
+            ).copy_(value)
         if dtype is None or dtype.is_floating_point:
             state[key] = dense if dtype is None else dense.to(dtype)
         else:
@@ -564,17 +596,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _can_count(self, group: Group, param: Tensor, step: Tensor) -> bool:
         if self._counts_on_device(group, param):
             return step.device == param.device
+        if tensor_kinds.is_fake(param) and not tensor_kinds.is_fake(step):
+            return False
         if step.device.type != "cpu" or step.dtype == torch.float64:
             return True
-        if step.dtype.is_floating_point:
-            return step.item() < 2 / torch.finfo(step.dtype).eps
-        return step.dtype != torch.bool and step.item() < torch.iinfo(step.dtype).max
+        if step.dtype == torch.bool:
+            return False
+        is_float = step.dtype.is_floating_point
+        last = 2 / torch.finfo(step.dtype).eps if is_float else torch.iinfo(step.dtype).max
+        count = tensor_kinds.number(step)
+        return count is None or count < last
 
     def _new_step(self, group: Group, param: Tensor) -> Tensor:
         fused = group.get("fused")
         double = torch.get_default_dtype() == torch.float64 and not fused
-        return torch.zeros(
-            (),
+        # torch.zeros would make one that does not know its value in FakeTensorMode.
+        return torch.tensor(
+            0.0,
             dtype=torch.float64 if double else torch.float32,
             device=param.device if fused or self._counts_on_device(group, param) else "cpu",
         )
@@ -620,13 +658,52 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _python_step(self, g: int, i: int, created: Created, scaling: Scaling | None) -> None:
         group = self._groups[g]
         param = group["params"][i]
-        grad = param.grad
-        state = self._state_of(param, created)
         factor = None
         if scaling is not None:
             if _skips(scaling[param.device]):
                 return
             factor = _grad_factor(scaling[param.device])
+        if stock_step.concerns(param, param.grad, self._state_of(param, created)):
+            self._unusual_step(g, i, created, factor)
+        else:
+            self._rule_step(group, param, created, factor)
+
+    def _unusual_step(self, g: int, i: int, created: Created, factor: Tensor | None) -> None:
+        """Of what is no ordinary tensor: torch's own for-loop, if it knows all options."""
+        group = self.param_groups[g]
+        param = group["params"][i]
+        if (mode := tensor_kinds.inactive_mode(param)) is not None:
+            with mode:
+                return self._unusual_step(g, i, created, factor)
+        state = self._state_of(param, created)
+        with self._explained(g, i), stock_step.scaled_grad(param, factor):
+            if stock_step.can_take(group, state):
+                stock_step.take(self, group, param, state)
+            else:
+                self._rule_step(stock_step.with_numbers(group, param), param, created, None)
+        return None
+
+    @contextlib.contextmanager
+    def _explained(self, g: int, i: int) -> Iterator[None]:
+        """Says of an error that an unusual tensor raises which parameter it is."""
+        try:
+            yield
+        except Exception as error:
+            param = self.param_groups[g]["params"][i]
+            tensors = (param, param.grad, *self.state.get(param, {}).values())
+            kind = tensor_kinds.first_unusual(*tensors)
+            if kind is None:
+                raise
+            raise RuntimeError(
+                f"{self._describe(g, i)}: {type(self).__name__} cannot update what is {kind}: "
+                f"{error}"
+            ) from error
+
+    def _rule_step(
+        self, group: Group, param: Tensor, created: Created, factor: Tensor | None
+    ) -> None:
+        grad: Tensor = param.grad  # type: ignore[assignment]
+        state = self._state_of(param, created)
         if _is_sparse(grad):
             grad = grad.to(torch.promote_types(grad.dtype, param.dtype))
             self._sparse_update(group, param, grad if factor is None else grad * factor, state)
@@ -656,7 +733,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if self._has_step:
             old, new = [state["step"], *old], (state["step"] + 1, *new)
-        torch._foreach_copy_(old, new)  # at once: an error or interrupt finds all of it or nothing
+        # At once: an error or interrupt finds all of it or nothing.
+        tensor_kinds.write([*old], [*new])
 
     def _python_step_on_stored(
         self, group: Group, param: Tensor, grad: Tensor, factor: Tensor | None, created: Created
@@ -713,7 +791,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             average = dtensor.local(state[ema])
             written.append((average, average + (1 - group["ema"]) * (value - average)))
         old, new_values = map(list, zip(*written, strict=True))
-        torch._foreach_copy_(old, new_values)  # at once: see _python_step
+        tensor_kinds.write(old, new_values)  # at once: see _rule_step
         if held is not param:
             increment_version([param, *(state[key] for key in keys)])
 
@@ -731,7 +809,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._has_step:
             return 1.0 if self._is_new(param, created) else 2.0
         step: Tensor = self._state_of(param, created)["step"] + 1
-        return step if group["differentiable"] or step.device.type != "cpu" else step.item()
+        if group["differentiable"] or (
+            step.device.type != "cpu" and not tensor_kinds.is_fake(step)
+        ):
+            return step
+        count = tensor_kinds.number(step)
+        return 1.0 if count is None else count  # a fake tensor without a value: any number will do
 
     # Checks -----------------------------------------------------------------------------------
 
@@ -769,7 +852,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     if not isinstance(value, Tensor):
                         float(value)
                     elif value.device.type == "cpu":
-                        float(value.detach())
+                        tensor_kinds.check_number(value)
             except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
                 raise TypeError(
                     f"fusedopt.{type(self).__name__}, param group {g}: {name!r} must be a number "
@@ -804,9 +887,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(ValueError, "a meta tensor has no data; materialize it with to_empty() first")
         if param.is_inference() and not torch.is_inference_mode_enabled():
             fail(RuntimeError, "it was made in inference mode; clone() it outside")
+        state = self.state.get(param)
+        left_to_torch = stock_step.concerns(param, grad, state)
         if (problem := memory.problem(param)) is not None:
             fail(RuntimeError, f"it {problem}")
-        if torch._debug_has_internal_overlap(dtensor.local(param)) == 1:
+        if not (left_to_torch and tensor_kinds.is_unusual(param)) and (
+            torch._debug_has_internal_overlap(dtensor.local(param)) == 1
+        ):
             fail(
                 ValueError,
                 "several of its elements share one memory location (an expanded tensor?); "
@@ -824,12 +911,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "`fused=True` requires all the params to be floating point Tensors; leave fused "
                 "unset for complex parameters",
             )
+        if left_to_torch:
+            stock_step.check(group, param, fail)
         if _is_sparse(grad):
-            self._check_sparse(group, grad, fail)
-        if grad.shape != param.shape:
+            self._check_sparse(group, param, grad, fail)
+        if tensor_kinds.shape(grad) != tensor_kinds.shape(param):
             fail(
                 ValueError,
-                f"its grad has shape {tuple(grad.shape)}; set grad to None and run backward again",
+                f"its grad has shape {tensor_kinds.shape(grad)}; "
+                "set grad to None and run backward again",
             )
         if grad.device != param.device:
             fail(ValueError, f"its grad is on {grad.device}; move both to one device")
@@ -839,7 +929,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad.is_floating_point() or grad.is_complex()
         ):
             fail(TypeError, f"its grad has dtype {grad.dtype}; set it to a grad of matching kind")
-        state = self.state.get(param)
         if state is not None and not isinstance(state, dict):
             fail(TypeError, f"its state is a {type(state).__name__}, not a dict")
         storage.check_param(group, param, fail)
@@ -847,14 +936,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         slots = {key: state[key] for key in placed if key in state} if state else {}
         dtensor.check(param, grad, slots, fail)
         if state:
-            self._check_state(group, param, state, fail)
+            self._check_state(group, param, state, left_to_torch, fail)
 
-    def _check_sparse(self, group: Group, grad: Tensor, fail: Callable[..., NoReturn]) -> None:
+    def _check_sparse(
+        self, group: Group, param: Tensor, grad: Tensor, fail: Callable[..., NoReturn]
+    ) -> None:
         name = type(self).__name__
-        if not self._takes_sparse or grad.layout is not torch.sparse_coo:
+        # Here torch's loop decides.
+        unusual = tensor_kinds.is_unusual(param) or tensor_kinds.has_own_operators(grad)
+        if not (self._takes_sparse if grad.layout is torch.sparse_coo else unusual):
             hint = ", please consider SparseAdam instead" if name.startswith("Adam") else ""
             fail(RuntimeError, f"{name} does not support sparse gradients{hint}")
-        if group["weight_decay"] != 0:
+        if group["weight_decay"] != 0 and not unusual:
             fail(RuntimeError, "weight_decay option is not compatible with sparse gradients")
         on = [name for name in storage.OPTIONS if group.get(name) is not None]
         if on:
@@ -863,7 +956,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             fail(RuntimeError, "l1 option is not compatible with sparse gradients")
 
     def _check_state(
-        self, group: Group, param: Any, state: dict[str, Any], fail: Callable[..., NoReturn]
+        self,
+        group: Group,
+        param: Any,
+        state: dict[str, Any],
+        left_to_torch: bool,
+        fail: Callable[..., NoReturn],
     ) -> None:
         for key, value in state.items():
             if isinstance(value, Tensor) and (problem := memory.problem(value)) is not None:
@@ -879,18 +977,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                     RuntimeError,
                     "`requires_grad` is not supported for `step` in differentiable mode",
                 )
-            if step.device.type == "cpu" and not 0 <= step.item() < storage.LAST_STEP:
-                fail(ValueError, f"state['step'] is {step.item()}, not a count")
+            count = tensor_kinds.number(step) if step.device.type == "cpu" else None
+            if count is not None and not 0 <= count < storage.LAST_STEP:
+                fail(ValueError, f"state['step'] is {count}, not a count")
         for key in self._slots(group):
             value = state.get(key)
             if value is None:
                 continue
             if not isinstance(value, Tensor):
                 fail(TypeError, f"state[{key!r}] is a {type(value).__name__}, not a tensor")
-            if value.shape != param.shape:
+            if tensor_kinds.shape(value) != tensor_kinds.shape(param):
                 fail(
                     ValueError,
-                    f"state[{key!r}] has shape {tuple(value.shape)}; load the state of this "
+                    f"state[{key!r}] has shape {tensor_kinds.shape(value)}; load the state of this "
                     "parameter, or delete it to start anew",
                 )
             if value.device != param.device:
@@ -901,6 +1000,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value.is_floating_point() or value.is_complex()
             ):
                 fail(TypeError, f"state[{key!r}] has dtype {value.dtype}")
+            if left_to_torch:
+                continue
             if _is_sparse(value) and not _is_sparse(param.grad):
                 fail(RuntimeError, f"state[{key!r}] is sparse, but the gradient is dense")
             shard = dtensor.local(value)
@@ -931,8 +1032,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         who = f"fusedopt.{type(self).__name__}, param group {g}, parameter {i}{name}"
         if is_lazy(param):
             return f"{who} (not materialized yet, {param.dtype})"
-        strides = f", strides {tuple(param.stride())}" if param.layout is torch.strided else ""
-        return f"{who} (shape {tuple(param.shape)}, {param.dtype}{strides})"
+        has_strides = param.layout is torch.strided and not param.is_nested
+        strides = f", strides {tuple(param.stride())}" if has_strides else ""
+        return f"{who} (shape {tensor_kinds.shape(param)}, {param.dtype}{strides})"
 
     # The average of the weights ---------------------------------------------------------------
 
@@ -1053,8 +1155,9 @@ def _check_max_grad_norm(value: Any) -> None:
 
 def _skips(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) -> bool:
     found_inf, _, clip = scaling
-    return bool(
-        (found_inf is not None and found_inf != 0) or (clip is not None and clip[SKIP] != 0)
+    return any(
+        flag is not None and tensor_kinds.number(flag) not in (None, 0)
+        for flag in (found_inf, None if clip is None else clip[SKIP])
     )
 
 

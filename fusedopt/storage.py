@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import dtensor
+from . import dtensor, tensor_kinds
 
 OPTIONS = ("state_dtype", "master_weights", "rounding", "ema")
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -194,7 +194,9 @@ def _int16(bits: Tensor) -> Tensor:
 
 def round_stochastically(value: Tensor, rounding_state: Tensor) -> Tensor:
     """bfloat16, up or down at random so that the mean is exact (csrc/storage/stochastic.h)."""
-    seed, count = dtensor.local(rounding_state).view(-1).tolist()
+    seed, count = 0, 0  # of a fake tensor
+    if not tensor_kinds.is_fake(rounding_state):
+        seed, count = dtensor.local(rounding_state).view(-1).tolist()
     dense = torch.empty_like(value, memory_format=torch.preserve_format).copy_(value)
     flat = _in_memory(dense)
     bits = flat.view(torch.int32).long() & 0xFFFFFFFF
@@ -241,7 +243,10 @@ def as_stock(state: dict[str, Any], slots: tuple[str, ...]) -> dict[str, Any]:
 def _check_memory(key: str, value: Tensor, fail: Callable[..., NoReturn]) -> None:
     if value.layout is not torch.strided:
         fail(ValueError, f"state[{key!r}] is sparse; it must be dense")
-    if torch._debug_has_internal_overlap(dtensor.local(value)) == 1:
+    if (
+        not tensor_kinds.is_unusual(value)
+        and torch._debug_has_internal_overlap(dtensor.local(value)) == 1
+    ):
         fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
 
 

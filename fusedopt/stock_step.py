@@ -1,0 +1,121 @@
+"""The step of torch's own for-loop, for parameters whose elements only torch's operators reach."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import dtensor, storage, tensor_kinds
+
+Group = dict[str, Any]
+
+_SWITCHES = ("l1", "eps_inside_sqrt")  # beside storage.OPTIONS what torch does not have
+# Options that reinterpret the bits of memory.
+_OF_MEMORY = {"state_dtype": "8bit", "master_weights": "split", "rounding": "stochastic"}
+
+
+def concerns(param: Tensor, grad: Tensor | None, state: Any) -> bool:
+    """Whether torch's operators must do the step: because they are recorded, or a parameter, its
+    gradient or its state is no ordinary tensor. (Those of sparse embeddings are: they have an
+    update of their own.)"""
+    if tensor_kinds.is_unusual(param) or tensor_kinds.is_traced():
+        return True
+    values = (grad, *state.values()) if isinstance(state, dict) else (grad,)
+    for value in values:
+        if isinstance(value, Tensor) and tensor_kinds.is_unusual(value):
+            if not tensor_kinds.is_coo(value):
+                return True
+    return False
+
+
+def own_options(group: Group) -> list[str]:
+    """Options that are on and that torch does not have."""
+    on = [name for name in _SWITCHES if group.get(name)]
+    return on + [name for name in storage.OPTIONS if group.get(name) is not None]
+
+
+def can_take(group: Group, state: dict[str, Any]) -> bool:
+    """Whether torch's loop does what the group asks for, with the state that there is."""
+    if own_options(group) or any(map(storage.is_code, state.values())):
+        return False
+    step = state.get("step")
+    # The loop of most classes reads the count.
+    return not tensor_kinds.is_fake(step) or tensor_kinds.number(step) is not None
+
+
+def check(group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:
+    """Calls ``fail`` if an option that torch does not have cannot work on an unusual parameter."""
+    held = dtensor.local(param)
+    if tensor_kinds.is_virtual(held) or not tensor_kinds.is_unusual(held):
+        return
+    on = own_options(group)
+    if held.layout is torch.strided and not held.is_nested:
+        on = [name for name in on if group[name] == _OF_MEMORY.get(name)]
+    if on:
+        fail(
+            RuntimeError,
+            f"{on[0]}={group[on[0]]!r} is not compatible with a parameter "
+            f"{tensor_kinds.name(param)}; put it into a param group without",
+        )
+
+
+@contextlib.contextmanager
+def scaled_grad(param: Tensor, factor: Tensor | None) -> Iterator[None]:
+    """While the gradient of a parameter is the product with a factor."""
+    grad = param.grad
+    # A number where there is one: not every class multiplies with ordinary tensors.
+    scale: Tensor | float | None = factor
+    if factor is not None and not tensor_kinds.is_unusual(factor):
+        scale = tensor_kinds.number(factor)
+    if grad is None or scale is None or scale is not factor and scale == 1.0:
+        yield
+        return
+    try:
+        param.grad = grad * scale
+        yield
+    finally:
+        param.grad = grad
+
+
+def take(optimizer: torch.optim.Optimizer, group: Group, param: Tensor, state: Any) -> None:
+    """Steps one parameter from its ``grad``, as torch's class with ``foreach=False`` and
+    ``fused=False`` does; creates the state that it lacks in ``state``."""
+    stock: Any = next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
+    one: Any = object.__new__(stock)
+    one.__dict__.update(
+        defaults=optimizer.defaults,
+        state=defaultdict(dict, {param: state}),
+        param_groups=[
+            {
+                **with_numbers(group, param),
+                "params": [param],
+                "foreach": False,
+                "fused": False,
+                "capturable": bool(group.get("capturable")) and param.device.type != "cpu",
+            }
+        ],
+    )
+    inspect.unwrap(stock.step)(one)  # without the hooks, which belong to the whole step
+
+
+def with_numbers(group: Group, param: Tensor) -> Group:
+    """The options for a fake parameter, which goes with no other tensors: numbers in place of those
+    that know theirs."""
+    if not tensor_kinds.is_fake(param):
+        return group
+
+    def known(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(known, value))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            return value
+        number = tensor_kinds.number(value)
+        return value if number is None else number
+
+    return {name: known(value) for name, value in group.items() if name != "params"}
