@@ -51,8 +51,10 @@ def restore(weights: Weights, describe: Callable[[Tensor], str]) -> None:
         if problem:
             problems[param] = problem
             continue
-        targets.append(dtensor.local(param).detach())
-        values.append(dtensor.local(dtensor.placed_like(weight, param)))
+        if dtensor.is_dtensor(param):
+            param, weight = map(dtensor.local, (param, dtensor.placed_like(weight, param)))
+        targets.append(param.detach())
+        values.append(weight)
     restored = [param for param in weights if param not in problems]
     try:
         torch._foreach_copy_(targets, values)
@@ -81,16 +83,18 @@ def _problem(param: Tensor, weight: Tensor) -> str | None:
     """Why the parameter cannot take the weights, if it cannot."""
     if param.shape != weight.shape:
         return f"it had shape {tuple(weight.shape)}, and has {tuple(param.shape)} now"
-    for kind in (torch.is_complex, torch.is_floating_point):
-        if kind(param) != kind(weight):
-            return f"it was {weight.dtype}, and is {param.dtype} now"
+    now, then = param.dtype, weight.dtype
+    if (now.is_complex, now.is_floating_point) != (then.is_complex, then.is_floating_point):
+        return f"it was {then}, and is {now} now"
     if param.is_meta and not weight.is_meta:
         return "it is on the meta device now, without data"
-    if dtensor.meshes([param]) != dtensor.meshes([weight]):
+    if dtensor.is_dtensor(param):
+        if dtensor.meshes([param]) != dtensor.meshes([weight]):
+            return f"it was {dtensor.placed(weight)}, and is {dtensor.placed(param)} now"
+        param = dtensor.local(param)
+    elif dtensor.is_dtensor(weight):
         return f"it was {dtensor.placed(weight)}, and is {dtensor.placed(param)} now"
-    if not _has_memory(dtensor.local(param)):
-        return "its storage was freed"
-    return None
+    return None if _has_memory(param) else "its storage was freed"
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -138,7 +138,8 @@ def _norm_over(meshes: Sequence[DeviceMesh], clips: dict[Bucket, Tensor]) -> Ten
     first = next(iter(clips.values()))
     norms = [clip[NORM].to(first.device, non_blocking=first.is_cuda) for clip in clips.values()]
     if not meshes:
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
     squares: dict[DeviceMesh | None, Tensor] = {}
     for (_, mesh, copies), norm in zip(clips, norms, strict=True):
         square = norm.square() / copies
