@@ -864,7 +864,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def ema_parameters(self) -> Iterator[Tensor]:
         """The averages of the parameters (``ema=``) in the order of the groups; of a parameter that
-        has not been updated yet the parameter itself.
+        has not been updated yet the parameter itself. A step without its gradient leaves a
+        parameter alone, and its average too.
 
         Raises:
             ValueError: no group has ``ema``.

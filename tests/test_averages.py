@@ -485,13 +485,14 @@ def test_averages_of_frozen_parameters(case, backend):
     assert bits(opt.state[frozen]["ema"]) == kept
 
 
-def average_idle(optimizer, *_):
+@torch.no_grad()
+def average_the_idle(optimizer, *_):
     """As docs/storage.md has it."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             average = optimizer.state.get(param, {}).get("ema")
             if param.grad is None and average is not None:
-                average.lerp_(param.detach().to(average.dtype), 1 - group["ema"])
+                average.lerp_(param.to(average.dtype), 1 - group["ema"])
 
 
 @every_case
@@ -499,7 +500,7 @@ def test_a_hook_that_averages_them_too(case, backend):
     """With it the averages are those that torch's AveragedModel keeps."""
     model = make_model()
     opt = case.ours(model.parameters(), ema=0.75)
-    opt.register_step_post_hook(average_idle)
+    opt.register_step_post_hook(average_the_idle)
     averaged = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
     )
