@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -53,10 +54,11 @@ class GradNorm:
         process communicates, in which order, so that all do the same whatever gradients they have.
         """
         grads, params = list(grads), list(params)
-        meshes = dtensor.meshes([*params, *grads])
+        meshes = dtensor.meshes(itertools.chain(params, grads))
         buckets: dict[Bucket, list[Tensor]] = {}
         for grad in grads:
-            shard, mesh, copies = dtensor.measurable(grad)
+            # Where there are no meshes, none of them is a DTensor.
+            shard, mesh, copies = dtensor.measurable(grad) if meshes else (grad, None, 1)
             buckets.setdefault((shard.device, mesh, copies), []).append(shard)
         if meshes and not buckets:
             buckets[dtensor.local(params[0]).device, None, 1] = []
