@@ -56,7 +56,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             so that small steps are not lost; the seed comes from torch's generator and is state
             (default: None, to nearest).
         ema (float, optional): decay of an average of the weights, the state ``ema``; see
-            ``ema_parameters()`` and ``swap_ema()`` (default: None).
+            ``ema_parameters()`` and ``swap_ema()``. It moves when the parameter is updated, so not
+            while that has no gradient (default: None).
 
     State per parameter, made by the constructor (by the first step with ``state_dtype``,
     ``master_weights``, ``rounding`` or ``ema``): ``step`` (0-dim) and ``sum``, of the parameter's

@@ -60,7 +60,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             so that small steps are not lost; the seed comes from torch's generator and is state
             (default: None, to nearest).
         ema (float, optional): decay of an average of the weights, the state ``ema``; see
-            ``ema_parameters()`` and ``swap_ema()`` (default: None).
+            ``ema_parameters()`` and ``swap_ema()``. It moves when the parameter is updated, so not
+            while that has no gradient (default: None).
 
     State per parameter: ``step`` (0-dim), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
     ``max_exp_avg_sq``, of the parameter's dtype, shape and strides. float16 and bfloat16 are

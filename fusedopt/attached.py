@@ -86,7 +86,7 @@ def detach(optimizer: FusedOptimizer) -> None:
     if attached is None:
         raise ValueError(f"this {type(optimizer).__name__} is not attached to a backward")
     attached.unhook()
-    del optimizer._attached
+    optimizer._attached = None
 
 
 class Attached:

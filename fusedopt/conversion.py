@@ -66,6 +66,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
     _check(optimizer, _OURS, schedulers)
+    optimizer._check_not_swapped("to_torch()")
     extras = optimizer._own_options
     groups = (optimizer.defaults, *optimizer.param_groups)
     # An average with a decay of 0 is on, too.

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-# The dimensions of a mesh over which the elements of a tensor are spread.
-Spread = tuple["DeviceMesh", tuple[int, ...]]
 
 
 def dtensor_type() -> type[DTensor] | None:
@@ -133,26 +131,45 @@ def placed_like(grad: Any, param: Any) -> Any:
     return grad.redistribute(param.device_mesh, param.placements)
 
 
-def measurable(grad: Tensor) -> tuple[Tensor, Spread | None]:
-    """What this process holds of a gradient, and where the rest of it is: a sum of squares over
-    these dimensions of the mesh counts every element once."""
+def meshes(tensors: Iterable[Tensor]) -> list[DeviceMesh]:
+    """On which meshes they are, in their order."""
+    cls = dtensor_type()
+    if cls is None:
+        return []
+    return [*dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, cls))]
+
+
+def measurable(grad: Tensor) -> tuple[Tensor, DeviceMesh | None, int]:
+    """What this process holds of a gradient, on which mesh, and how many processes of it hold the
+    same. Sums over processes are computed first, in which all of these must take part."""
     if not is_dtensor(grad):
-        return grad, None
+        return grad, None, 1
+    mesh = grad.device_mesh
     if any(placement.is_partial() for placement in grad.placements):
         from torch.distributed.tensor import Replicate
 
         whole = [Replicate() if p.is_partial() else p for p in grad.placements]
-        grad = grad.redistribute(grad.device_mesh, whole)
-    dims = tuple(d for d, p in enumerate(grad.placements) if not p.is_replicate())
-    return local(grad), (grad.device_mesh, dims) if dims else None
+        grad = grad.redistribute(mesh, whole)
+    copies = [mesh.size(dim) for dim, p in enumerate(grad.placements) if p.is_replicate()]
+    return local(grad), mesh, math.prod(copies)
 
 
-def sum_over(value: Tensor, spread: Spread) -> Tensor:
-    """The sum of the value over all processes that hold parts of a tensor."""
+def sum_over(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of the values of all processes of a mesh: the same bits on each of them."""
     import torch.distributed as dist
 
-    mesh, dims = spread
+    device = value.device
     value = value.clone()
-    for dim in dims:
-        dist.all_reduce(value, group=mesh.get_group(dim))
-    return value
+    for dim in range(mesh.ndim):
+        if mesh.size(dim) > 1:
+            group = mesh.get_group(dim)
+            value = value.to(_reducing_device(group, value.device, mesh))
+            dist.all_reduce(value, group=group)
+    return value.to(device)
+
+
+def _reducing_device(group: ProcessGroup, device: torch.device, mesh: DeviceMesh) -> torch.device:
+    """Where a process group can reduce what is on a device: NCCL has no backend for the shards that
+    FSDP2 offloads to the CPU."""
+    types = {supported.type for supported in group._device_types}
+    return device if device.type in types else torch.device(mesh.device_type)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import backend, dtensor, tensor_kinds
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 # What a clip tensor begins with (float64, one per device); the native module keeps more behind it.
 NORM, FACTOR, SKIP = range(3)
 _HEADER = 4
 
 
-# Gradients that are measured together: on one device and, if they are DTensors, spread alike.
-Bucket = tuple[torch.device, dtensor.Spread | None]
+# Gradients that are measured together: on one device and, if they are DTensors, on one mesh, of
+# which as many processes hold the same elements.
+Bucket = tuple[torch.device, "DeviceMesh | None", int]
 
 
 class GradNorm:
@@ -38,30 +44,34 @@ class GradNorm:
         max_norm: float = float("inf"),
         loss_scale: dict[torch.device, Tensor] | None = None,
         skip_nonfinite: bool = False,
+        params: Iterable[Tensor] = (),
     ) -> dict[torch.device, Tensor]:
         """The clip tensor of each device: norm, factor (:math:`\\min(1, \\mathrm{max\\_norm} /
         (\\mathrm{norm} + 10^{-6}))`), and whether to skip the step because the norm is not finite.
 
         ``loss_scale``: what the gradients of a device are to be divided by first.
+        ``params``: the parameters, also those without a gradient. They decide with whom this
+        process communicates, in which order, so that all do the same whatever gradients they have.
         """
+        grads, params = list(grads), list(params)
+        meshes = dtensor.meshes(itertools.chain(params, grads))
         buckets: dict[Bucket, list[Tensor]] = {}
         for grad in grads:
-            shard, spread = dtensor.measurable(grad)
-            buckets.setdefault((shard.device, spread), []).append(shard)
+            # Where there are no meshes, none of them is a DTensor.
+            shard, mesh, copies = dtensor.measurable(grad) if meshes else (grad, None, 1)
+            buckets.setdefault((shard.device, mesh, copies), []).append(shard)
+        if meshes and not buckets:
+            buckets[dtensor.local(params[0]).device, None, 1] = []
         clips = {}
         for bucket, shards in buckets.items():
             scale = (loss_scale or {}).get(bucket[0])
             clips[bucket] = self._measure(bucket, shards, max_norm, scale, skip_nonfinite)
-        if len(clips) > 1 or any(spread for _, spread in clips):
-            first = next(iter(clips.values()))
-            norms = [
-                _norm_over(spread, clip[NORM]).to(first.device, non_blocking=first.is_cuda)
-                for (_, spread), clip in clips.items()
-            ]
-            combined = _clip_of(torch.stack(norms).norm(), max_norm, skip_nonfinite)
+        if len(clips) > 1 or meshes:
+            norm = _norm_over(meshes, clips)
+            combined = _clip_of(norm, max_norm, skip_nonfinite)
             for clip in clips.values():
                 clip[:_HEADER].copy_(combined, non_blocking=clip.is_cuda)
-        return {device: clip for (device, _), clip in clips.items()}
+        return {device: clip for (device, _, _), clip in clips.items()}
 
     def _measure(
         self,
@@ -71,11 +81,14 @@ class GradNorm:
         loss_scale: Tensor | None,
         skip_nonfinite: bool,
     ) -> Tensor:
-        device, _ = bucket
+        device = bucket[0]
         if any(map(_is_left_to_torch, grads)):  # what these make does not outlive the step
             return _clip_of(_norm(grads, loss_scale), max_norm, skip_nonfinite)
         if bucket not in self._clip:
             self._clip[bucket] = self._zeros(_HEADER, dtype=torch.float64, device=device)
+        if not grads:
+            self._clip[bucket][:_HEADER] = 0
+            return self._clip[bucket]
         if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
             self._clip[bucket][:_HEADER] = _clip_of(
                 _norm(grads, loss_scale), max_norm, skip_nonfinite
@@ -151,8 +164,25 @@ def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
     return norm if loss_scale is None else norm / loss_scale.double()
 
 
-def _norm_over(spread: dtensor.Spread | None, norm: Tensor) -> Tensor:
-    return norm if spread is None else dtensor.sum_over(norm.square(), spread).sqrt()
+def _norm_over(meshes: Sequence[DeviceMesh], clips: dict[Bucket, Tensor]) -> Tensor:
+    """The norm of all that was measured, with what other processes of these meshes measured. Those
+    of one mesh get the same bits: what each of them holds counts as its mean, if they differ."""
+    first = next(iter(clips.values()))
+    norms = [clip[NORM].to(first.device, non_blocking=first.is_cuda) for clip in clips.values()]
+    if not meshes:
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
+    squares: dict[DeviceMesh | None, Tensor] = {}
+    for (_, mesh, copies), norm in zip(clips, norms, strict=True):
+        square = norm.square() / copies
+        squares[mesh] = squares[mesh] + square if mesh in squares else square
+    zero = torch.zeros_like(norms[0])
+    total = squares.get(None, zero)
+    # The largest comes last, for most processes to agree.
+    for mesh in sorted(meshes, key=lambda mesh: mesh.size()):
+        if mesh.get_coordinate() is not None:  # else this process is not one of them
+            total = dtensor.sum_over(total / mesh.size() + squares.get(mesh, zero), mesh)
+    return total.sqrt()
 
 
 def _clip_of(norm: Tensor, max_norm: float, skip_nonfinite: bool) -> Tensor:
@@ -179,7 +209,8 @@ def clip_grad_norm_(
     gradients.
 
     Args:
-        parameters (Tensor or iterable of Tensor): those without a gradient are left out.
+        parameters (Tensor or iterable of Tensor): those without a gradient are left out. If there
+            are DTensors among them, all processes must pass the same ones, in the same order.
         max_norm (float): the largest norm.
         norm_type (float): norms other than 2 are left to torch (default: 2).
         error_if_nonfinite (bool): raise if the norm is not finite; waits for the device
@@ -205,19 +236,22 @@ def clip_grad_norm_(
     ordinary = not any(map(_is_left_to_torch, grads)) and all(
         type(grad) in (Tensor, torch.nn.Parameter) or dtensor.is_dtensor(grad) for grad in grads
     )
-    if float(norm_type) != 2.0 or not grads or not ordinary:
+    # Other processes may have gradients where this one has none.
+    shared = any(map(dtensor.is_dtensor, parameters))
+    if float(norm_type) != 2.0 or not (grads or shared) or not ordinary:
         return torch.nn.utils.clip_grad_norm_(
             parameters or given, max_norm, norm_type, error_if_nonfinite, foreach
         )
-    clips = GradNorm(torch.zeros).measure(grads)
-    norm = clips[dtensor.local(grads[0]).device][NORM].clone()
+    clips = GradNorm(torch.zeros).measure(grads, params=parameters)
+    norm = next(iter(clips.values()))[NORM].clone()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
             "so it cannot be clipped. To disable this error and scale the gradients by the "
             "non-finite norm anyway, set `error_if_nonfinite=False`"
         )
-    dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads)).to_real()
+    typical = ((p if p.grad is None else p.grad) for p in parameters) if shared else grads
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in typical)).to_real()
     accurate = norm.to(torch.promote_types(dtype, torch.float32))
     factor = (max_norm / (accurate + 1e-6)).clamp(max=1.0)
     by_device: dict[torch.device, list[Tensor]] = {}

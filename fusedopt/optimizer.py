@@ -23,7 +23,8 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
-from . import backend, checkpoint, dtensor, memory, stock_step, storage, tensor_kinds
+from . import averages, backend, checkpoint, dtensor, memory, stock_step, storage, tensor_kinds
+from .core import AmpScalingSupport, Core, of_core
 from .grad_norm import FACTOR, NORM, SKIP, GradNorm
 
 if TYPE_CHECKING:
@@ -78,25 +79,28 @@ class FusedOptimizer(torch.optim.Optimizer):
     _own_options: ClassVar[tuple[str, ...]] = ("l1", *storage.OPTIONS)
     _torch_options: ClassVar[frozenset[str]] = frozenset()
 
-    # Clip the norm of all gradients of a step to this much; may be changed at any time. (These are
-    # set on the object: a default on the class would hide them from wrappers that inherit from it.)
-    max_grad_norm: float | None
-    _amp_fused: bool
-    _clips: dict[torch.device, Tensor] | None  # of the last step
+    # What wrappers and shallow copies share. (Set on the object: a default on the class would hide
+    # it from wrappers that inherit from it.)
+    _core: Core
+    # Clip the norm of all gradients of a step to this much; may be changed at any time.
+    max_grad_norm: float | None = of_core("max_grad_norm")
+    grad_scale: Tensor | None = of_core("grad_scale")
+    found_inf: Tensor | None = of_core("found_inf")
+    _clips: dict[torch.device, Tensor] | None = of_core("_clips")
+    _attached: Attached | None = of_core("_attached")
+    _step_supports_amp_scaling = AmpScalingSupport()
 
     # The tensor lists of the last step, as the native module remembers them. Never pickled.
     _plan: Any = None
+    _plan_amp_fused: bool = False  # it knows where steps are counted
     # Memory on the devices, kept for good: a captured graph goes on using it.
     _norm: GradNorm | None = None
     _tickets: dict[torch.device, Tensor] | None = None
-    _has_swapped_ema: bool = False
     # param_groups as the running step reads them; None between steps.
     _step_groups: list[Group] | None = None
 
     _turn: Turn
 
-    # The hooks that step in the backward. Never pickled.
-    _attached: Attached | None = None
     # Of an optimizer of one parameter in the backward: the state of the whole, for new state.
     _state_of_whole: dict[Any, Any] | None = None
 
@@ -175,36 +179,41 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def amp_fused(self) -> bool:
         """Whether ``step()`` unscales and skips for ``torch.amp.GradScaler``. May be changed."""
-        return self._amp_fused
+        return self._core.amp_fused
 
     @amp_fused.setter
     def amp_fused(self, value: bool) -> None:
-        self._amp_fused = value
-        self._plan = None  # it knows where steps are counted
-        # torch sets this for fused=True; unset, GradScaler unscales and skips by itself.
-        self.__dict__.pop("_step_supports_amp_scaling", None)
-        if value:
-            self._step_supports_amp_scaling = True
+        self._core.amp_fused = value
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "_amp_fused": self._amp_fused or None}
+        own = {"max_grad_norm": self.max_grad_norm, "_amp_fused": self.amp_fused or None}
         return super().__getstate__() | {k: v for k, v in own.items() if v is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        own = {name: state.pop(name) for name in ("max_grad_norm", "_amp_fused") if name in state}
         super().__setstate__(state)
         self._plan = None
         self._set_defaults()
-        self.amp_fused = self._amp_fused
+        for name, value in own.items():
+            setattr(self._core, name.removeprefix("_"), value)
+
+    def __copy__(self) -> FusedOptimizer:
+        """Of the same parameters, state and groups; so it has the same options and takes turns."""
+        copied = object.__new__(type(self))
+        copied._turn, copied._core = self._turn, self._core
+        copied.__setstate__(self.__getstate__())
+        return copied
 
     def _set_defaults(self) -> None:
         """What an object has that no constructor of this class made."""
-        for name, value in {"max_grad_norm": None, "_amp_fused": False, "_clips": None}.items():
-            self.__dict__.setdefault(name, value)
+        if "_core" not in self.__dict__:
+            self._core = Core()
         if "_turn" not in self.__dict__:
             self._turn = Turn()
 
     def add_param_group(self, param_group: Group) -> None:
-        if "_turn" not in self.__dict__:  # in the constructor of torch's class
+        if not hasattr(self, "_turn"):  # in the constructor of torch's class
             return super().add_param_group(param_group)
         with self._exclusively("add_param_group()"):
             super().add_param_group(param_group)
@@ -295,12 +304,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _grad_scaling(self) -> Scaling | None:
         """What this step multiplies the gradients with, and whether it is skipped: from the
         GradScaler, which sets ``grad_scale`` and ``found_inf`` for the step, and from clipping."""
-        self._clips = None
-        if self.max_grad_norm is None and not self.amp_fused:
+        core = self._core
+        core._clips = None
+        if self._plan_amp_fused != core.amp_fused:
+            self._plan, self._plan_amp_fused = None, core.amp_fused
+        max_norm = self.max_grad_norm
+        if max_norm is None and not core.amp_fused:
             return None
-        _check_max_grad_norm(self.max_grad_norm)
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        grads = [grad for grad in grads if grad is not None]
+        _check_max_grad_norm(max_norm)
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [grad for p in params if (grad := p.grad) is not None]
         devices = dict.fromkeys(grad.device for grad in grads)
 
         def on_devices(name: str) -> dict[torch.device, Tensor]:
@@ -313,10 +326,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             return {d: scalar.reshape(()) for d, scalar in scalars.items()}
 
         found_inf, scale = on_devices("found_inf"), on_devices("grad_scale")
-        if self.max_grad_norm is not None and grads:
+        clips: dict[torch.device, Tensor] = {}
+        if max_norm is not None:
             self._norm = self._norm or GradNorm()
-            self._clips = self._norm.measure(grads, self.max_grad_norm, scale, self.amp_fused)
-        clips = self._clips or {}
+            clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
+            core._clips = clips
         return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
 
     def _native_step(
@@ -818,11 +832,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Checks -----------------------------------------------------------------------------------
 
-    def _check_not_swapped(self) -> None:
-        if self._has_swapped_ema:
+    def _check_not_swapped(self, call: str = "step()") -> None:
+        if self._core.swaps:
             raise RuntimeError(
                 f"fusedopt.{type(self).__name__}: the parameters hold their averages; leave "
-                "swap_ema() before step()"
+                f"swap_ema() before {call}"
             )
 
     def _check_options(self, g: int) -> None:
@@ -1040,7 +1054,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def ema_parameters(self) -> Iterator[Tensor]:
         """The averages of the parameters (``ema=``) in the order of the groups; of a parameter that
-        has not been updated yet the parameter itself.
+        has not been updated yet the parameter itself. A step without its gradient leaves a
+        parameter alone, and its average too.
 
         Raises:
             ValueError: no group has ``ema``.
@@ -1061,31 +1076,59 @@ class FusedOptimizer(torch.optim.Optimizer):
             with optimizer.swap_ema():
                 validate(model)
 
-        Afterwards they are what they were, bit for bit. ``step()`` raises RuntimeError inside.
+        Afterwards they are what they were, bit for bit, whatever they were converted to or moved
+        to in between, as far as the dtype that they have then can hold it. Copies, pickles and
+        state dicts of the model that are made inside hold the averages. ``step()`` raises
+        RuntimeError inside.
+
+        Raises:
+            fusedopt.averages.WeightsNotRestoredError: when it ends, a parameter has another shape,
+                say, and cannot take its weights back; the error holds them.
         """
-        params: list[Tensor] = []
-        ours: list[Tensor] = []
-        kept: list[Tensor] = []
-        was_swapped = self._has_swapped_ema
-        # Each list is copied in one call, which no interrupt can divide.
+        core, turn = self._core, self._turn
+        weights: averages.Weights = {}
         try:
             with self._exclusively("swap_ema()"):
-                averages = [*self.ema_parameters()]
+                theirs = [*self.ema_parameters()]
                 params = [param for group in self.param_groups for param in group["params"]]
-                ours = [dtensor.local(param).detach() for param in params]
-                theirs = [dtensor.local(average).detach() for average in averages]
-                kept = [value.clone() for value in ours]
-                self._has_swapped_ema = True
-                torch._foreach_copy_(ours, theirs)
-                increment_version(params)
+                kept = averages.kept(params)
+                core.swaps.append(weights)
+                weights.update(kept)  # from here on there is something to restore
+                averages.swap_in(params, theirs)
             yield
         finally:
+            # An interrupt, or what a signal handler raises, comes after it.
             try:
-                if kept:
-                    torch._foreach_copy_(ours, kept)
-                    increment_version(params)
-            finally:
-                self._has_swapped_ema = was_swapped
+                with turn.lock:
+                    self._leave_swap(core, weights)
+            except averages.WeightsNotRestoredError:
+                raise
+            except BaseException:
+                with turn.lock:
+                    self._leave_swap(core, weights)
+                raise
+
+    def _leave_swap(self, core: Core, weights: averages.Weights) -> None:
+        """Restores the weights; once that is done, calling it again does nothing."""
+        at = next((i for i, swap in enumerate(core.swaps) if swap is weights), None)
+        if at is None:
+            return
+        if at + 1 < len(core.swaps):  # a context that began later is still open: it restores them
+            core.swaps[at + 1].update(weights)
+        elif weights:
+            try:
+                averages.restore(weights, self._describe_param)
+            except averages.WeightsNotRestoredError:
+                del core.swaps[at]
+                raise
+        del core.swaps[at]
+
+    def _describe_param(self, param: Tensor) -> str:
+        for g, group in enumerate(self.param_groups):
+            for i, own in enumerate(group["params"]):
+                if own is param:
+                    return self._describe(g, i)
+        return f"a parameter of shape {tuple(param.shape)} that is in no param group now"
 
     # Checkpoints ------------------------------------------------------------------------------
 

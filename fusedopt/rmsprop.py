@@ -59,7 +59,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             so that small steps are not lost; the seed comes from torch's generator and is state
             (default: None, to nearest).
         ema (float, optional): decay of an average of the weights, the state ``ema``; see
-            ``ema_parameters()`` and ``swap_ema()`` (default: None).
+            ``ema_parameters()`` and ``swap_ema()``. It moves when the parameter is updated, so not
+            while that has no gradient (default: None).
 
     State per parameter: ``step`` (0-dim), ``square_avg``, with momentum ``momentum_buffer``, if
     centered ``grad_avg``, of the parameter's dtype, shape and strides. float16 and bfloat16 are

@@ -57,7 +57,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             so that small steps are not lost; the seed comes from torch's generator and is state
             (default: None, to nearest).
         ema (float, optional): decay of an average of the weights, the state ``ema``; see
-            ``ema_parameters()`` and ``swap_ema()`` (default: None).
+            ``ema_parameters()`` and ``swap_ema()``. It moves when the parameter is updated, so not
+            while that has no gradient (default: None).
 
     State per parameter: ``momentum_buffer`` if momentum is not 0, of the parameter's dtype, shape
     and strides. float16 and bfloat16 are computed in float32.

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from training import (
     LAYOUTS,
     assert_ranks_agree,
@@ -31,7 +31,7 @@ from training import (
     snapshot,
     world_mesh,
 )
-from worlds import on_ranks, on_world
+from worlds import mesh, on_ranks, on_world
 
 import fusedopt
 from fusedopt import storage
@@ -234,3 +234,55 @@ def test_clipping_and_skipped_steps(way, backend):
         before = snapshot(opt)
         opt.step()
         assert snapshot(opt) == before
+
+
+MOVES = {
+    "double and back": lambda model: model.double().float(),
+    "half, and it stays": lambda model: model.half(),
+    "a forward": lambda model: model(draw_batches(1, dtype=torch.float32)[0]),
+    "other shards": lambda model: [_replace_shard(p) for p in model.parameters()],
+    "other placements": lambda model: [_replicate(p) for p in model.parameters()],
+}
+
+
+def _replace_shard(p):
+    p._local_tensor = local(p).clone()
+
+
+def _replicate(p):
+    p.grad = None
+    torch.utils.swap_tensors(p, nn.Parameter(p.detach().redistribute(placements=[Replicate()])))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("move", MOVES)
+def test_a_sharded_model_that_moves_while_it_holds_averages(move, backend):
+    model = sharded(net(dtype=torch.float32), world_mesh("cpu"))
+    opt = fusedopt.AdamW(model.parameters(), lr=0.1, ema=0.5)
+    fit(model, opt, draw_batches(3, dtype=torch.float32))
+    expected = [full(p).clone() for p in model.parameters()]
+    with opt.swap_ema():
+        assert not torch.equal(full(next(model.parameters())), expected[0])
+        MOVES[move](model)
+    for p, e in zip(model.parameters(), expected, strict=True):
+        assert isinstance(p, DTensor) and torch.equal(full(p), e.to(p.dtype))
+
+
+@on_ranks(2)
+def test_a_shard_that_cannot_take_its_weights(backend):
+    """Every rank says so, and has what it held."""
+    model = sharded(net(dtype=torch.float32), world_mesh("cpu"))
+    opt = fusedopt.AdamW(model.parameters(), lr=0.1, ema=0.5)
+    fit(model, opt, draw_batches(2, dtype=torch.float32))
+    params = [*model.parameters()]
+    expected = [full(p).clone() for p in params]
+    on = mesh("cpu", (2,), ("elsewhere",))
+    with pytest.raises(fusedopt.averages.WeightsNotRestoredError, match="elsewhere") as caught:
+        with opt.swap_ema():
+            opt.zero_grad()
+            torch.utils.swap_tensors(
+                params[1], nn.Parameter(distribute_tensor(torch.ones(5), on, [Shard(0)]))
+            )
+    assert [*caught.value.weights] == [params[1]]
+    assert torch.equal(full(caught.value.weights[params[1]]), expected[1])
+    assert all(torch.equal(full(p), e) for p, e in zip(params[2:], expected[2:], strict=True))

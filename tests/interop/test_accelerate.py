@@ -175,3 +175,16 @@ def test_max_grad_norm(model, data):
     stock = Loop(ADAMW.stock, model, data, max_norm=0.2).run()
     for key in ("weights", "optimizer"):
         assert_same(mine.result[key], stock.result[key])
+
+
+def test_a_step_within_a_swap(model, data):
+    """accelerate's wrapper hides the methods of the optimizer, which is its ``optimizer``."""
+    loop = Loop(lambda p: ours(ADAMW)(p, ema=0.5), model, data).run()
+    before = copy.deepcopy(loop.model.state_dict())
+    assert not hasattr(loop.optimizer, "swap_ema")
+    with loop.optimizer.optimizer.swap_ema():
+        loop.model.float().double()
+        with pytest.raises(RuntimeError, match="swap_ema"):
+            loop.optimizer.step()
+    assert_same(loop.model.state_dict(), before, rtol=0, atol=0)
+    loop.run(2)

@@ -298,3 +298,51 @@ def test_the_wrapper_shows_the_norm():
     optimizer.step()
     assert wrapper.max_grad_norm == 0.5
     torch.testing.assert_close(wrapper.grad_norm, torch.tensor(12.0).double().sqrt())
+
+
+def of_fabric(optimizer):
+    fabric = package("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    return fabric.setup_optimizers(optimizer)
+
+
+WRAPPERS = {"fabric": of_fabric, "trainer": LightningOptimizer}
+
+
+@every_case
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_options_set_on_the_wrapper(case, wrap):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = case.ours([param])
+    wrapper = wrap(optimizer)
+    wrapper.max_grad_norm = 0.5
+    param.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    for seen in (wrapper, optimizer):
+        assert seen.max_grad_norm == 0.5
+        torch.testing.assert_close(seen.grad_norm, torch.tensor(12.0).double().sqrt())
+    wrapper.max_grad_norm = None
+    wrapper.amp_fused = True
+    assert optimizer.amp_fused and optimizer._step_supports_amp_scaling
+    wrapper.amp_fused = False
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+@every_case
+def test_a_step_of_fabric_within_a_swap(case):
+    """The wrapper's own method swaps, and its own step() is stopped."""
+    param = torch.nn.Parameter(torch.randn(3))
+    optimizer = case.ours([param], ema=0.5)
+    wrapper = of_fabric(optimizer)
+    for _ in range(2):
+        param.grad = torch.randn(3)
+        wrapper.step()
+    before = param.detach().clone()
+    for swapped in (wrapper, optimizer):
+        with swapped.swap_ema():
+            assert not torch.equal(param, before)
+            for stepped in (wrapper, optimizer):
+                with pytest.raises(RuntimeError, match="swap_ema"):
+                    stepped.step()
+        assert torch.equal(param, before)
+    wrapper.step()
+    assert not torch.equal(param, before)

@@ -1,0 +1,75 @@
+"""What an optimizer has in common with wrappers and shallow copies of it.
+
+Trainers wrap an optimizer in an object whose class inherits from the optimizer's, with the same
+``__dict__`` or with a ``__getattr__`` that looks there. What is set on the wrapper must reach the
+step, and what the step leaves behind must be seen through the wrapper.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .attached import Attached
+
+
+class Core:
+    """One for an optimizer, its wrappers and its shallow copies. Deep copies and pickles get their
+    own."""
+
+    __slots__ = (
+        "_attached",
+        "_clips",
+        "amp_fused",
+        "found_inf",
+        "grad_scale",
+        "max_grad_norm",
+        "swaps",
+    )
+
+    # What torch.amp.GradScaler sets for a step, and deletes afterwards.
+    found_inf: Tensor | None
+    grad_scale: Tensor | None
+
+    def __init__(self) -> None:
+        self.max_grad_norm: float | None = None
+        self.amp_fused = False
+        # Of the last step.
+        self._clips: dict[torch.device, Tensor] | None = None
+        # The hooks that step in the backward.
+        self._attached: Attached | None = None
+        # The weights of parameters that hold their averages, of each context that is open.
+        self.swaps: list[dict[Tensor, Tensor]] = []
+
+
+def of_core(name: str) -> Any:
+    """An attribute of the optimizer that is its core's."""
+
+    def assign(optimizer: Any, value: Any) -> None:
+        setattr(optimizer._core, name, value)
+
+    def delete(optimizer: Any) -> None:
+        delattr(optimizer._core, name)
+
+    return property(attrgetter(f"_core.{name}"), assign, delete)
+
+
+class AmpScalingSupport:
+    """``_step_supports_amp_scaling``, by which GradScaler recognises optimizers that unscale by
+    themselves: there while ``amp_fused`` is on. torch's constructors set it for ``fused=True``,
+    which means something else here."""
+
+    def __get__(self, optimizer: Any, owner: type) -> bool:
+        if optimizer is None or not optimizer.amp_fused:
+            raise AttributeError("_step_supports_amp_scaling")
+        return True
+
+    def __set__(self, optimizer: Any, value: bool) -> None:
+        pass
+
+    def __delete__(self, optimizer: Any) -> None:
+        pass
