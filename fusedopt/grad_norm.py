@@ -116,9 +116,11 @@ def _flat(grad: Tensor) -> Tensor:
 
 
 def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
-    norms = [torch.linalg.vector_norm(_flat(grad).double()) for grad in grads]
+    # Unscaled first, as in the kernels: the squares of what is scaled may leave float64.
+    factor = 1.0 if loss_scale is None else loss_scale.double().reciprocal()
+    norms = [torch.linalg.vector_norm(_flat(grad).double() * factor) for grad in grads]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm if loss_scale is None else norm / loss_scale.double()
+    return norm
 
 
 def _norm_over(spread: dtensor.Spread | None, norm: Tensor) -> Tensor:
