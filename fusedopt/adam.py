@@ -158,7 +158,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "1 - betas[0]": 1 - beta1,
             "1 - betas[1]": 1 - beta2,
             "weight_decay": 0.0 if decoupled else weight_decay,
-            "lr * l1" if decoupled else "l1": lr * l1 if decoupled else l1,
+            "lr * l1" if decoupled else "l1": lr * l1 if decoupled and l1 else l1,
         }
 
     @staticmethod

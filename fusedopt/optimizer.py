@@ -766,12 +766,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if state is not None and not isinstance(state, dict):
             fail(TypeError, f"its state is a {type(state).__name__}, not a dict")
         storage.check_param(group, param, fail)
-        self._check_numbers(group, param, fail)
         placed = (*self._slots(group), "master", "master_remainder", "ema")
         slots = {key: state[key] for key in placed if key in state} if state else {}
         dtensor.check(param, grad, slots, fail)
         if state:
             self._check_state(group, param, state, fail)
+        self._check_numbers(group, param, fail)
 
     def _check_numbers(self, group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:
         """Raises if an option, which may be changed at any time, has no meaning at this step."""

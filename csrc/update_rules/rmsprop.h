@@ -2,7 +2,6 @@
 // State: square_avg v, [centered] grad_avg a, [momentum > 0] momentum_buffer b.
 //   g += weight_decay * p + l1 * sign(p);  v = alpha * v + (1 - alpha) * g^2;  [centered] a += (1 - alpha) * (g - a)
 //   d = sqrt(v [- a^2]) + eps, or with eps_inside_sqrt sqrt(v [- a^2] + eps) (TensorFlow, Keras)
-//   [centered] The root is of the absolute value: rounding can make the difference negative.
 //   p -= lr * g / d, or with momentum b = momentum * b + g / d, p -= lr * b
 #pragma once
 
@@ -42,6 +41,9 @@ struct RMSpropUpdate {
   }
 
  private:
+  // What the roundings of v, a and a^2 in one step can take from the difference, as a share of v.
+  static constexpr T kRounding = 4 * std::numeric_limits<T>::epsilon();
+
   FUSEDOPT_HD void update(T& param, T grad, T& square_avg, T* grad_avg, T* momentum_buffer) const {
     using std::sqrt;
     grad = penalized_grad(grad, param);
@@ -54,7 +56,9 @@ struct RMSpropUpdate {
       // A square that leaves the range is its end, so that an infinite v stays infinite.
       const T square = *grad_avg * *grad_avg, end = std::numeric_limits<T>::max();
       radicand = square_avg - (square > end ? end : square) + eps_inside;
-      radicand = radicand < T(0) ? -radicand : radicand;
+      // What only these roundings have made negative counts by its size; torch's loops round less.
+      const bool rounded = (radicand < T(0)) & (radicand >= -kRounding * square_avg);
+      radicand = rounded ? -radicand : radicand;
     }
     const T denom = sqrt(radicand) + eps_outside;
     if constexpr (kMomentum) {
