@@ -33,6 +33,11 @@ each = pytest.mark.parametrize(("case", "options", "dtype"), CROSSED, ids=str)
 def flag_goes_back() -> Iterator[None]:
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor has no such flag")
+    # New threads begin with the flag of the one that starts them, and keep it for other tests.
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    torch.ones(10**6).add_(1)
+    torch.set_num_threads(before)
     yield
     torch.set_flush_denormal(False)
 
