@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 import os
 import threading
 import weakref
@@ -130,6 +131,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Updates ``param`` from a sparse gradient; only called if ``_takes_sparse``. Also creates
         the state of a rule without a step count."""
         raise NotImplementedError
+
+    # A static method (group, step) that gives the numbers which the rule takes in the dtype of the
+    # parameter, by what they are, and raises where torch's for-loop cannot compute one.
+    _numbers: ClassVar[Callable[..., dict[str, float]]]
 
     def _state_dtype(self, group: Group, param: Tensor, key: str) -> torch.dtype | None:
         """The dtype that the group declares for a state tensor; None if any will do."""
@@ -823,10 +828,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._has_step:
             return 1.0 if self._is_new(param, created) else 2.0
         step: Tensor = self._state_of(param, created)["step"] + 1
+        if step.device.type == "mps":
+            return step  # it has no float64
+        # A power of the count is needed more exactly than float32 has it.
         if group["differentiable"] or (
             step.device.type != "cpu" and not tensor_kinds.is_fake(step)
         ):
-            return step
+            return step.double()
         count = tensor_kinds.number(step)
         return 1.0 if count is None else count  # a fake tensor without a value: any number will do
 
@@ -951,6 +959,39 @@ class FusedOptimizer(torch.optim.Optimizer):
         dtensor.check(param, grad, slots, fail)
         if state:
             self._check_state(group, param, state, left_to_torch, fail)
+        self._check_numbers(group, param, fail)
+
+    def _check_numbers(self, group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:
+        """Raises if an option, which may be changed at any time, has no meaning at this step."""
+        step = self._known_step(group, param)
+        try:
+            numbers = self._numbers(_known_numbers(group), 1.0 if step is None else step)
+        except (ArithmeticError, RuntimeError) as error:
+            fail(type(error), str(error))
+        if step is None:
+            return  # what follows depends on it
+        wide = param.dtype in (torch.float64, torch.complex128)
+        largest = torch.finfo(torch.float64 if wide else torch.float32).max
+        for name, value in numbers.items():
+            if abs(value) > largest and not math.isinf(value):
+                fail(
+                    RuntimeError,
+                    f"{name} is {value:g}, which {param.dtype} cannot be multiplied with; the "
+                    f"largest is {largest:g}",
+                )
+
+    def _known_step(self, group: Group, param: Tensor) -> float | None:
+        """The number of the next step, see _next_step; None if only the device knows it."""
+        state = self.state.get(param)
+        state = state if isinstance(state, dict) else {}
+        if not self._has_step:
+            return 1.0 if any(state.get(key) is None for key in self._slots(group)) else 2.0
+        count = state.get("step")
+        if count is None:
+            return 1.0
+        if type(count) is not Tensor or count.device.type != "cpu" or count.numel() != 1:
+            return None
+        return float(count) + 1
 
     def _check_sparse(
         self, group: Group, param: Tensor, grad: Tensor, fail: Callable[..., NoReturn]
@@ -1279,6 +1320,20 @@ def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
     if group.get("l1"):
         grad = grad + group["l1"] * param.sign()
     return grad
+
+
+def _known_numbers(group: Group) -> Group:
+    """The group with its tensors of one element as numbers. One that is on a device, where nobody
+    waits for it, is taken for 0.5, which all options may be."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(known, value))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            return value
+        return float(value.detach()) if type(value) is Tensor and value.is_cpu else 0.5
+
+    return {name: known(value) for name, value in group.items() if name != "params"}
 
 
 def _with_scalars(group: Group) -> Group:

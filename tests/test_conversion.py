@@ -105,10 +105,8 @@ def fails_on_late_gradients(case):
 
 
 def assert_alike(run, expected):
-    """Parameters, state and options, to the roundings of a few steps in float64. A differentiable
-    step computes with its count, which is a float32 tensor."""
-    near = 1e-6 if run.opt.defaults["differentiable"] else 1e-12
-    close = functools.partial(torch.testing.assert_close, rtol=near, atol=near)
+    """Parameters, state and options, to the roundings of a few steps in float64."""
+    close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     close(run.params, expected.params)
     for p, q in zip(run.params, expected.params, strict=True):
         assert (p in run.opt.state) == (q in expected.opt.state)

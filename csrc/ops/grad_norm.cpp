@@ -38,10 +38,18 @@ double sum_chunk(const GradToMeasure& grad, std::int64_t begin, double factor) {
     return sum_columns<isa, double>(count, factor,
                                     [&](std::int64_t row, int, double*) { return data + row; });
   }
-  return sum_columns<isa, float>(
-      count, static_cast<float>(factor), [&](std::int64_t row, int n, float* buffer) {
-        return load_as_float<isa>(grad.dtype, grad.data, begin + row, n, buffer);
-      });
+  const auto load = [&](std::int64_t row, int n, float* buffer) {
+    return load_as_float<isa>(grad.dtype, grad.data, begin + row, n, buffer);
+  };
+  const double sum = sum_columns<isa, float>(count, static_cast<float>(factor), load);
+  if (is_accurate(static_cast<float>(sum))) return sum;
+  return sum_columns<isa, double>(count, factor, [&](std::int64_t row, int n, double* buffer) {
+    alignas(64) float floats[kNormColumns];
+    const float* const grads = load(row, n, floats);
+#pragma omp simd
+    for (int c = 0; c < n; ++c) buffer[c] = grads[c];
+    return buffer;
+  });
 }
 
 template double sum_chunk<Isa::FUSEDOPT_ISA>(const GradToMeasure&, std::int64_t, double);

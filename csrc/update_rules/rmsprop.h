@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "host_device.h"
 #include "number.h"
@@ -40,18 +41,26 @@ struct RMSpropUpdate {
   }
 
  private:
+  // What the roundings of v, a and a^2 in one step can take from the difference, as a share of v.
+  static constexpr T kRounding = 4 * std::numeric_limits<T>::epsilon();
+
   FUSEDOPT_HD void update(T& param, T grad, T& square_avg, T* grad_avg, T* momentum_buffer) const {
     using std::sqrt;
     grad = penalized_grad(grad, param);
     square_avg = alpha * square_avg + one_minus_alpha * grad * grad;
-    T variance = square_avg;
+    T radicand = square_avg + eps_inside;
     if constexpr (kCentered) {
       const T diff = grad - *grad_avg;  // torch.lerp: the form that is exact at the nearer end
       *grad_avg =
           one_minus_alpha < T(0.5) ? *grad_avg + one_minus_alpha * diff : grad - alpha * diff;
-      variance = variance - *grad_avg * *grad_avg;
+      // A square that leaves the range is its end, so that an infinite v stays infinite.
+      const T square = *grad_avg * *grad_avg, end = std::numeric_limits<T>::max();
+      radicand = square_avg - (square > end ? end : square) + eps_inside;
+      // What only these roundings have made negative counts by its size; torch's loops round less.
+      const bool rounded = (radicand < T(0)) & (radicand >= -kRounding * square_avg);
+      radicand = rounded ? -radicand : radicand;
     }
-    const T denom = sqrt(variance + eps_inside) + eps_outside;
+    const T denom = sqrt(radicand) + eps_outside;
     if constexpr (kMomentum) {
       *momentum_buffer = momentum * *momentum_buffer + grad / denom;
       param = param - lr * *momentum_buffer;
@@ -81,6 +90,12 @@ struct RMSprop {
 
   static constexpr bool kHasStep = true;
   unsigned state_mask() const { return 0b001u | centered * 0b010u | (momentum > 0) * 0b100u; }
+
+  // See Adam::is_defined.
+  bool is_defined(double, double largest) const {
+    return fits(lr, largest) && fits(1 - alpha, largest) && fits(weight_decay, largest) &&
+           fits(l1, largest);
+  }
 
   template <typename T, typename Use>
   FUSEDOPT_HD auto prepare(double, Use&& use) const {
