@@ -168,12 +168,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         eps_inside, eps_outside = (eps, 0.0) if group.get("eps_inside_sqrt") else (0.0, eps)
         if "grad_avg" in slots:
             slots["grad_avg"] = slots["grad_avg"].lerp(grad, 1 - alpha)
-            # As csrc/update_rules/rmsprop.h has it, after an overflow and after roundings.
-            limits = torch.finfo(grad.dtype)
-            square = (slots["grad_avg"] * slots["grad_avg"]).clamp(max=limits.max)
+            # A square that leaves the range is its end, so that an infinite v stays infinite.
+            square = (slots["grad_avg"] * slots["grad_avg"]).clamp(max=torch.finfo(grad.dtype).max)
             radicand = radicand - square + eps_inside
-            lowest = -4 * limits.eps * slots["square_avg"]
-            radicand = torch.where((radicand < 0) & (radicand >= lowest), -radicand, radicand)
         else:
             radicand = radicand + eps_inside
         denom = radicand.sqrt() + eps_outside

@@ -41,9 +41,6 @@ struct RMSpropUpdate {
   }
 
  private:
-  // What the roundings of v, a and a^2 in one step can take from the difference, as a share of v.
-  static constexpr T kRounding = 4 * std::numeric_limits<T>::epsilon();
-
   FUSEDOPT_HD void update(T& param, T grad, T& square_avg, T* grad_avg, T* momentum_buffer) const {
     using std::sqrt;
     grad = penalized_grad(grad, param);
@@ -55,10 +52,7 @@ struct RMSpropUpdate {
           one_minus_alpha < T(0.5) ? *grad_avg + one_minus_alpha * diff : grad - alpha * diff;
       // A square that leaves the range is its end, so that an infinite v stays infinite.
       const T square = *grad_avg * *grad_avg, end = std::numeric_limits<T>::max();
-      radicand = square_avg - (square > end ? end : square) + eps_inside;
-      // What only these roundings have made negative counts by its size; torch's loops round less.
-      const bool rounded = (radicand < T(0)) & (radicand >= -kRounding * square_avg);
-      radicand = rounded ? -radicand : radicand;
+      radicand = square_avg - (end < square ? end : square) + eps_inside;
     }
     const T denom = sqrt(radicand) + eps_outside;
     if constexpr (kMomentum) {
