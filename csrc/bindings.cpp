@@ -833,7 +833,9 @@ void Plan::list_written() {
       }
       continue;
     }
-    if (entry.data.data == nullptr) continue;
+    const Expected& step = entry.state[StateLayout::kStep];
+    if (step.data != nullptr) steps.emplace_back(step.data, e);
+    if (entry.data.data == nullptr) continue;  // of an empty parameter, the count remains
     ranges.push_back({range_of(view_of(entry, entry.data)), e});
     for (int s = 0; s < kMaxStates; ++s) {
       if (entry.state[s].data == nullptr) continue;
@@ -849,9 +851,6 @@ void Plan::list_written() {
                                      : TensorView{extra.data, extra.dtype, 1, &listed, &stride}),
                         e});
     }
-    const Expected& step = entry.state[StateLayout::kStep];
-    if (step.data == nullptr) continue;
-    steps.emplace_back(step.data, e);
   }
   // A count that several entries have is in the way of none of them: see add_shared.
   std::sort(steps.begin(), steps.end());

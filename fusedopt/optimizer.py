@@ -496,7 +496,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether what this step creates or measures may have no memory."""
         if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
             return True
-        params = (self.param_groups[g]["params"][i] for g, i in self._with_grad())
+        params = (self._groups[g]["params"][i] for g, i in self._with_grad())
         return any(tensor_kinds.is_virtual(t) for p in params for t in (p, p.grad))
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
@@ -689,7 +689,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _unusual_step(self, g: int, i: int, created: Created, factor: Tensor | None) -> None:
         """Of what is no ordinary tensor: torch's own for-loop, if it knows all options."""
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         if (mode := tensor_kinds.inactive_mode(param)) is not None:
             with mode:
@@ -708,7 +708,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             yield
         except Exception as error:
-            param = self.param_groups[g]["params"][i]
+            param = self._groups[g]["params"][i]
             tensors = (param, param.grad, *self.state.get(param, {}).values())
             kind = tensor_kinds.first_unusual(*tensors)
             if kind is None:

@@ -26,14 +26,9 @@ class GradientMoves(Training):
             p.grad = None
             if p.requires_grad and not p.is_complex():
                 torch.sgn(p).sum().backward()
-                assert p.grad._is_zerotensor()
             else:
                 run.give(p, torch._efficientzerotensor(p.shape, dtype=p.dtype))
         run.step()
-        p = rng.choice(run.params)
-        if p.requires_grad and p.grad is not None and not p.grad.is_sparse:
-            (p.sum().real if p.is_complex() else p.sum()).backward()
-            run.step()
 
     @rule(rng=randoms)
     def negated_when_read(self, rng):
@@ -110,7 +105,7 @@ class GradientMoves(Training):
 
     def remove(self, p: Tensor) -> None:
         run = self.run
-        at = next(g for g, group in enumerate(run.ours.param_groups) if group["params"][0] is p)
+        at = next(g for g, i, q in run.places() if run.ours.param_groups[g]["params"][i] is p)
         for opt in (run.ours, run.twin):
             (p,) = opt.param_groups.pop(at)["params"]
             opt.state.pop(p, None)

@@ -394,7 +394,7 @@ class Lockstep:
                 value = state["master"]
                 check_close(p.detach(), value, torch.zeros_like(value), unit, f"{where} of master")
         check_close(value, q.detach(), spread, unit, where, bool(extras[1]))
-        if average is not None:
+        if average is not None and not self.is_entangled:
             weight = 1 - group["ema"]
             expected = average + weight * (q.detach() - average)
             size = real(average).abs() + real(q.detach()).abs()

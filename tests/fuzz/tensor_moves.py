@@ -17,6 +17,7 @@ import fusedopt
 from fusedopt import storage
 
 from .choices import in_layout, random_shape, random_values, randoms
+from .closeness import real
 from .lockstep import place_of, record_python_steps
 from .training import Training
 
@@ -36,8 +37,8 @@ class TensorMoves(Training):
 
     def fresh_like(self, rng: random.Random, key: str, shape: Any, dtype: torch.dtype) -> Tensor:
         values = random_values(rng, shape, dtype)
-        if key in self.run.ours._unsigned_slots and not dtype.is_complex:
-            values = values.abs()
+        if key in self.run.ours._unsigned_slots:
+            real(values).abs_()
         values, around = in_layout(LAYOUTS, rng, values)
         self.run.around += [(memory, bits(memory)) for memory in around]
         return values
