@@ -1110,10 +1110,12 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
   }
   TensorView grad;
   const bool is_dense = view(seen.grad, &grad);
-  if (!is_dense && !rule_.has_step) return leave_to_python(seen);
   const bool needs_state =
       rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
-  if (needs_state && entry.layout < 0) return Verdict::kStale;
+  if (needs_state && entry.layout < 0) {
+    // A sparse update makes its state itself.
+    return is_dense || rule_.has_step ? Verdict::kStale : leave_to_python(seen);
+  }
   if (!is_where_expected(entry.param, entry, &entry.data)) return Verdict::kStale;
   for (int s = 0; s < kMaxStates; ++s) {
     if (seen.tensors[s] != nullptr && !is_where_expected(seen.tensors[s], entry, &entry.state[s])) {

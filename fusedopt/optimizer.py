@@ -722,6 +722,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, group: Group, param: Tensor, created: Created, factor: Tensor | None
     ) -> None:
         grad: Tensor = param.grad  # type: ignore[assignment]
+        if memory.is_zero(grad):
+            grad = grad.clone()  # torch takes its product with an infinity for zero
         state = self._state_of(param, created)
         if _is_sparse(grad):
             grad = grad.to(torch.promote_types(grad.dtype, param.dtype))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cases import GRAD_LAYOUTS, LAYOUTS, Case, bits
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedopt import storage
 
@@ -69,7 +69,9 @@ class Lockstep:
         param, around = in_layout(LAYOUTS, rng, values)
         self.around += [(memory, bits(memory)) for memory in around]
         twin = values.to(opmath(values.dtype)).clone().contiguous()
-        return param.detach().requires_grad_(), twin.requires_grad_()
+        param = param.detach()
+        param = nn.Parameter(param) if rng.random() < 0.5 else param.requires_grad_()
+        return param, twin.requires_grad_()
 
     def random_options(self, rng: random.Random) -> dict[str, Any]:
         return {
@@ -463,7 +465,7 @@ class Lockstep:
                     states[leaf] = kept
                 leaves.append(leaf)
                 pairs.append((p, leaf))
-            options = {k: v for k, v in group.items() if k not in ("params", "master_weights")}
+            options = {k: group[k] for k in group if k not in ("params", "master_weights")}
             options.setdefault("state_dtype", torch.bfloat16)
             groups.append({**options, "params": leaves})
         other = self.case.ours(groups, max_grad_norm=self.ours.max_grad_norm)

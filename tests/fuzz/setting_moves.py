@@ -106,9 +106,14 @@ STATES_OF_ONE = (StateOfOne, OrderedDict, lambda state: defaultdict(list, state)
 GROUPS = (Group, OrderedDict, dict)
 PARAMS = (
     *(tuple, Params, UserList),
-    nn.ParameterList,
+    # It makes parameters of what are none.
+    lambda params: nn.ParameterList(params) if is_of_parameters(params) else (*params,),
     lambda params: {str(i): p for i, p in enumerate(params)}.values(),
 )
+
+
+def is_of_parameters(params: list[Tensor]) -> bool:
+    return all(isinstance(p, nn.Parameter) for p in params)
 
 
 class SettingMoves(Training):

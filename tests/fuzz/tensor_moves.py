@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import LAYOUTS, bits, snapshot
 from hypothesis.stateful import rule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import swap_tensors
 
 import fusedopt
@@ -78,6 +78,8 @@ class TensorMoves(Training):
         run = self.run
         p = rng.choice(run.params)
         other = self.fresh_like(rng, "param", p.shape, p.dtype).requires_grad_(p.requires_grad)
+        if isinstance(p, nn.Parameter):
+            other = nn.Parameter(other, p.requires_grad)
         swap_tensors(p, other)
         self.backward(rng, p)
         run.step()

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedopt
 from fusedopt import storage
@@ -240,6 +240,8 @@ class Training(RuleBasedStateMachine):
         grads = [p.grad for p in run.params]
         for p in run.params:
             p.grad = None
+            if isinstance(p, nn.Parameter):
+                p.data = p.detach().clone()  # as its deepcopy does: dense
         before = snapshot(run.ours)
         params, run.ours = move((run.params, run.ours))
         assert snapshot(run.ours) == before
