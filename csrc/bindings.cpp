@@ -1620,6 +1620,29 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   shares_always();
 }
 
+// Whether the tensors, of which the first is a parameter, are what needs no other check: plain, with
+// memory, of floating dtypes, one shape, layout and device; and the step count, unless it is None, is
+// a number on the host that can go on.
+bool is_ordinary(const py::list& tensors, const py::object& step) {
+  TensorView first, now;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    if (!is_plain_tensor(tensor) || !view(tensor, &now) || has_negative_bit(tensor)) return false;
+    if (i == 0) first = now;
+    if (!is_flat(now) || now.device != first.device || !same_layout(now, first)) return false;
+  }
+  if (step.is_none()) return true;
+  if (!is_plain_tensor(step.ptr()) || !view(step.ptr(), &now) || numel(now) != 1) return false;
+  if (now.device != kCpu) return false;
+  if (now.dtype == Dtype::kFloat64) {
+    const double count = *static_cast<const double*>(now.data);
+    return count >= 0 && count + 1 > count;
+  }
+  if (now.dtype != Dtype::kFloat32) return false;
+  const float count = *static_cast<const float*>(now.data);
+  return count >= 0 && count + 1 > count;
+}
+
 void set_dtensor_type(const py::object& type) {
   if (torch.dtensor_type == nullptr) torch.dtensor_type = type.inc_ref().ptr();
 }
@@ -1713,6 +1736,7 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.def("learn_layout", &learn_layout_from);
   module.def("read_layout", &read_layout);
   module.def("forget_layout", &forget_layout);
+  module.def("is_ordinary", &is_ordinary);
   module.def("set_dtensor_type", &set_dtensor_type);
   module.def("describe", &describe);
   module.def("describe_cuda", [] { return FUSEDOPT_CUDA_STATUS; });  // with CUDA or why not

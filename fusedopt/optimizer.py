@@ -614,12 +614,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         if step.device.type != "cpu" or step.dtype == torch.float64:
             return True
-        if step.dtype == torch.bool:
-            return False
-        is_float = step.dtype.is_floating_point
-        last = 2 / torch.finfo(step.dtype).eps if is_float else torch.iinfo(step.dtype).max
         count = tensor_kinds.number(step)
-        return count is None or count < last
+        return count is None or count < _last_count(step.dtype)
 
     def _new_step(self, group: Group, param: Tensor) -> Tensor:
         fused = group.get("fused")
@@ -888,6 +884,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         param = group["params"][i]
         grad = param.grad
 
+        if self._is_ordinary(group, param, grad):
+            return
+
         def fail(error: type[Exception], problem: str) -> NoReturn:
             raise error(f"{self._describe(g, i)}: {problem}")
 
@@ -951,6 +950,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         dtensor.check(param, grad, slots, fail)
         if state:
             self._check_state(group, param, state, left_to_torch, fail)
+
+    def _is_ordinary(self, group: Group, param: Tensor, grad: Tensor) -> bool:
+        """Whether the native module alone can say that a parameter needs no other check. Of the
+        thousands of a model that is nearly every one."""
+        if backend.native is None or storage.is_on(group) or group.get("capturable"):
+            return False
+        if group.get("differentiable") or param.is_inference() or tensor_kinds.is_traced():
+            return False
+        state = self.state.get(param) or {}
+        if type(state) is not dict:
+            return False
+        slots = [state[key] for key in self._slots(group) if state.get(key) is not None]
+        answer: bool = backend.native.is_ordinary(
+            [param, grad, *slots], state.get("step") if self._has_step else None
+        )
+        return answer
 
     def _check_sparse(
         self, group: Group, param: Tensor, grad: Tensor, fail: Callable[..., NoReturn]
@@ -1210,6 +1225,14 @@ def _grad_factor(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) ->
     if loss_scale is not None:
         factor = loss_scale.double().reciprocal() * (1.0 if factor is None else factor)
     return factor
+
+
+@functools.cache
+def _last_count(dtype: torch.dtype) -> float:
+    """Up to where a step count of this dtype can go on."""
+    if dtype == torch.bool:
+        return 0
+    return 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 def _value_of(state: dict[str, Any], key: str) -> Tensor:
