@@ -336,7 +336,8 @@ const RuleEntry& find_rule(const std::string& name) {
 struct Expected {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  bool exists = false;  // also without elements, when there may be no data
+  std::int32_t words = -1;  // where they are in Plan::words_, if they are
+  bool exists = false;      // also without elements, when there may be no data
 };
 
 // Order and meaning of the keys in a state dict; nearly all parameters share one.
@@ -379,7 +380,7 @@ struct Entry {
   std::int64_t extras = -1;        // where they begin in Plan::extras_, if there are any
   SlotDtypes stored;               // with a gradient of the parameter's dtype
   std::int64_t portrait = -1;      // where it is in Plan::portraits_, if it has one
-  MemoryRange free_grad;           // of the last gradient that nothing overlapped, and when
+  Expected grad;                   // the last one that nothing overlapped, and when
   std::size_t free_since = 0;      // Plan::generation_ was this then
 };
 
@@ -478,6 +479,8 @@ class Plan {
   bool add_shared();
   bool is_step_expected(PyObject* tensor, Entry* entry);
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
+  bool is_as_seen(PyObject* tensor, const Expected& expected) const;
+  void remember(PyObject* tensor, int ndim, Expected* expected);
   // Whether the process holds the same elements of both: then shards can be updated one by one.
   static bool is_placed_like(PyObject* tensor, const Entry& entry) {
     return entry.spec ? is_sharded_like(tensor, entry) : is_plain_tensor(tensor);
@@ -504,6 +507,7 @@ class Plan {
   std::vector<std::size_t> stateless_;     // the other entries
   std::unordered_map<std::string, int> layout_index_;
   std::vector<Portrait> portraits_;
+  std::vector<TensorWords> words_;                      // those of an entry follow each other
   std::vector<std::vector<std::size_t>> shared_steps_;  // entries that share a step count
   WrittenMemory written_memory_;
   std::size_t generation_ = 0;  // of written_memory_
@@ -1103,8 +1107,9 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
     }
     return leave_to_python(seen);
   }
-  TensorView grad;
-  const bool is_dense = view(seen.grad, &grad);
+  TensorView grad{entry.grad.data, entry.grad.dtype};
+  const bool is_grad_known = entry.free_since == generation_ && is_as_seen(seen.grad, entry.grad);
+  const bool is_dense = is_grad_known || view(seen.grad, &grad);
   if (!is_dense && !rule_.has_step) return leave_to_python(seen);
   const bool needs_state =
       rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
@@ -1120,7 +1125,8 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
     return Verdict::kStale;
   }
   if (!is_dense || entry.for_memory) return leave_to_python(seen);
-  if (!is_usable(&entry, seen, grad) || (!seen.is_copy && !is_placed_like(seen.grad, entry))) {
+  if (!(is_grad_known || is_usable(&entry, seen, grad)) ||
+      (!seen.is_copy && !is_placed_like(seen.grad, entry))) {
     read_early(seen);
     return Verdict::kPython;
   }
@@ -1157,18 +1163,36 @@ Plan::Verdict Plan::leave_to_python(const Seen& seen) {
 // Dtype and layout must be what they were. Memory may have moved: then overlaps are looked for
 // again.
 bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
+  if (is_as_seen(tensor, *expected)) return is_placed_like(tensor, entry);
   TensorView now;
   if (!view_stored(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
       !same_layout(now, view_of(entry, *expected)) || !is_placed_like(tensor, entry)) {
     return false;
   }
-  if (now.data != expected->data) {
-    if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
-    if (has_negative_bit(tensor)) return false;
-    expected->data = now.data;
-    moved_ = true;
-  }
+  if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
+  if (has_negative_bit(tensor)) return false;
+  moved_ |= now.data != expected->data;
+  expected->data = now.data;
+  remember(tensor, now.ndim, expected);
   return true;
+}
+
+// Whether the tensor is what it was when it was remembered; asks nobody.
+bool Plan::is_as_seen(PyObject* tensor, const Expected& expected) const {
+  if (expected.words < 0) return false;
+  tensor = local_of(tensor);
+  return is_plain_tensor(tensor) &&
+         words_[static_cast<std::size_t>(expected.words)].are_those_of(impl_of(tensor));
+}
+
+void Plan::remember(PyObject* tensor, int ndim, Expected* expected) {
+  if (!torch.layout.trusts_words) return;
+  if (expected->words < 0) {
+    expected->words = static_cast<std::int32_t>(words_.size());
+    words_.emplace_back();
+  }
+  words_[static_cast<std::size_t>(expected->words)].remember(torch.layout,
+                                                             impl_of(local_of(tensor)), ndim);
 }
 
 // As is_where_expected, of tensors that do not all look like the parameter.
@@ -1178,6 +1202,10 @@ bool Plan::are_extras_expected(const Seen& seen) {
     PyObject* const tensor = seen.tensors[StateLayout::kFirstExtra + e];
     Expected& expected = extras_[static_cast<std::size_t>(entry.extras + e)];
     if (tensor == nullptr) continue;
+    if (is_as_seen(tensor, expected)) {
+      if (is_elementwise(e + kMaxSlots) && !is_placed_like(tensor, entry)) return false;
+      continue;
+    }
     TensorView now;
     if (!view_stored(tensor, &now) || now.dtype != expected.dtype ||
         !is_extra(e + kMaxSlots, now, entry, view_of(entry, entry.data)) ||
@@ -1187,18 +1215,21 @@ bool Plan::are_extras_expected(const Seen& seen) {
     if (is_elementwise(e + kMaxSlots) && !is_placed_like(tensor, entry)) return false;
     moved_ |= now.data != expected.data;
     expected.data = now.data;
+    remember(tensor, now.ndim, &expected);
   }
   return true;
 }
 
 bool Plan::is_step_expected(PyObject* tensor, Entry* entry) {
   Expected& expected = entry->state[StateLayout::kStep];
+  if (is_as_seen(tensor, expected)) return true;
   TensorView now;
   if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
   if (counts_on_device(*entry, now) != entry->device_step) return false;
   if (!entry->device_step && !is_host(now)) return false;
   moved_ |= now.data != expected.data;
   expected.data = now.data;
+  remember(tensor, now.ndim, &expected);
   return true;
 }
 
@@ -1224,12 +1255,17 @@ bool Plan::is_usable(Entry* entry, const Seen& seen, const TensorView& now) {
   if (now.data == entry->data.data) return now.dtype == entry->data.dtype;
   const MemoryRange memory{begin,
                            begin + static_cast<std::size_t>(entry->numel) * itemsize(now.dtype)};
-  if (entry->free_since == generation_ && entry->free_grad == memory) return true;
+  const bool was_free = entry->free_since == generation_ && entry->grad.data == now.data &&
+                        entry->grad.dtype == now.dtype;
   bool is_free = true;
-  written_memory_.for_each_overlap(memory, [&](std::size_t) { is_free = false; });
+  if (!was_free) {
+    written_memory_.for_each_overlap(memory, [&](std::size_t) { is_free = false; });
+  }
   if (!is_free) return false;
-  entry->free_grad = memory;
+  entry->grad.data = now.data;
+  entry->grad.dtype = now.dtype;
   entry->free_since = generation_;
+  remember(seen.grad, now.ndim, &entry->grad);
   return true;
 }
 
@@ -1593,7 +1629,24 @@ py::tuple read_layout(const py::object& tensor) {
   return py::make_tuple(memory, negative);
 }
 
+void trust_words() { torch.layout.trusts_words = torch.layout.knows_memory(); }
+
+// What the tensor's words were; None if they are not to be trusted.
+class RememberedTensor {
+ public:
+  explicit RememberedTensor(const py::object& tensor) {
+    words_.remember(torch.layout, impl_of(tensor.ptr()), tensor.attr("dim")().cast<int>());
+  }
+  bool is_equal(const py::object& tensor) const {
+    return words_.are_those_of(impl_of(tensor.ptr()));
+  }
+
+ private:
+  TensorWords words_;
+};
+
 void forget_layout(const std::string& what) {
+  if (what == "words" || what == "memory") torch.layout.trusts_words = false;
   if (what == "memory") torch.layout.num_bytes = 0;
   if (what == "negative") torch.layout.keys = 0;
 }
@@ -1736,6 +1789,10 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.def("learn_layout", &learn_layout_from);
   module.def("read_layout", &read_layout);
   module.def("forget_layout", &forget_layout);
+  module.def("trust_words", &trust_words);
+  py::class_<RememberedTensor>(module, "RememberedTensor")
+      .def(py::init<const py::object&>())
+      .def("is_equal", &RememberedTensor::is_equal);
   module.def("is_ordinary", &is_ordinary);
   module.def("set_dtensor_type", &set_dtensor_type);
   module.def("describe", &describe);
