@@ -153,7 +153,7 @@ def _facts(tensor: Tensor) -> tuple[Any, ...]:
     address cannot be asked without parting it.)"""
     kind = (tensor.dtype, tensor.device, tensor.layout, tensor.is_neg(), tensor.is_conj())
     place = (tensor.shape, tensor.stride(), tensor.storage_offset())
-    is_shared = torch._C._is_cow_tensor(tensor)
+    is_shared = torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
     return (*kind, *place, is_shared, None if is_shared else _memory(tensor))
 
 
