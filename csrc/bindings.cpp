@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -289,6 +290,7 @@ class GroupRule {
  public:
   virtual ~GroupRule() = default;
   virtual unsigned state_mask() const = 0;
+  virtual bool is_defined(double step, double largest) const = 0;
   virtual PreparedUpdate prepare(double step, const StoredAs& stored, Where where) const = 0;
 };
 
@@ -297,6 +299,9 @@ class GroupRuleOf : public GroupRule {
  public:
   explicit GroupRuleOf(const Options& options) : rule_(Rule::from(options)) {}
   unsigned state_mask() const override { return rule_.state_mask(); }
+  bool is_defined(double step, double largest) const override {
+    return rule_.is_defined(step, largest);
+  }
   PreparedUpdate prepare(double step, const StoredAs& stored, Where where) const override {
     return fusedopt::prepare(rule_, step, stored, where);
   }
@@ -490,6 +495,7 @@ class Plan {
   bool are_extras_expected(const Seen& seen);
   bool add_task(const Seen& seen, const TensorView& grad);
   bool counts_on_device(const Entry& entry, const TensorView& step) const;
+  static constexpr std::uint32_t kUndefined = ~0u;
   std::uint32_t prepared_update(Group* group, double step, const SlotDtypes& dtypes, int device,
                                 Where where);
   Step& step_on(int device);
@@ -1331,6 +1337,7 @@ bool Plan::add_task(const Seen& seen, const TensorView& grad) {
                       : prepares           ? Where::kGpuPrepares
                                            : Where::kGpu;
   task.update = prepared_update(&group, step, dtypes, entry.device, where);
+  if (task.update == kUndefined) return false;  // the Python side says why
   step_on(entry.device).tasks.push_back(task);
   updated_.push_back(seen.entry);
   return true;
@@ -1351,6 +1358,12 @@ std::uint32_t Plan::prepared_update(Group* group, double step, const SlotDtypes&
   const auto [found, is_new] =
       group->prepared.emplace(key, static_cast<std::uint32_t>(updates.size()));
   if (is_new) {
+    constexpr double kAny = std::numeric_limits<double>::infinity();
+    const double largest = dtypes.slots[0] == Dtype::kFloat64
+                               ? std::numeric_limits<double>::max()
+                               : static_cast<double>(std::numeric_limits<float>::max());
+    const bool prepares = where == Where::kGpuPrepares;  // only the device knows the step
+    if (!group->rule->is_defined(prepares ? 1 : step, prepares ? kAny : largest)) return kUndefined;
     updates.push_back(group->rule->prepare(step, {dtypes, group->ema_weight}, where));
   }
   group->last_key = key;

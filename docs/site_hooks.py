@@ -130,6 +130,20 @@ def _storage_steps() -> str:
     return "\n".join(parts)
 
 
+def _storage_codes() -> str:
+    """What bench.codes has written: by how much second moments are too large."""
+    results = json.loads(next(RESULTS.rglob("codes.json")).read_text())["results"]
+    names = list(results)
+    parts = [
+        "| gradients beside their largest neighbours | " + " | ".join(names) + " |"
+    ]
+    parts += ["| --- " * (1 + len(names)) + "|"]
+    for row in zip(*results.values(), strict=True):
+        cells = [f"{found['moment']:+.1%}" for found in row]
+        parts += [f"| {row[0]['ratio']:g} | " + " | ".join(cells) + " |"]
+    return "\n".join(parts)
+
+
 def _processes() -> str:
     """What bench.processes has written."""
     measured = json.loads(next(RESULTS.rglob("processes.json")).read_text())
@@ -172,6 +186,7 @@ def _mean_and_spread(losses: list[float] | None) -> str:
 
 INCLUDED = {
     "processes": _processes,
+    "storage codes": _storage_codes,
     "storage losses": _storage_losses,
     "storage steps": _storage_steps,
     "errors": _errors,

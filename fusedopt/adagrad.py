@@ -176,6 +176,20 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format)
 
     @staticmethod
+    def _numbers(group: Group, step: float) -> dict[str, float]:
+        divisor = 1 + (step - 1) * group["lr_decay"]
+        if divisor == 0:
+            raise ZeroDivisionError(
+                f"lr_decay = {group['lr_decay']:g} makes 1 + (step - 1) * lr_decay zero at step "
+                f"{step:.0f}; lr cannot be divided by it"
+            )
+        return {
+            "lr / (1 + (step - 1) * lr_decay)": group["lr"] / divisor,
+            "weight_decay": group["weight_decay"],
+            "l1": group.get("l1") or 0.0,
+        }
+
+    @staticmethod
     def _python_rule(
         group: Group, step: float | Tensor, param: Tensor, grad: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:

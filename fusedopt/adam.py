@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -131,6 +133,34 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     @staticmethod
     def _slots(group: Group) -> tuple[str, ...]:
         return Adam._all_slots if group["amsgrad"] else Adam._required_slots
+
+    @staticmethod
+    def _numbers(group: Group, step: float) -> dict[str, float]:
+        corrections = []
+        for i, beta in enumerate(map(float, group["betas"])):
+            name = f"betas[{i}] = {beta:g}"
+            try:
+                correction = 1 - beta**step
+            except OverflowError as error:
+                raise OverflowError(
+                    f"{name} to the power of step {step:.0f} is no number; set it below 1"
+                ) from error
+            if correction == 0 or (i == 1 and -math.inf < correction < 0):
+                raise (RuntimeError if correction else ZeroDivisionError)(
+                    f"{name} makes its bias correction 1 - beta ** step "
+                    f"{'negative' if correction else 'zero'} at step {step:.0f}; set it below 1"
+                )
+            corrections.append(correction)
+        lr, l1, weight_decay = group["lr"], group.get("l1") or 0.0, group["weight_decay"]
+        decoupled = group["decoupled_weight_decay"]
+        beta1, beta2 = group["betas"]
+        return {
+            "lr / (1 - betas[0] ** step)": lr / corrections[0],
+            "1 - betas[0]": 1 - beta1,
+            "1 - betas[1]": 1 - beta2,
+            "weight_decay": 0.0 if decoupled else weight_decay,
+            "lr * l1" if decoupled else "l1": lr * l1 if decoupled and l1 else l1,
+        }
 
     @staticmethod
     def _python_rule(

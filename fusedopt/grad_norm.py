@@ -134,16 +134,16 @@ def _is_left_to_torch(grad: Tensor) -> bool:
     )
 
 
-def _norm_of(grad: Tensor) -> Tensor:
+def _norm_of(grad: Tensor, factor: float | Tensor) -> Tensor:
     norm: Tensor
     if not _is_left_to_torch(grad):
-        norm = torch.linalg.vector_norm(_flat(grad).double())
+        norm = torch.linalg.vector_norm(_flat(grad).double() * factor)
         return norm
     try:
         parts = grad.detach().unbind() if grad.is_nested else (grad.detach(),)
         norms = [_as_ordinary(torch.linalg.vector_norm(part)).double() for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+        return norm * factor
     except Exception as error:
         raise TypeError(
             f"a gradient {tensor_kinds.name(grad)} cannot be measured; leave max_grad_norm out, "
@@ -159,9 +159,11 @@ def _as_ordinary(norm: Tensor) -> Tensor:
 
 
 def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
-    norms = [_norm_of(grad) for grad in grads]
+    # Unscaled first, as in the kernels: the squares of what is scaled may leave float64.
+    factor = 1.0 if loss_scale is None else loss_scale.double().reciprocal()
+    norms = [_norm_of(grad, factor) for grad in grads]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm if loss_scale is None else norm / loss_scale.double()
+    return norm
 
 
 def _norm_over(meshes: Sequence[DeviceMesh], clips: dict[Bucket, Tensor]) -> Tensor:

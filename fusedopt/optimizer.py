@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 import os
 import threading
 import weakref
@@ -130,6 +131,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Updates ``param`` from a sparse gradient; only called if ``_takes_sparse``. Also creates
         the state of a rule without a step count."""
         raise NotImplementedError
+
+    # A static method (group, step) that gives the numbers which the rule takes in the dtype of the
+    # parameter, by what they are, and raises where torch's for-loop cannot compute one.
+    _numbers: ClassVar[Callable[..., dict[str, float]]]
 
     def _state_dtype(self, group: Group, param: Tensor, key: str) -> torch.dtype | None:
         """The dtype that the group declares for a state tensor; None if any will do."""
@@ -394,15 +399,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan, self._plan = self._plan, None  # kept only if the step succeeds
         created: Created = {}
         if todo is not False:
-            for g, i, _ in map(plan.locate, todo):
-                self._check(g, i)
+            self._check_left(plan, todo)
             if any(self._missing_state(g, i) for g, i, _ in map(plan.locate, todo)):
                 todo = False
         if todo is False:
             for g in range(len(self._groups)):
                 self._check_options(g)
+            can_plan = backend.native is not None and not self._is_virtual()
             for g, i in self._with_grad():
-                self._check(g, i)
+                if not (can_plan and self._is_ordinary(g, i)):
+                    self._check(g, i)
             if capturing and any(self._missing_state(g, i) for g, i in self._with_grad()):
                 raise backend.capture_error(f"fusedopt.{type(self).__name__} creates state")
             for g, i in self._with_grad():
@@ -411,14 +417,24 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # Without a step count, it is the state that says that there was a first step.
                 return
             plan = None
-            if backend.native is not None and not self._is_virtual():
+            if can_plan:
                 plan = self._make_plan(created)
                 todo = self._native_step(plan, scaling, created=created)
                 if todo is False:  # it is not as the plan has it, and would not be the next time
                     plan = None
+                self._check_left(plan, todo)
         if todo is not None:
             self._mixed_step(plan, todo, created, scaling)
         self._plan = plan
+
+    def _check_left(self, plan: Any, todo: Any) -> None:
+        """Checks what the native side has left: these entries of a plan, or everything."""
+        if todo is False:
+            left = [*self._with_grad()]
+        else:
+            left = [plan.locate(entry)[:2] for entry in todo or ()]
+        for g, i in left:
+            self._check(g, i)
 
     def _mixed_step(self, plan: Any, todo: Any, created: Created, scaling: Scaling | None) -> None:
         """Takes the Python rule where the native side cannot go, copies gradients that have another
@@ -819,10 +835,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._has_step:
             return 1.0 if self._is_new(param, created) else 2.0
         step: Tensor = self._state_of(param, created)["step"] + 1
-        if group["differentiable"] or (
-            step.device.type != "cpu" and not tensor_kinds.is_fake(step)
-        ):
-            return step
+        if step.device.type == "mps":
+            return step  # it has no float64
+        # A power of the count is needed more exactly than float32 has it.
+        if group["differentiable"] or not (step.is_cpu or tensor_kinds.is_fake(step)):
+            return step.double()
         count = tensor_kinds.number(step)
         return 1.0 if count is None else count  # a fake tensor without a value: any number will do
 
@@ -883,9 +900,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self._groups[g]
         param = group["params"][i]
         grad = param.grad
-
-        if self._is_ordinary(group, param, grad):
-            return
 
         def fail(error: type[Exception], problem: str) -> NoReturn:
             raise error(f"{self._describe(g, i)}: {problem}")
@@ -950,20 +964,55 @@ class FusedOptimizer(torch.optim.Optimizer):
         dtensor.check(param, grad, slots, fail)
         if state:
             self._check_state(group, param, state, left_to_torch, fail)
+        self._check_numbers(group, param, fail)
 
-    def _is_ordinary(self, group: Group, param: Tensor, grad: Tensor) -> bool:
-        """Whether the native module alone can say that a parameter needs no other check. Of the
-        thousands of a model that is nearly every one."""
-        if backend.native is None or storage.is_on(group) or group.get("capturable"):
+    def _check_numbers(self, group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:
+        """Raises if an option, which may be changed at any time, has no meaning at this step."""
+        step = self._known_step(group, param)
+        try:
+            numbers = self._numbers(_known_numbers(group), 1.0 if step is None else step)
+        except (ArithmeticError, RuntimeError) as error:
+            fail(type(error), str(error))
+        if step is None:
+            return  # what follows depends on it
+        wide = param.dtype in (torch.float64, torch.complex128)
+        largest = torch.finfo(torch.float64 if wide else torch.float32).max
+        for name, value in numbers.items():
+            if abs(value) > largest and not math.isinf(value):
+                fail(
+                    RuntimeError,
+                    f"{name} is {value:g}, which {param.dtype} cannot be multiplied with; the "
+                    f"largest is {largest:g}",
+                )
+
+    def _known_step(self, group: Group, param: Tensor) -> float | None:
+        """The number of the next step, see _next_step; None if only the device knows it."""
+        state = self.state.get(param)
+        state = state if isinstance(state, dict) else {}
+        if not self._has_step:
+            return 1.0 if any(state.get(key) is None for key in self._slots(group)) else 2.0
+        count = state.get("step")
+        if count is None:
+            return 1.0
+        if type(count) is not Tensor or count.device.type != "cpu" or count.numel() != 1:
+            return None
+        return float(count) + 1
+
+    def _is_ordinary(self, g: int, i: int) -> bool:
+        """Whether the native module, which steps only what it knows, can do without _check. For
+        nearly every one of the thousands of parameters of a model it can."""
+        group = self._groups[g]
+        param = group["params"][i]
+        if storage.is_on(group) or group.get("capturable"):
             return False
-        if group.get("differentiable") or param.is_inference() or tensor_kinds.is_traced():
+        if group.get("differentiable") or param.is_inference():
             return False
         state = self.state.get(param) or {}
         if type(state) is not dict:
             return False
         slots = [state[key] for key in self._slots(group) if state.get(key) is not None]
         answer: bool = backend.native.is_ordinary(
-            [param, grad, *slots], state.get("step") if self._has_step else None
+            [param, param.grad, *slots], state.get("step") if self._has_step else None
         )
         return answer
 
@@ -1302,6 +1351,20 @@ def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
     if group.get("l1"):
         grad = grad + group["l1"] * param.sign()
     return grad
+
+
+def _known_numbers(group: Group) -> Group:
+    """The group with its tensors of one element as numbers. One that is on a device, where nobody
+    waits for it, is taken for 0.5, which all options may be."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(known, value))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            return value
+        return float(value.detach()) if type(value) is Tensor and value.is_cpu else 0.5
+
+    return {name: known(value) for name, value in group.items() if name != "params"}
 
 
 def _with_scalars(group: Group) -> Group:

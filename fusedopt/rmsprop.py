@@ -144,6 +144,15 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         return torch.float32 if is_part and dtype in (torch.int8, torch.uint8) else dtype
 
     @staticmethod
+    def _numbers(group: Group, step: float) -> dict[str, float]:
+        return {
+            "lr": group["lr"],
+            "1 - alpha": 1 - group["alpha"],
+            "weight_decay": group["weight_decay"],
+            "l1": group.get("l1") or 0.0,
+        }
+
+    @staticmethod
     def _python_rule(
         group: Group,
         step: float | Tensor,
@@ -155,12 +164,16 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         lr, alpha, eps = scalar(group["lr"]), group["alpha"], group["eps"]
         slots = dict(zip(RMSprop._slots(group), (square_avg, *optional), strict=True))
         grad = penalized_grad(group, grad, param)
-        variance = slots["square_avg"] = alpha * square_avg + (1 - alpha) * grad * grad
+        radicand = slots["square_avg"] = alpha * square_avg + (1 - alpha) * grad * grad
+        eps_inside, eps_outside = (eps, 0.0) if group.get("eps_inside_sqrt") else (0.0, eps)
         if "grad_avg" in slots:
             slots["grad_avg"] = slots["grad_avg"].lerp(grad, 1 - alpha)
-            variance = variance - slots["grad_avg"] * slots["grad_avg"]
-        inside = group.get("eps_inside_sqrt")
-        denom = (variance + eps).sqrt() if inside else variance.sqrt() + eps
+            # A square that leaves the range is its end, so that an infinite v stays infinite.
+            square = (slots["grad_avg"] * slots["grad_avg"]).clamp(max=torch.finfo(grad.dtype).max)
+            radicand = radicand - square + eps_inside
+        else:
+            radicand = radicand + eps_inside
+        denom = radicand.sqrt() + eps_outside
         if "momentum_buffer" not in slots:
             return param - lr * grad / denom, *slots.values()
         slots["momentum_buffer"] = group["momentum"] * slots["momentum_buffer"] + grad / denom

@@ -127,6 +127,16 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         return SGD._all_slots if group["momentum"] != 0 else ()
 
     @staticmethod
+    def _numbers(group: Group, step: float) -> dict[str, float]:
+        dampens = group["momentum"] != 0 and step != 1
+        return {
+            "lr": group["lr"],
+            "1 - dampening": 1 - group["dampening"] if dampens else 1.0,
+            "weight_decay": group["weight_decay"],
+            "l1": group.get("l1") or 0.0,
+        }
+
+    @staticmethod
     def _python_rule(
         group: Group,
         step: float | Tensor,

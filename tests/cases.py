@@ -151,7 +151,8 @@ class EpsInsideSqrt(torch.optim.RMSprop):
                     g = g + group["weight_decay"] * p
                 v = state["square_avg"].mul_(alpha).add_((1 - alpha) * g * g)
                 if group["centered"]:
-                    v = v - state["grad_avg"].lerp_(g, 1 - alpha) ** 2
+                    a = state["grad_avg"].lerp_(g, 1 - alpha)
+                    v = v.addcmul(a, a, value=-1)  # as torch: the square does not overflow
                 g = g / (v + group["eps"]).sqrt()
                 if group["momentum"] > 0:
                     g = state["momentum_buffer"].mul_(group["momentum"]).add_(g)

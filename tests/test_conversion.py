@@ -105,9 +105,10 @@ def fails_on_late_gradients(case):
 
 
 def assert_alike(run, expected):
-    """Parameters, state and options, to the roundings of a few steps in float64. A differentiable
-    step computes with its count, which is a float32 tensor."""
-    near = 1e-6 if run.opt.defaults["differentiable"] else 1e-12
+    """Parameters, state and options, to the roundings of a few steps in float64. torch's Adam takes
+    the count of a differentiable step in float32, fusedopt's does not."""
+    in_float32 = run.opt.defaults["differentiable"] and "betas" in run.opt.defaults
+    near = 1e-5 if in_float32 else 1e-12
     close = functools.partial(torch.testing.assert_close, rtol=near, atol=near)
     close(run.params, expected.params)
     for p, q in zip(run.params, expected.params, strict=True):

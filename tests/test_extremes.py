@@ -96,3 +96,46 @@ def test_right_wherever_torch_is_and_finite_wherever_torch_is(backend, case, dty
     right |= ~near(stock, exact, peak) & (ours.isfinite() | ~stock.isfinite())
     wrong = torch.stack([scales, ours.double(), stock.double(), exact])[:, ~right].T
     assert not len(wrong), f"scale of the gradient, ours, torch's, float64's: {wrong[:5].tolist()}"
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"alpha": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_one_overflow_does_not_poison_centered_rmsprop(dtype, options, backend):
+    """Where squares leave the range, v is infinite and the parameter stays, as in torch."""
+    case = Case("RMSprop", {"centered": True, **options})
+    huge = torch.finfo(dtype).max ** 0.8
+    ours = leaf(torch.randn(300, dtype=dtype))
+    stock = leaf(ours)
+    values = ours.detach().clone()
+    optimizers = case.ours([ours]), case.stock([stock])
+    for scale in (huge, 1.0, huge, 0.0, 1e-3):
+        grad = scale * torch.randn(300, dtype=dtype)
+        for param, optimizer in zip((ours, stock), optimizers, strict=True):
+            param.grad = grad.clone()
+            optimizer.step()
+    assert torch.equal(stock, values)
+    assert torch.equal(ours, values)
+
+
+def test_a_centered_variance_that_is_negative_stays_so(backend):
+    """State that no gradients made."""
+    p = leaf(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = Case("RMSprop", {"centered": True}).ours([p])
+    optimizer.step()
+    optimizer.state[p]["grad_avg"].fill_(2.0)
+    optimizer.step()
+    assert p.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha": 0.5, "momentum": 0.9}, {"eps": 1e-3, "eps_inside_sqrt": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_centered_rmsprop_with_gradients_of_any_size(options, dtype, backend):
+    """Not of the half types, in which v is rounded to zero before the square of a is."""
+    test_right_wherever_torch_is_and_finite_wherever_torch_is(
+        backend, Case("RMSprop", {"centered": True, **options}), dtype
+    )

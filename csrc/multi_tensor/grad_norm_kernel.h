@@ -49,6 +49,22 @@ FUSEDOPT_HD void sum_columns(const Vectors& vectors, const Single& single, const
   }
 }
 
+// One element of any dtype that is computed in float, for sums that leave its range.
+struct AsDouble {
+  static constexpr int kVector = 1;
+  using Raw = AnyDtype<1>::Raw;
+  AnyDtype<1> any;
+
+  FUSEDOPT_HD Raw load(int slot, const void* data, std::uint32_t at) const {
+    return any.load(slot, data, at);
+  }
+  FUSEDOPT_HD void unpack(int slot, const Raw& raw, double (&values)[1]) const {
+    float value[1];
+    any.unpack(slot, raw, value);
+    values[0] = value[0];
+  }
+};
+
 template <typename T>
 FUSEDOPT_HD void sum_block(const LaunchTable& table, std::uint32_t block, T* sums, int thread) {
   const std::uint32_t t = table.tensor_of(block);
@@ -67,6 +83,7 @@ FUSEDOPT_HD void sum_block(const LaunchTable& table, std::uint32_t block, T* sum
   };
   if constexpr (std::is_same_v<T, double>) {
     const OneDtype<double, 1> single;
+    if (info.dtype(0) != Dtype::kFloat64) return sum(AsDouble{{info}}, AsDouble{{info}});
     aligned ? sum(OneDtype<double, 2>(), single) : sum(single, single);
   } else {
     const AnyDtype<1> single{info};

@@ -2,7 +2,8 @@
 
 // bfloat16 and float16 to float and back, a block at a time. Every level gives the same bits:
 // round to nearest even, bfloat16 NaN as 0x7FC0 (as torch), float16 NaN quiet with its payload
-// (as F16C).
+// (as F16C). None depends on the thread's flush-denormal flag: a float16 is no subnormal float, and
+// no step here makes one of it.
 
 #include <cstdint>
 #include <cstring>
@@ -47,8 +48,10 @@ FUSEDOPT_HD BFloat16 to_bfloat16(float value) {
 FUSEDOPT_HD float to_float(Float16 value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t rest = static_cast<std::uint32_t>(value.bits & 0x7FFFu) << 13;
-  // Rebias by a multiplication, which is exact and makes subnormals normal.
-  const std::uint32_t finite = bits_from_float(float_from_bits(rest) * 0x1p112f);
+  // A subnormal is the fraction of a float in [2^-14, 2^-13): what is left without the 2^-14.
+  const float subnormal = float_from_bits(rest + 0x38800000u) - 0x1p-14f;
+  const std::uint32_t normal = rest + 0x38000000u;
+  const std::uint32_t finite = rest < 0x00800000u ? bits_from_float(subnormal) : normal;
   const std::uint32_t special = rest | 0x7F800000u | ((rest & 0x007FFFFFu) ? 0x00400000u : 0u);
   return float_from_bits(sign | (rest >= 0x0F800000u ? special : finite));
 }
@@ -58,7 +61,7 @@ FUSEDOPT_HD Float16 to_float16(float value) {
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
   // Normal results round in the integer, subnormal ones in an addition of 0.5 (whose last bit is
-  // the smallest float16).
+  // the smallest float16; whether a subnormal float counts as zero there makes no difference).
   const std::uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
   const std::uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3F000000u;
   const std::uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x03FFu);

@@ -24,6 +24,54 @@ class SharedWork {
   std::chrono::nanoseconds wall_, cpu_, own_{};
 };
 
+// How the calling thread treats subnormal numbers, which torch.set_flush_denormal sets for it alone:
+// the other threads of a region treat them so for as long.
+class FlushDenormal {
+ public:
+  FlushDenormal() : bits_(read() & kMask) {}
+
+  // On this thread until the end of the scope.
+  class Scope {
+   public:
+    explicit Scope(const FlushDenormal& flag) : before_(read()) {
+      const Register wanted = (before_ & ~kMask) | flag.bits_;
+      changed_ = wanted != before_;
+      if (changed_) write(wanted);
+    }
+    ~Scope() {
+      if (changed_) write(before_);
+    }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    std::uint64_t before_;
+    bool changed_;
+  };
+
+ private:
+  using Register = std::uint64_t;
+#if defined(__SSE2__)
+  static constexpr Register kMask = 0x8040;  // results and operands
+  static Register read() { return __builtin_ia32_stmxcsr(); }
+  static void write(Register value) { __builtin_ia32_ldmxcsr(static_cast<unsigned>(value)); }
+#elif defined(__aarch64__)
+  static constexpr Register kMask = Register{1} << 24;
+  static Register read() {
+    Register value;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void write(Register value) { __asm__ volatile("msr fpcr, %0" : : "r"(value)); }
+#else  // where torch cannot set it
+  static constexpr Register kMask = 0;
+  static Register read() { return 0; }
+  static void write(Register) {}
+#endif
+
+  Register bits_;
+};
+
 // work(i) for every i below count, which have num_elements elements together. Each thread keeps to
 // one contiguous part: handing them out as threads come free cost 2% on 64 M float32 Adam parameters
 // and up to 40% on bfloat16 ones (2 cores of an EPYC 9005, 2026-11).
@@ -36,10 +84,12 @@ void parallel_for(std::int64_t count, std::int64_t num_elements, int num_threads
     return;
   }
   SharedWork shared;
+  const FlushDenormal flush_denormal;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(num_threads)
 #endif
   {
+    const FlushDenormal::Scope as_the_caller(flush_denormal);
 #if defined(_OPENMP)
 #pragma omp for schedule(static) nowait
 #endif

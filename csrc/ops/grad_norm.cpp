@@ -27,6 +27,19 @@ double sum_columns(std::int64_t count, T factor, Load&& load) {
   return sums[0];
 }
 
+// Whether all bytes are: what an embedding has of gradients is zero for most of its rows.
+template <Isa isa>
+bool is_zero(const char* bytes, std::int64_t size) {
+  std::uint16_t any = 0;  // the smallest element there is
+#pragma omp simd reduction(| : any)
+  for (std::int64_t i = 0; i < size / 2; ++i) {
+    std::uint16_t word;
+    std::memcpy(&word, bytes + 2 * i, sizeof(word));
+    any |= word;
+  }
+  return any == 0;
+}
+
 }  // namespace
 
 template <Isa isa>
@@ -38,10 +51,20 @@ double sum_chunk(const GradToMeasure& grad, std::int64_t begin, double factor) {
     return sum_columns<isa, double>(count, factor,
                                     [&](std::int64_t row, int, double*) { return data + row; });
   }
-  return sum_columns<isa, float>(
-      count, static_cast<float>(factor), [&](std::int64_t row, int n, float* buffer) {
-        return load_as_float<isa>(grad.dtype, grad.data, begin + row, n, buffer);
-      });
+  const auto load = [&](std::int64_t row, int n, float* buffer) {
+    return load_as_float<isa>(grad.dtype, grad.data, begin + row, n, buffer);
+  };
+  const double sum = sum_columns<isa, float>(count, static_cast<float>(factor), load);
+  if (is_accurate(static_cast<float>(sum))) return sum;
+  const auto size = static_cast<std::int64_t>(itemsize(grad.dtype));
+  if (is_zero<isa>(static_cast<const char*>(grad.data) + begin * size, count * size)) return 0;
+  return sum_columns<isa, double>(count, factor, [&](std::int64_t row, int n, double* buffer) {
+    alignas(64) float floats[kNormColumns];
+    const float* const grads = load(row, n, floats);
+#pragma omp simd
+    for (int c = 0; c < n; ++c) buffer[c] = grads[c];
+    return buffer;
+  });
 }
 
 template double sum_chunk<Isa::FUSEDOPT_ISA>(const GradToMeasure&, std::int64_t, double);

@@ -27,11 +27,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   const GradNorm& norm = *static_cast<const GradNorm*>(table.update(0));
   const int thread = threadIdx.x;
   double sum;
-  if (is_double_block(table, blockIdx.x)) {
-    sum = sum_in_block(shared, kNormColumns, [&] { sum_block(table, blockIdx.x, shared, thread); });
-  } else {
+  bool in_double = is_double_block(table, blockIdx.x);
+  if (!in_double) {
     float* const sums = reinterpret_cast<float*>(shared);
     sum = sum_in_block(sums, kNormColumns, [&] { sum_block(table, blockIdx.x, sums, thread); });
+    in_double = !is_accurate(static_cast<float>(sum));
+    __syncthreads();  // all have read the sum: its place is free
+  }
+  if (in_double) {
+    sum = sum_in_block(shared, kNormColumns, [&] { sum_block(table, blockIdx.x, shared, thread); });
   }
   if (thread == 0) is_last = hand_in(norm, blockIdx.x, sum);
   __syncthreads();
@@ -66,8 +70,13 @@ void launch(const LaunchTable& table, void*) {
   const GradNorm& norm = *static_cast<const GradNorm*>(table.update(0));
   for (std::uint32_t block = 0; block < table.num_chunks; ++block) {
     const auto sum_chunk = [&](auto* sums, int thread) { sum_block(table, block, sums, thread); };
-    const double sum = is_double_block(table, block) ? sum_in_block<double>(kNormColumns, sum_chunk)
-                                                     : sum_in_block<float>(kNormColumns, sum_chunk);
+    double sum = 0;
+    bool in_double = is_double_block(table, block);
+    if (!in_double) {
+      sum = sum_in_block<float>(kNormColumns, sum_chunk);
+      in_double = !is_accurate(static_cast<float>(sum));
+    }
+    if (in_double) sum = sum_in_block<double>(kNormColumns, sum_chunk);
     if (!hand_in(norm, block, sum)) continue;
     norm.finish(sum_in_block<double>(kPartialColumns, [&](double* sums, int thread) {
       sums[thread] = sum_partial_column(norm.partials, norm.num_partials, thread);

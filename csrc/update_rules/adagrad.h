@@ -45,6 +45,13 @@ struct Adagrad {
   static constexpr bool kHasStep = true;
   unsigned state_mask() const { return 0b1u; }
 
+  // See Adam::is_defined.
+  bool is_defined(double step, double largest) const {
+    const double divisor = 1 + (step - 1) * lr_decay;
+    return divisor != 0 && fits(lr / divisor, largest) && fits(weight_decay, largest) &&
+           fits(l1, largest);
+  }
+
   template <typename T, typename Use>
   FUSEDOPT_HD auto prepare(double step, Use&& use) const {
     return use(AdagradUpdate<T>{penalized_grad<T>(maximize, weight_decay, l1),

@@ -86,6 +86,19 @@ struct Adam {
   static constexpr bool kHasStep = true;
   unsigned state_mask() const { return amsgrad ? 0b111u : 0b011u; }
 
+  // Whether the numbers of step t are defined and of the dtype: fusedopt.Adam._numbers says what is
+  // not. What only the device knows counts as defined.
+  bool is_defined(double step, double largest) const {
+    const double power1 = std::pow(beta1, step), power2 = std::pow(beta2, step);
+    const bool finite =
+        (!std::isinf(power1) || std::isinf(beta1)) && (!std::isinf(power2) || std::isinf(beta2));
+    const double lr = this->lr, penalty = decoupled_weight_decay && l1 != 0 ? lr * l1 : l1;
+    return finite && 1 - power1 != 0 && !(1 - power2 <= 0 && !std::isinf(power2)) &&
+           fits(lr / (1 - power1), largest) && fits(1 - beta1, largest) &&
+           fits(1 - beta2, largest) && fits(penalty, largest) &&
+           (decoupled_weight_decay || fits(weight_decay, largest));
+  }
+
   // Calls use(update) with the update for step t, its coefficients folded in double.
   template <typename T, typename Use>
   FUSEDOPT_HD auto prepare(double step, Use&& use) const {
@@ -98,8 +111,8 @@ struct Adam {
     const double lr = this->lr, beta1 = this->beta1, beta2 = this->beta2;
     const bool decoupled = decoupled_weight_decay;
     return {penalized_grad<T>(maximize, decoupled ? 0 : weight_decay, decoupled ? 0 : l1),
-            static_cast<T>(decoupled ? 1 - lr * weight_decay : 1),
-            static_cast<T>(decoupled ? lr * l1 : 0),
+            static_cast<T>(decoupled && weight_decay != 0 ? 1 - lr * weight_decay : 1),
+            static_cast<T>(decoupled && l1 != 0 ? lr * l1 : 0),
             static_cast<T>(beta1),
             static_cast<T>(1 - beta1),
             static_cast<T>(beta2),

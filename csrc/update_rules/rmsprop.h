@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "host_device.h"
 #include "number.h"
@@ -44,14 +45,16 @@ struct RMSpropUpdate {
     using std::sqrt;
     grad = penalized_grad(grad, param);
     square_avg = alpha * square_avg + one_minus_alpha * grad * grad;
-    T variance = square_avg;
+    T radicand = square_avg + eps_inside;
     if constexpr (kCentered) {
       const T diff = grad - *grad_avg;  // torch.lerp: the form that is exact at the nearer end
       *grad_avg =
           one_minus_alpha < T(0.5) ? *grad_avg + one_minus_alpha * diff : grad - alpha * diff;
-      variance = variance - *grad_avg * *grad_avg;
+      // A square that leaves the range is its end, so that an infinite v stays infinite.
+      const T square = *grad_avg * *grad_avg, end = std::numeric_limits<T>::max();
+      radicand = square_avg - (end < square ? end : square) + eps_inside;
     }
-    const T denom = sqrt(variance + eps_inside) + eps_outside;
+    const T denom = sqrt(radicand) + eps_outside;
     if constexpr (kMomentum) {
       *momentum_buffer = momentum * *momentum_buffer + grad / denom;
       param = param - lr * *momentum_buffer;
@@ -81,6 +84,12 @@ struct RMSprop {
 
   static constexpr bool kHasStep = true;
   unsigned state_mask() const { return 0b001u | centered * 0b010u | (momentum > 0) * 0b100u; }
+
+  // See Adam::is_defined.
+  bool is_defined(double, double largest) const {
+    return fits(lr, largest) && fits(1 - alpha, largest) && fits(weight_decay, largest) &&
+           fits(l1, largest);
+  }
 
   template <typename T, typename Use>
   FUSEDOPT_HD auto prepare(double, Use&& use) const {

@@ -54,6 +54,13 @@ struct SGD {
   static constexpr bool kHasStep = false;  // prepare gets 1 at a tensor's first step, then 2
   unsigned state_mask() const { return momentum != 0 ? 0b1u : 0b0u; }
 
+  // See Adam::is_defined.
+  bool is_defined(double step, double largest) const {
+    const bool dampens = momentum != 0 && step != 1;
+    return fits(lr, largest) && (!dampens || fits(1 - dampening, largest)) &&
+           fits(weight_decay, largest) && fits(l1, largest);
+  }
+
   template <typename T, typename Use>
   FUSEDOPT_HD auto prepare(double step, Use&& use) const {
     return momentum != 0 ? use(fold<T, true>(step)) : use(fold<T, false>(step));
