@@ -9,6 +9,7 @@ from torch import Tensor
 KERNEL_DEVICE: str
 NUM_TICKETS: int
 SCALE_ELEMENTS: int
+layout_problem: str | None  # set by backend.py
 
 class Plan:
     def __init__(self, rule: str, owner: str, /) -> None: ...
