@@ -468,6 +468,7 @@ class Plan {
   Portrait portrait_of(PyObject* param, PyObject* state) const;
   bool is_as_portrayed(const Entry& entry, PyObject* state);
   void read_early(const Seen& seen);
+  void order_readers();
   TensorView view_of(const Entry& entry, const Expected& tensor) const {
     const std::int64_t* shape = dims_.data() + entry.dims;
     return {tensor.data, tensor.dtype, entry.ndim, shape, shape + entry.ndim};
@@ -523,10 +524,11 @@ class Plan {
   bool has_stepped_ = false;  // in the last call of step()
   bool moved_ = false;        // since overlaps were looked for
   std::vector<py::object> held_;
-  std::vector<PyObject*> written_;     // of the block
-  std::vector<std::size_t> todo_;      // entries that need the Python side
-  std::vector<std::size_t> in_order_;  // entries of which that is true
-  std::vector<Seen> shared_;           // those that share a step count, which follow the others
+  std::vector<PyObject*> written_;                            // of the block
+  std::vector<std::size_t> todo_;                             // entries that need the Python side
+  std::vector<std::size_t> in_order_;                         // entries of which that is true
+  std::vector<std::pair<std::size_t, std::size_t>> readers_;  // with who writes their gradient
+  std::vector<Seen> shared_;  // those that share a step count, which follow the others
   std::unordered_map<const void*, double> shared_counts_;
   std::vector<std::size_t> updated_;
   std::vector<StepCount> counts_;
@@ -1146,17 +1148,28 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
 }
 
 // The gradient is read before the kernels start: by a copy, or by the Python rule. If it is what
-// another entry writes then both are put in order.
+// another entry writes in this step then both are put in order: see order_readers.
 void Plan::read_early(const Seen& seen) {
   if (seen.is_copy) return;
   std::vector<MemoryRange> memory;
   add_memory_of(seen.grad, &memory, nullptr);
   for (const MemoryRange& range : memory) {
     written_memory_.for_each_overlap(range, [&](std::size_t writer) {
-      if (writer == seen.entry) return;
-      put_in_order(writer);
-      put_in_order(seen.entry);
+      if (writer != seen.entry) readers_.emplace_back(seen.entry, writer);
     });
+  }
+}
+
+// Puts entries in order of which one reads what the other writes, if both step. (Where a parameter
+// was that rests there may be a gradient now.)
+void Plan::order_readers() {
+  if (readers_.empty()) return;
+  std::unordered_set<std::size_t> stepping(updated_.begin(), updated_.end());
+  stepping.insert(todo_.begin(), todo_.end());
+  for (const auto& [reader, writer] : readers_) {
+    if (stepping.count(writer) == 0) continue;
+    put_in_order(reader);
+    put_in_order(writer);
   }
 }
 
@@ -1231,6 +1244,8 @@ bool Plan::is_step_expected(PyObject* tensor, Entry* entry) {
   if (is_as_seen(tensor, expected)) return true;
   TensorView now;
   if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
+  if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
+  if (has_negative_bit(tensor)) return false;
   if (counts_on_device(*entry, now) != entry->device_step) return false;
   if (!entry->device_step && !is_host(now)) return false;
   moved_ |= now.data != expected.data;
@@ -1441,6 +1456,7 @@ py::object Plan::step(const py::object& groups, const py::object& state, int num
     roundings_.clear();
     for (const std::size_t e : in_order_) entries_[e].in_order = false;
     in_order_.clear();
+    readers_.clear();
     for (Step& step : steps_) step.clear();
     return read_groups(py::reinterpret_borrow<py::list>(groups)) &&
            look(all, grads) != Verdict::kStale;
@@ -1452,6 +1468,7 @@ py::object Plan::step(const py::object& groups, const py::object& state, int num
     // The gradients were compared with the places where the tensors were before.
     if (!shares_as_before() || !look_at_all()) return py::bool_(false);
   }
+  order_readers();
   for (const std::size_t e : updated_) {
     if (entries_[e].in_order) todo_.push_back(e);
   }
