@@ -994,9 +994,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = state.get("step")
         if count is None:
             return 1.0
-        if type(count) is not Tensor or count.device.type != "cpu" or count.numel() != 1:
+        if not memory.is_plain(count) or count.device.type != "cpu" or count.numel() != 1:
             return None
-        return float(count) + 1
+        number = tensor_kinds.number(count)
+        return None if number is None else number + 1
 
     def _is_ordinary(self, g: int, i: int) -> bool:
         """Whether the native module, which steps only what it knows, can do without _check. For
@@ -1008,7 +1009,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group.get("differentiable") or param.is_inference():
             return False
         state = self.state.get(param) or {}
-        if type(state) is not dict:
+        if type(state) is not dict or state.get("step", 0) is None:
             return False
         slots = [state[key] for key in self._slots(group) if state.get(key) is not None]
         answer: bool = backend.native.is_ordinary(
@@ -1362,7 +1363,9 @@ def _known_numbers(group: Group) -> Group:
             return tuple(map(known, value))
         if not isinstance(value, Tensor) or value.numel() != 1:
             return value
-        return float(value.detach()) if type(value) is Tensor and value.is_cpu else 0.5
+        can_read = tensor_kinds.is_fake(value) or (value.is_cpu and memory.is_plain(value))
+        number = tensor_kinds.number(value) if can_read else None
+        return 0.5 if number is None else number
 
     return {name: known(value) for name, value in group.items() if name != "params"}
 
