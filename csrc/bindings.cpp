@@ -341,7 +341,8 @@ const RuleEntry& find_rule(const std::string& name) {
 struct Expected {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  bool exists = false;  // also without elements, when there may be no data
+  std::int32_t words = -1;  // where they are in Plan::words_, if they are
+  bool exists = false;      // also without elements, when there may be no data
 };
 
 // Order and meaning of the keys in a state dict; nearly all parameters share one.
@@ -384,7 +385,7 @@ struct Entry {
   std::int64_t extras = -1;        // where they begin in Plan::extras_, if there are any
   SlotDtypes stored;               // with a gradient of the parameter's dtype
   std::int64_t portrait = -1;      // where it is in Plan::portraits_, if it has one
-  MemoryRange free_grad;           // of the last gradient that nothing overlapped, and when
+  Expected grad;                   // the last one that nothing overlapped, and when
   std::size_t free_since = 0;      // Plan::generation_ was this then
 };
 
@@ -467,6 +468,7 @@ class Plan {
   Portrait portrait_of(PyObject* param, PyObject* state) const;
   bool is_as_portrayed(const Entry& entry, PyObject* state);
   void read_early(const Seen& seen);
+  void order_readers();
   TensorView view_of(const Entry& entry, const Expected& tensor) const {
     const std::int64_t* shape = dims_.data() + entry.dims;
     return {tensor.data, tensor.dtype, entry.ndim, shape, shape + entry.ndim};
@@ -483,6 +485,8 @@ class Plan {
   bool add_shared();
   bool is_step_expected(PyObject* tensor, Entry* entry);
   bool is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected);
+  bool is_as_seen(PyObject* tensor, const Expected& expected) const;
+  void remember(PyObject* tensor, int ndim, Expected* expected);
   // Whether the process holds the same elements of both: then shards can be updated one by one.
   static bool is_placed_like(PyObject* tensor, const Entry& entry) {
     return entry.spec ? is_sharded_like(tensor, entry) : is_plain_tensor(tensor);
@@ -510,6 +514,7 @@ class Plan {
   std::vector<std::size_t> stateless_;     // the other entries
   std::unordered_map<std::string, int> layout_index_;
   std::vector<Portrait> portraits_;
+  std::vector<TensorWords> words_;                      // those of an entry follow each other
   std::vector<std::vector<std::size_t>> shared_steps_;  // entries that share a step count
   WrittenMemory written_memory_;
   std::size_t generation_ = 0;  // of written_memory_
@@ -519,10 +524,11 @@ class Plan {
   bool has_stepped_ = false;  // in the last call of step()
   bool moved_ = false;        // since overlaps were looked for
   std::vector<py::object> held_;
-  std::vector<PyObject*> written_;     // of the block
-  std::vector<std::size_t> todo_;      // entries that need the Python side
-  std::vector<std::size_t> in_order_;  // entries of which that is true
-  std::vector<Seen> shared_;           // those that share a step count, which follow the others
+  std::vector<PyObject*> written_;                            // of the block
+  std::vector<std::size_t> todo_;                             // entries that need the Python side
+  std::vector<std::size_t> in_order_;                         // entries of which that is true
+  std::vector<std::pair<std::size_t, std::size_t>> readers_;  // with who writes their gradient
+  std::vector<Seen> shared_;  // those that share a step count, which follow the others
   std::unordered_map<const void*, double> shared_counts_;
   std::vector<std::size_t> updated_;
   std::vector<StepCount> counts_;
@@ -1108,8 +1114,9 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
     }
     return leave_to_python(seen);
   }
-  TensorView grad;
-  const bool is_dense = view(seen.grad, &grad);
+  TensorView grad{entry.grad.data, entry.grad.dtype};
+  const bool is_grad_known = entry.free_since == generation_ && is_as_seen(seen.grad, entry.grad);
+  const bool is_dense = is_grad_known || view(seen.grad, &grad);
   const bool needs_state =
       rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
   if (needs_state && entry.layout < 0) {
@@ -1127,7 +1134,8 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
     return Verdict::kStale;
   }
   if (!is_dense || entry.for_memory) return leave_to_python(seen);
-  if (!is_usable(&entry, seen, grad) || (!seen.is_copy && !is_placed_like(seen.grad, entry))) {
+  if (!(is_grad_known || is_usable(&entry, seen, grad)) ||
+      (!seen.is_copy && !is_placed_like(seen.grad, entry))) {
     read_early(seen);
     return Verdict::kPython;
   }
@@ -1141,17 +1149,28 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
 }
 
 // The gradient is read before the kernels start: by a copy, or by the Python rule. If it is what
-// another entry writes then both are put in order.
+// another entry writes in this step then both are put in order: see order_readers.
 void Plan::read_early(const Seen& seen) {
   if (seen.is_copy) return;
   std::vector<MemoryRange> memory;
   add_memory_of(seen.grad, &memory, nullptr);
   for (const MemoryRange& range : memory) {
     written_memory_.for_each_overlap(range, [&](std::size_t writer) {
-      if (writer == seen.entry) return;
-      put_in_order(writer);
-      put_in_order(seen.entry);
+      if (writer != seen.entry) readers_.emplace_back(seen.entry, writer);
     });
+  }
+}
+
+// Puts entries in order of which one reads what the other writes, if both step. (Where a parameter
+// was that rests there may be a gradient now.)
+void Plan::order_readers() {
+  if (readers_.empty()) return;
+  std::unordered_set<std::size_t> stepping(updated_.begin(), updated_.end());
+  stepping.insert(todo_.begin(), todo_.end());
+  for (const auto& [reader, writer] : readers_) {
+    if (stepping.count(writer) == 0) continue;
+    put_in_order(reader);
+    put_in_order(writer);
   }
 }
 
@@ -1164,18 +1183,36 @@ Plan::Verdict Plan::leave_to_python(const Seen& seen) {
 // Dtype and layout must be what they were. Memory may have moved: then overlaps are looked for
 // again.
 bool Plan::is_where_expected(PyObject* tensor, const Entry& entry, Expected* expected) {
+  if (is_as_seen(tensor, *expected)) return is_placed_like(tensor, entry);
   TensorView now;
   if (!view_stored(tensor, &now) || now.dtype != expected->dtype || now.device != entry.device ||
       !same_layout(now, view_of(entry, *expected)) || !is_placed_like(tensor, entry)) {
     return false;
   }
-  if (now.data != expected->data) {
-    if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
-    if (has_negative_bit(tensor)) return false;
-    expected->data = now.data;
-    moved_ = true;
-  }
+  if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
+  if (has_negative_bit(tensor)) return false;
+  moved_ |= now.data != expected->data;
+  expected->data = now.data;
+  remember(tensor, now.ndim, expected);
   return true;
+}
+
+// Whether the tensor is what it was when it was remembered; asks nobody.
+bool Plan::is_as_seen(PyObject* tensor, const Expected& expected) const {
+  if (expected.words < 0) return false;
+  tensor = local_of(tensor);
+  return is_plain_tensor(tensor) &&
+         words_[static_cast<std::size_t>(expected.words)].are_those_of(impl_of(tensor));
+}
+
+void Plan::remember(PyObject* tensor, int ndim, Expected* expected) {
+  if (!torch.layout.trusts_words) return;
+  if (expected->words < 0) {
+    expected->words = static_cast<std::int32_t>(words_.size());
+    words_.emplace_back();
+  }
+  words_[static_cast<std::size_t>(expected->words)].remember(torch.layout,
+                                                             impl_of(local_of(tensor)), ndim);
 }
 
 // As is_where_expected, of tensors that do not all look like the parameter.
@@ -1185,6 +1222,10 @@ bool Plan::are_extras_expected(const Seen& seen) {
     PyObject* const tensor = seen.tensors[StateLayout::kFirstExtra + e];
     Expected& expected = extras_[static_cast<std::size_t>(entry.extras + e)];
     if (tensor == nullptr) continue;
+    if (is_as_seen(tensor, expected)) {
+      if (is_elementwise(e + kMaxSlots) && !is_placed_like(tensor, entry)) return false;
+      continue;
+    }
     TensorView now;
     if (!view_stored(tensor, &now) || now.dtype != expected.dtype ||
         !is_extra(e + kMaxSlots, now, entry, view_of(entry, entry.data)) ||
@@ -1194,18 +1235,23 @@ bool Plan::are_extras_expected(const Seen& seen) {
     if (is_elementwise(e + kMaxSlots) && !is_placed_like(tensor, entry)) return false;
     moved_ |= now.data != expected.data;
     expected.data = now.data;
+    remember(tensor, now.ndim, &expected);
   }
   return true;
 }
 
 bool Plan::is_step_expected(PyObject* tensor, Entry* entry) {
   Expected& expected = entry->state[StateLayout::kStep];
+  if (is_as_seen(tensor, expected)) return true;
   TensorView now;
   if (!view(tensor, &now) || now.dtype != expected.dtype || numel(now) != 1) return false;
+  if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
+  if (has_negative_bit(tensor)) return false;
   if (counts_on_device(*entry, now) != entry->device_step) return false;
   if (!entry->device_step && !is_host(now)) return false;
   moved_ |= now.data != expected.data;
   expected.data = now.data;
+  remember(tensor, now.ndim, &expected);
   return true;
 }
 
@@ -1231,12 +1277,17 @@ bool Plan::is_usable(Entry* entry, const Seen& seen, const TensorView& now) {
   if (now.data == entry->data.data) return now.dtype == entry->data.dtype;
   const MemoryRange memory{begin,
                            begin + static_cast<std::size_t>(entry->numel) * itemsize(now.dtype)};
-  if (entry->free_since == generation_ && entry->free_grad == memory) return true;
+  const bool was_free = entry->free_since == generation_ && entry->grad.data == now.data &&
+                        entry->grad.dtype == now.dtype;
   bool is_free = true;
-  written_memory_.for_each_overlap(memory, [&](std::size_t) { is_free = false; });
+  if (!was_free) {
+    written_memory_.for_each_overlap(memory, [&](std::size_t) { is_free = false; });
+  }
   if (!is_free) return false;
-  entry->free_grad = memory;
+  entry->grad.data = now.data;
+  entry->grad.dtype = now.dtype;
   entry->free_since = generation_;
+  remember(seen.grad, now.ndim, &entry->grad);
   return true;
 }
 
@@ -1406,6 +1457,7 @@ py::object Plan::step(const py::object& groups, const py::object& state, int num
     roundings_.clear();
     for (const std::size_t e : in_order_) entries_[e].in_order = false;
     in_order_.clear();
+    readers_.clear();
     for (Step& step : steps_) step.clear();
     return read_groups(py::reinterpret_borrow<py::list>(groups)) &&
            look(all, grads) != Verdict::kStale;
@@ -1417,6 +1469,7 @@ py::object Plan::step(const py::object& groups, const py::object& state, int num
     // The gradients were compared with the places where the tensors were before.
     if (!shares_as_before() || !look_at_all()) return py::bool_(false);
   }
+  order_readers();
   for (const std::size_t e : updated_) {
     if (entries_[e].in_order) todo_.push_back(e);
   }
@@ -1607,7 +1660,24 @@ py::tuple read_layout(const py::object& tensor) {
   return py::make_tuple(memory, negative);
 }
 
+void trust_words() { torch.layout.trusts_words = torch.layout.knows_memory(); }
+
+// What the tensor's words were; None if they are not to be trusted.
+class RememberedTensor {
+ public:
+  explicit RememberedTensor(const py::object& tensor) {
+    words_.remember(torch.layout, impl_of(tensor.ptr()), tensor.attr("dim")().cast<int>());
+  }
+  bool is_equal(const py::object& tensor) const {
+    return words_.are_those_of(impl_of(tensor.ptr()));
+  }
+
+ private:
+  TensorWords words_;
+};
+
 void forget_layout(const std::string& what) {
+  if (what == "words" || what == "memory") torch.layout.trusts_words = false;
   if (what == "memory") torch.layout.num_bytes = 0;
   if (what == "negative") torch.layout.keys = 0;
 }
@@ -1632,6 +1702,29 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.defaultdict_type = defaultdict_type.inc_ref().ptr();
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
   shares_always();
+}
+
+// Whether the tensors, of which the first is a parameter, are what needs no other check: plain, with
+// memory, of floating dtypes, one shape, layout and device; and the step count, unless it is None, is
+// a number on the host that can go on.
+bool is_ordinary(const py::list& tensors, const py::object& step) {
+  TensorView first, now;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    if (!is_plain_tensor(tensor) || !view(tensor, &now) || has_negative_bit(tensor)) return false;
+    if (i == 0) first = now;
+    if (!is_flat(now) || now.device != first.device || !same_layout(now, first)) return false;
+  }
+  if (step.is_none()) return true;
+  if (!is_plain_tensor(step.ptr()) || !view(step.ptr(), &now) || numel(now) != 1) return false;
+  if (now.device != kCpu) return false;
+  if (now.dtype == Dtype::kFloat64) {
+    const double count = *static_cast<const double*>(now.data);
+    return count >= 0 && count + 1 > count;
+  }
+  if (now.dtype != Dtype::kFloat32) return false;
+  const float count = *static_cast<const float*>(now.data);
+  return count >= 0 && count + 1 > count;
 }
 
 void set_dtensor_type(const py::object& type) {
@@ -1727,6 +1820,11 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.def("learn_layout", &learn_layout_from);
   module.def("read_layout", &read_layout);
   module.def("forget_layout", &forget_layout);
+  module.def("trust_words", &trust_words);
+  py::class_<RememberedTensor>(module, "RememberedTensor")
+      .def(py::init<const py::object&>())
+      .def("is_equal", &RememberedTensor::is_equal);
+  module.def("is_ordinary", &is_ordinary);
   module.def("set_dtensor_type", &set_dtensor_type);
   module.def("describe", &describe);
   module.def("describe_cuda", [] { return FUSEDOPT_CUDA_STATUS; });  // with CUDA or why not

@@ -29,6 +29,15 @@ std::uint64_t word_at(const void* object, std::size_t offset) {
   return word;
 }
 
+void TensorWords::remember(const TorchLayout& layout, const char* impl, int ndim) {
+  forget();
+  if (!layout.trusts_words || ndim > kInlineDims) return;
+  storage_ = pointer_at(impl, layout.storage);
+  if (storage_ == nullptr) return;
+  std::memcpy(impl_words_, impl + kHead, sizeof(impl_words_));
+  std::memcpy(storage_words_, storage_ + kHead, sizeof(storage_words_));
+}
+
 TorchLayout learn_layout(const std::vector<LayoutSample>& samples) {
   TorchLayout layout;
   if (sizeof(void*) != kWord || samples.size() < 3) return layout;

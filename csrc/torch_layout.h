@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace fusedopt {
@@ -35,8 +36,34 @@ struct TorchLayout {
   std::uint64_t negative = 0;                      // the bit of the keys
   std::size_t memory = 0, num_bytes = 0;           // in the StorageImpl
 
+  // Whether a tensor is the same as long as its words are: see TensorWords.
+  bool trusts_words = false;
+
   bool knows_memory() const { return impl != 0 && storage != 0 && memory != 0 && num_bytes != 0; }
   bool knows_negative() const { return impl != 0 && keys != 0; }
+};
+
+// The words of a tensor's objects as they were when the tensor was looked at. Whatever moves it, or
+// makes another tensor of it, changes one of them: equal words, equal tensor, and nobody need be
+// asked. They are all that a TensorImpl has behind its reference count, and what its storage says of
+// its memory. Sizes of more dimensions than kInlineDims stand elsewhere.
+class TensorWords {
+ public:
+  static constexpr int kInlineDims = 5;
+
+  void remember(const TorchLayout& layout, const char* impl, int ndim);
+  void forget() { storage_ = nullptr; }
+  bool are_those_of(const char* impl) const {
+    return storage_ != nullptr &&
+           std::memcmp(impl_words_, impl + kHead, sizeof(impl_words_)) == 0 &&
+           std::memcmp(storage_words_, storage_ + kHead, sizeof(storage_words_)) == 0;
+  }
+
+ private:
+  static constexpr std::size_t kHead = 16;  // virtual table and reference count
+  const char* storage_ = nullptr;           // the implementation's words have it, too
+  char impl_words_[kTensorImplBytes - kHead];
+  char storage_words_[kStorageImplBytes - kHead];
 };
 
 // The first two samples share storage and version counter; no other sample has these.

@@ -42,7 +42,7 @@ def _bind(module: Any) -> None:
                 memory.parts_of,
                 defaultdict,
             )
-            torch_layout.prove(module)
+            module.layout_problem = torch_layout.prove(module)
             return
     raise ImportError(
         f"torch {torch.__version__} does not export the DLPack C exchange API on torch.Tensor; "

@@ -24,6 +24,8 @@ def dtensor_type() -> type[DTensor] | None:
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
     cls = dtensor_type()
     return cls is not None and isinstance(tensor, cls)
 

@@ -134,7 +134,7 @@ def _is_left_to_torch(grad: Tensor) -> bool:
     )
 
 
-def _norm_of(grad: Tensor, factor: Tensor | float) -> Tensor:
+def _norm_of(grad: Tensor, factor: float | Tensor) -> Tensor:
     norm: Tensor
     if not _is_left_to_torch(grad):
         norm = torch.linalg.vector_norm(_flat(grad).double() * factor)

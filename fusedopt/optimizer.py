@@ -399,15 +399,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan, self._plan = self._plan, None  # kept only if the step succeeds
         created: Created = {}
         if todo is not False:
-            for g, i, _ in map(plan.locate, todo):
-                self._check(g, i)
+            self._check_left(plan, todo)
             if any(self._missing_state(g, i) for g, i, _ in map(plan.locate, todo)):
                 todo = False
         if todo is False:
             for g in range(len(self._groups)):
                 self._check_options(g)
+            can_plan = backend.native is not None and not self._is_virtual()
             for g, i in self._with_grad():
-                self._check(g, i)
+                if not (can_plan and self._is_ordinary(g, i)):
+                    self._check(g, i)
             if capturing and any(self._missing_state(g, i) for g, i in self._with_grad()):
                 raise backend.capture_error(f"fusedopt.{type(self).__name__} creates state")
             for g, i in self._with_grad():
@@ -416,14 +417,24 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # Without a step count, it is the state that says that there was a first step.
                 return
             plan = None
-            if backend.native is not None and not self._is_virtual():
+            if can_plan:
                 plan = self._make_plan(created)
                 todo = self._native_step(plan, scaling, created=created)
                 if todo is False:  # it is not as the plan has it, and would not be the next time
                     plan = None
+                self._check_left(plan, todo)
         if todo is not None:
             self._mixed_step(plan, todo, created, scaling)
         self._plan = plan
+
+    def _check_left(self, plan: Any, todo: Any) -> None:
+        """Checks what the native side has left: these entries of a plan, or everything."""
+        if todo is False:
+            left = [*self._with_grad()]
+        else:
+            left = [plan.locate(entry)[:2] for entry in todo or ()]
+        for g, i in left:
+            self._check(g, i)
 
     def _mixed_step(self, plan: Any, todo: Any, created: Created, scaling: Scaling | None) -> None:
         """Takes the Python rule where the native side cannot go, copies gradients that have another
@@ -619,12 +630,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         if step.device.type != "cpu" or step.dtype == torch.float64:
             return True
-        if step.dtype == torch.bool:
-            return False
-        is_float = step.dtype.is_floating_point
-        last = 2 / torch.finfo(step.dtype).eps if is_float else torch.iinfo(step.dtype).max
         count = tensor_kinds.number(step)
-        return count is None or count < last
+        return count is None or count < _last_count(step.dtype)
 
     def _new_step(self, group: Group, param: Tensor) -> Tensor:
         fused = group.get("fused")
@@ -833,9 +840,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if step.device.type == "mps":
             return step  # it has no float64
         # A power of the count is needed more exactly than float32 has it.
-        if group["differentiable"] or (
-            step.device.type != "cpu" and not tensor_kinds.is_fake(step)
-        ):
+        if group["differentiable"] or not (step.is_cpu or tensor_kinds.is_fake(step)):
             return step.double()
         count = tensor_kinds.number(step)
         return 1.0 if count is None else count  # a fake tensor without a value: any number will do
@@ -991,9 +996,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = state.get("step")
         if count is None:
             return 1.0
-        if type(count) is not Tensor or count.device.type != "cpu" or count.numel() != 1:
+        if not memory.is_plain(count) or count.device.type != "cpu" or count.numel() != 1:
             return None
-        return float(count) + 1
+        number = tensor_kinds.number(count)
+        return None if number is None else number + 1
+
+    def _is_ordinary(self, g: int, i: int) -> bool:
+        """Whether the native module, which steps only what it knows, can do without _check. For
+        nearly every one of the thousands of parameters of a model it can."""
+        group = self._groups[g]
+        param = group["params"][i]
+        if storage.is_on(group) or group.get("capturable"):
+            return False
+        if group.get("differentiable") or param.is_inference():
+            return False
+        state = self.state.get(param) or {}
+        if type(state) is not dict or state.get("step", 0) is None:
+            return False
+        slots = [state[key] for key in self._slots(group) if state.get(key) is not None]
+        answer: bool = backend.native.is_ordinary(
+            [param, param.grad, *slots], state.get("step") if self._has_step else None
+        )
+        return answer
 
     def _check_sparse(
         self, group: Group, param: Tensor, grad: Tensor, fail: Callable[..., NoReturn]
@@ -1255,6 +1279,14 @@ def _grad_factor(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) ->
     return factor
 
 
+@functools.cache
+def _last_count(dtype: torch.dtype) -> float:
+    """Up to where a step count of this dtype can go on."""
+    if dtype == torch.bool:
+        return 0
+    return 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
 def _value_of(state: dict[str, Any], key: str) -> Tensor:
     """A state tensor as numbers, however it is stored."""
     value: Tensor = state[key]
@@ -1333,7 +1365,9 @@ def _known_numbers(group: Group) -> Group:
             return tuple(map(known, value))
         if not isinstance(value, Tensor) or value.numel() != 1:
             return value
-        return float(value.detach()) if type(value) is Tensor and value.is_cpu else 0.5
+        can_read = tensor_kinds.is_fake(value) or (value.is_cpu and memory.is_plain(value))
+        number = tensor_kinds.number(value) if can_read else None
+        return 0.5 if number is None else number
 
     return {name: known(value) for name, value in group.items() if name != "params"}
 

@@ -3,13 +3,16 @@
 torch has no C interface for how long a storage is, nor for whether a tensor is negated lazily, and
 asking Python costs more than the update of a small tensor. The words lie at fixed places, which
 ``csrc/torch_layout.cpp`` finds by looking for known values in samples; what it found must then
-hold for other tensors and after everything that moves a tensor. Where it does not, nothing is read
-and Python is asked: slower, but right.
+hold for other tensors and after everything that moves a tensor.
+
+Together these words say what a tensor is. While they stay as they were, the native module takes the
+tensor for the one that it has looked at: everything that moves one must change a word. Where any of
+this does not hold, nothing is read and torch is asked each time: slower, but right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,25 +51,46 @@ def _moves() -> Iterator[Tensor]:
     """A tensor after each thing that can happen to it, and others."""
     tensor = _empty((64,)).requires_grad_()
     yield tensor
+    tensor.data = _empty((64,))
+    yield tensor
     tensor.data = _empty((5, 3), torch.bfloat16)
     yield tensor
-    tensor.set_(_empty((4, 4, 2), torch.bfloat16))  # type: ignore[call-overload]
+    tensor.data = _empty((5, 3), torch.float16)
     yield tensor
-    yield tensor.requires_grad_(False).resize_(7, 13)
-    for size in (200, 0, 1000, 16):
+    tensor.set_(_empty((4, 4, 2), torch.float16))  # type: ignore[call-overload]
+    yield tensor
+    storage = tensor.requires_grad_(False).untyped_storage()
+    for offset, shape, strides in (
+        (0, (4, 2, 4), (8, 4, 1)),
+        (0, (4, 2, 4), (1, 4, 8)),
+        (2, (4, 2, 3), (1, 4, 8)),
+        (2, (3,), (1,)),
+    ):
+        yield tensor.set_(storage, offset, shape, strides)
+    yield tensor.resize_(7, 13)
+    yield tensor.t_()
+    for size in (200, 0, 1000, 182):
         tensor.untyped_storage().resize_(size)
         yield tensor
+    yield tensor.share_memory_()
     other = torch.nn.Parameter(_empty((9,)))
+    yield other
     torch.utils.swap_tensors(tensor, other)
     yield from (tensor, other)
-    yield tensor.requires_grad_(False)
-    yield _empty((3,)).share_memory_()
+    owner = _empty((19,))
+    yield owner
+    lazy = torch._lazy_clone(owner)  # from now on both share memory until one is written
+    yield from (owner, lazy)
+    yield lazy.fill_(0.0)
     yield torch.frombuffer(bytearray(48), dtype=torch.float32)
     complex_ = _empty((6, 2), torch.complex128)
     yield from (complex_, complex_.conj(), complex_.conj().imag, complex_.real, complex_.imag)
     yield torch.view_as_real(complex_)
-    yield torch._neg_view(tensor)
-    yield torch._neg_view(torch._neg_view(tensor))
+    negated = _empty((3, 2))
+    yield negated
+    negated.data = torch._neg_view(negated)
+    yield negated
+    yield torch._neg_view(negated)
     with torch.inference_mode():
         yield _empty((21,))
 
@@ -100,7 +124,37 @@ def _prove(module: Any) -> str | None:
         if is_negative != tensor.is_neg():
             module.forget_layout("negative")
             problem = "the negative bit of a tensor is not found"
+    if problem is None:
+        module.trust_words()
+        if not all(map(_changes_words(module), _moves())):
+            module.forget_layout("words")
+            problem = "a tensor moves without a word that changes"
     return problem
+
+
+def _changes_words(module: Any) -> Callable[[Tensor], bool]:
+    """Whether, with each tensor that comes, those that have moved have other words."""
+    seen: dict[int, tuple[Tensor, Any, tuple[Any, ...]]] = {}
+
+    def check(tensor: Tensor) -> bool:
+        fine = all(
+            _facts(t) == facts or not remembered.is_equal(t)
+            for t, remembered, facts in seen.values()
+        )
+        for t in (tensor, *(t for t, _, _ in seen.values())):
+            seen[id(t)] = t, module.RememberedTensor(t), _facts(t)
+        return fine
+
+    return check
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """What a step must know of a tensor. (Of memory that is shared until one writes to it the
+    address cannot be asked without parting it.)"""
+    kind = (tensor.dtype, tensor.device, tensor.layout, tensor.is_neg(), tensor.is_conj())
+    place = (tensor.shape, tensor.stride(), tensor.storage_offset())
+    is_shared = torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
+    return (*kind, *place, is_shared, None if is_shared else _memory(tensor))
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
