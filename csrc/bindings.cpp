@@ -839,7 +839,9 @@ void Plan::list_written() {
       }
       continue;
     }
-    if (entry.data.data == nullptr) continue;
+    const Expected& step = entry.state[StateLayout::kStep];
+    if (step.data != nullptr) steps.emplace_back(step.data, e);
+    if (entry.data.data == nullptr) continue;  // of an empty parameter, the count remains
     ranges.push_back({range_of(view_of(entry, entry.data)), e});
     for (int s = 0; s < kMaxStates; ++s) {
       if (entry.state[s].data == nullptr) continue;
@@ -855,9 +857,6 @@ void Plan::list_written() {
                                      : TensorView{extra.data, extra.dtype, 1, &listed, &stride}),
                         e});
     }
-    const Expected& step = entry.state[StateLayout::kStep];
-    if (step.data == nullptr) continue;
-    steps.emplace_back(step.data, e);
   }
   // A count that several entries have is in the way of none of them: see add_shared.
   std::sort(steps.begin(), steps.end());
@@ -1118,10 +1117,12 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
   TensorView grad{entry.grad.data, entry.grad.dtype};
   const bool is_grad_known = entry.free_since == generation_ && is_as_seen(seen.grad, entry.grad);
   const bool is_dense = is_grad_known || view(seen.grad, &grad);
-  if (!is_dense && !rule_.has_step) return leave_to_python(seen);
   const bool needs_state =
       rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
-  if (needs_state && entry.layout < 0) return Verdict::kStale;
+  if (needs_state && entry.layout < 0) {
+    // A sparse update makes its state itself.
+    return is_dense || rule_.has_step ? Verdict::kStale : leave_to_python(seen);
+  }
   if (!is_where_expected(entry.param, entry, &entry.data)) return Verdict::kStale;
   for (int s = 0; s < kMaxStates; ++s) {
     if (seen.tensors[s] != nullptr && !is_where_expected(seen.tensors[s], entry, &entry.state[s])) {

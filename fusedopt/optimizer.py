@@ -507,7 +507,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether what this step creates or measures may have no memory."""
         if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
             return True
-        params = (self.param_groups[g]["params"][i] for g, i in self._with_grad())
+        params = (self._groups[g]["params"][i] for g, i in self._with_grad())
         return any(tensor_kinds.is_virtual(t) for p in params for t in (p, p.grad))
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
@@ -696,7 +696,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _unusual_step(self, g: int, i: int, created: Created, factor: Tensor | None) -> None:
         """Of what is no ordinary tensor: torch's own for-loop, if it knows all options."""
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         if (mode := tensor_kinds.inactive_mode(param)) is not None:
             with mode:
@@ -715,7 +715,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             yield
         except Exception as error:
-            param = self.param_groups[g]["params"][i]
+            param = self._groups[g]["params"][i]
             tensors = (param, param.grad, *self.state.get(param, {}).values())
             kind = tensor_kinds.first_unusual(*tensors)
             if kind is None:
@@ -729,6 +729,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, group: Group, param: Tensor, created: Created, factor: Tensor | None
     ) -> None:
         grad: Tensor = param.grad  # type: ignore[assignment]
+        if memory.is_zero(grad):
+            grad = grad.clone()  # torch takes its product with an infinity for zero
         state = self._state_of(param, created)
         if _is_sparse(grad):
             grad = grad.to(torch.promote_types(grad.dtype, param.dtype))

@@ -145,7 +145,7 @@ class EpsInsideSqrt(torch.optim.RMSprop):
                 state = self.state[p]
                 for key in ("square_avg", "grad_avg", "momentum_buffer"):
                     state.setdefault(key, torch.zeros_like(p))
-                state["step"] = state.get("step", torch.tensor(0.0)) + 1
+                state.setdefault("step", torch.tensor(0.0)).add_(1)  # others may share it
                 g = sign * p.grad
                 if group["weight_decay"]:  # as torch: zero times infinity is no number
                     g = g + group["weight_decay"] * p
