@@ -19,8 +19,8 @@ def report() -> str:
     if backend.native is not None:
         lines.append(f"native:  available, {backend.native.__file__}")
         problem = backend.native.layout_problem
-        how = f"asked of torch at each step, which is slower: {problem}" if problem else "recognised"
-        lines.append(f"tensors: {how}")
+        slow = f"asked of torch at each step, which is slower: {problem}"
+        lines.append(f"tensors: {slow if problem else 'recognised'}")
         lines.append(f"cuda:    {backend.native.describe_cuda()}")
         lines += [f"         {line}" for line in backend.build_error().splitlines()]
     else:
