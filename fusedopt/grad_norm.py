@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import backend, dtensor, tensor_kinds
+from . import backend, dtensor, memory, tensor_kinds
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -115,6 +115,8 @@ class GradNorm:
 
 def _flat(grad: Tensor) -> Tensor:
     """The same elements in memory of their own."""
+    if (problem := memory.reading_problem(grad)) is not None:
+        raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} {problem}")
     grad = grad.detach()
     if grad.layout is torch._mkldnn:  # type: ignore[attr-defined]
         grad = grad.to_dense()

@@ -20,9 +20,16 @@ def is_zero(tensor: Any) -> bool:
     return is_plain(tensor) and tensor._is_zerotensor()
 
 
+def reading_problem(tensor: Any) -> str | None:
+    """Why not all of a tensor can be read; None if it can."""
+    return None if is_zero(tensor) else problem(tensor)
+
+
 def problem(tensor: Any) -> str | None:
     """Why a tensor cannot be written, or not even all of it be read; None if it is whole."""
     tensor = dtensor.local(tensor)
+    if is_plain(tensor) and tensor.layout is torch.sparse_coo:
+        return problem(tensor._indices()) or problem(tensor._values())
     if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
         return None
     if is_zero(tensor):

@@ -325,6 +325,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             value = getattr(self, name, None) if self.amp_fused else None
             if value is None:
                 return {}
+            if (problem := memory.reading_problem(value)) is not None:
+                raise RuntimeError(f"fusedopt.{type(self).__name__}: {name} {problem}")
             if dtensor.is_dtensor(value):
                 value = value.full_tensor()
             scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
@@ -868,6 +870,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue
             if name in ("l1", "eps_inside_sqrt") and group.get(name) is None:
                 continue  # off
+            if (problem := _reading_problem(group.get(name))) is not None:
+                raise RuntimeError(
+                    f"fusedopt.{type(self).__name__}, param group {g}: {name!r} {problem}"
+                )
             try:
                 values = group[name]
                 if isinstance(default, bool):
@@ -952,7 +958,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if grad.device != param.device:
             fail(ValueError, f"its grad is on {grad.device}; move both to one device")
-        if not memory.is_zero(grad) and (problem := memory.problem(grad)) is not None:
+        if (problem := memory.reading_problem(grad)) is not None:
             fail(RuntimeError, f"its grad {problem}")
         if grad.is_complex() != param.is_complex() or not (
             grad.is_floating_point() or grad.is_complex()
@@ -1354,6 +1360,12 @@ def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
     if group.get("l1"):
         grad = grad + group["l1"] * param.sign()
     return grad
+
+
+def _reading_problem(option: Any) -> str | None:
+    """Why not all of an option can be read. It cannot be printed then, either."""
+    values = option if isinstance(option, (tuple, list)) else (option,)
+    return next(filter(None, map(memory.reading_problem, values)), None)
 
 
 def _known_numbers(group: Group) -> Group:
