@@ -196,7 +196,9 @@ class Lockstep:
             # Minus the square of an average that was rounded to infinity, torch's variance is NaN.
             stored = group.get("state_dtype")
             stored = stored if isinstance(stored, torch.dtype) else p.dtype
-            top = torch.finfo(stored).max / 8
+            held = (self.ours.state.get(p, {}).get(key) for key in self.ours._all_slots)
+            stored = [stored, *(slot.dtype for slot in held if slot is not None)]
+            top = min(torch.finfo(d).max for d in stored if d.is_floating_point) / 8
             grad = torch.where(grad.abs() > top, grad.sgn() * top, grad)
         kind = rng.random()
         if self.takes_sparse(group, p) and kind < 0.2:

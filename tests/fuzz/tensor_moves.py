@@ -201,8 +201,11 @@ class TensorMoves(Training):
         """Whether there is nothing about it that the native side leaves to Python."""
         state = self.run.ours.state.get(p, {})
         slots = [state.get(key) for key in self.run.ours._slots(group)]
+        counts = [s["step"].data_ptr() for s in self.run.ours.state.values() if "step" in s]
         return (
             p.numel() > 0
+            and type(state) is dict
+            and len(set(counts)) == len(counts)
             and not (p.is_complex() or self.run.stored)
             and all(slot is not None and slot.dtype == p.dtype for slot in slots)
         )
