@@ -1011,7 +1011,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group.get("differentiable") or param.is_inference():
             return False
         state = self.state.get(param) or {}
-        if type(state) is not dict or state.get("step", 0) is None:
+        if type(state) is not dict or (self._has_step and state and state.get("step") is None):
             return False
         slots = [state[key] for key in self._slots(group) if state.get(key) is not None]
         answer: bool = backend.native.is_ordinary(
