@@ -323,15 +323,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             if dtensor.is_dtensor(value):
                 value = value.full_tensor()
             scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
-            return {d: scalar.reshape(()) for d, scalar in scalars.items()}
+            return {d: memory.materialized(scalar).reshape(()) for d, scalar in scalars.items()}
 
         found_inf, scale = on_devices("found_inf"), on_devices("grad_scale")
         clips: dict[torch.device, Tensor] = {}
         if max_norm is not None:
             self._norm = self._norm or GradNorm()
-            clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
+            self._check_scaling({d: (None, value, None) for d, value in scale.items()})
+            try:
+                clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
+            except RuntimeError:
+                for g, i in self._with_grad():
+                    self._check(g, i)  # says which
+                raise
             core._clips = clips
         return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
+
+    def _check_scaling(self, scaling: Scaling | None) -> None:
+        for found_inf, grad_scale, _ in (scaling or {}).values():
+            for name, value in (("found_inf", found_inf), ("grad_scale", grad_scale)):
+                problem = None if value is None else memory.problem(value, written=False)
+                if problem is not None:
+                    raise RuntimeError(f"fusedopt.{type(self).__name__}: {name} {problem}")
 
     def _native_step(
         self,
@@ -391,6 +404,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"but param group {g} has capturable=False; construct the optimizer with "
                     "capturable=True"
                 )
+        self._check_scaling(scaling)
         plan, self._plan = self._plan, None  # kept only if the step succeeds
         created: Created = {}
         if todo is not False:
@@ -937,7 +951,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if grad.device != param.device:
             fail(ValueError, f"its grad is on {grad.device}; move both to one device")
-        if not memory.is_zero(grad) and (problem := memory.problem(grad)) is not None:
+        if (problem := memory.problem(grad, written=False)) is not None:
             fail(RuntimeError, f"its grad {problem}")
         if grad.is_complex() != param.is_complex() or not (
             grad.is_floating_point() or grad.is_complex()
@@ -1209,7 +1223,7 @@ def _grad_factor(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) ->
     factor = None if clip is None else clip[FACTOR]
     if loss_scale is not None:
         factor = loss_scale.double().reciprocal() * (1.0 if factor is None else factor)
-    return factor
+    return None if factor is None else memory.materialized(factor)
 
 
 def _value_of(state: dict[str, Any], key: str) -> Tensor:
