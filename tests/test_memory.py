@@ -97,7 +97,7 @@ def test_zero_gradients_of_other_dtypes(case, dtype, backend):
     opts = [case.ours(params[:1]), case.ours(params[1:])]
     for step in range(3):
         grad = torch.randn_like(value)
-        for opt, p in zip(opts, params, strict=True):
+        for p in params:
             p.grad = grad.clone()
         if step != 1:
             params[0].grad, params[1].grad = zeros(9, dtype=dtype), torch.zeros_like(value)
@@ -504,7 +504,7 @@ def test_functional_scaling_tensors(case, name, backend):
         grad = torch.randn(4)
         grads = [4.0 * grad, grad]
         scaling = {"found_inf": torch.tensor(0.0), "grad_scale": torch.tensor(4.0)}
-        for opt, p, g in zip(opts, params, grads, strict=True):
+        for p, g in zip(params, grads, strict=True):
             p.grad = g
 
         def run(zeros, scaling=scaling):
