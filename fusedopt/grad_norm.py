@@ -128,6 +128,8 @@ def _flat(grad: Tensor) -> Tensor:
         grad = torch.view_as_real(grad.resolve_conj())
     if not grad.is_floating_point():
         raise TypeError(f"gradients of dtype {grad.dtype} have no norm")
+    if grad.dtype.itemsize == 1:  # of which torch has no norm either
+        return grad.to(torch.float32, memory_format=torch.contiguous_format)
     return grad.clone(memory_format=torch.contiguous_format)
 
 
@@ -263,7 +265,7 @@ def clip_grad_norm_(
         if not memory.is_zero(grad):  # which cannot be written, and stays what it is
             by_device.setdefault(grad.device, []).append(grad)
     for device, shards in by_device.items():
-        if foreach is False:
+        if foreach is False or any(map(tensor_kinds.is_lazy_view, shards)):
             for shard in shards:
                 shard.mul_(factor.to(device))
         else:

@@ -25,7 +25,7 @@ def materialized(tensor: Tensor) -> Tensor:
     """A tensor to read from, with the value that one without memory has: one of autograd's zeros,
     or one that ``torch.func.functionalize`` has wrapped, beside which no other can be written."""
     if torch._is_functional_tensor(tensor):
-        torch._sync(tensor)  # type: ignore[attr-defined]
+        torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
         tensor = torch._from_functional_tensor(tensor)
     return tensor.clone() if tensor._is_zerotensor() else tensor
 

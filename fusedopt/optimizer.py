@@ -363,7 +363,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None:
             return False
         state, owner = self.state, self._owner_of_state()
-        is_plain = _is_plain_dict(state) and _is_plain_dict(owner)
+        is_plain = all(map(_is_plain_dict, (state, owner, *(created or {}).values())))
         answer = plan.step(
             self._groups,
             state if is_plain else dict(state),
@@ -505,7 +505,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether what this step creates or measures may have no memory."""
         if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
             return True
-        params = (self.param_groups[g]["params"][i] for g, i in self._with_grad())
+        params = (self._groups[g]["params"][i] for g, i in self._with_grad())
         return any(tensor_kinds.is_virtual(t) for p in params for t in (p, p.grad))
 
     def _with_grad(self) -> Iterator[tuple[int, int]]:
@@ -698,7 +698,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _unusual_step(self, g: int, i: int, created: Created, factor: Tensor | None) -> None:
         """Of what is no ordinary tensor: torch's own for-loop, if it knows all options."""
-        group = self.param_groups[g]
+        group = self._groups[g]
         param = group["params"][i]
         if (mode := tensor_kinds.inactive_mode(param)) is not None:
             with mode:
@@ -717,7 +717,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             yield
         except Exception as error:
-            param = self.param_groups[g]["params"][i]
+            param = self._groups[g]["params"][i]
             tensors = (param, param.grad, *self.state.get(param, {}).values())
             kind = tensor_kinds.first_unusual(*tensors)
             if kind is None:
@@ -744,25 +744,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         if dtensor.is_dtensor(param) and not group["differentiable"]:
             increment_version(old)  # what is written below is what they hold
             grad, *old = map(dtensor.local, (dtensor.placed_like(grad, param), *old))
+        written = old
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
-            old = [torch.view_as_real(t) for t in old]
+            old = [torch.view_as_real(t.resolve_conj()) for t in old]
+            written = [t if t.is_conj() else view for t, view in zip(written, old, strict=True)]
         opmath = torch.float32 if old[0].dtype.itemsize == 2 else old[0].dtype
         # What autograd saves must not be what copy_ overwrites below.
         param_, *slots = (t.to(opmath, copy=bool(group["differentiable"])) for t in old)
         grad = grad.to(opmath)
         grad = grad if factor is None else (grad * factor).to(opmath)
-        new = self._python_rule(_with_scalars(group), step, param_, grad, *slots)
+        values = self._python_rule(_with_scalars(group), step, param_, grad, *slots)
+        new = [
+            torch.view_as_complex(value.contiguous()) if tensor.is_conj() else value
+            for tensor, value in zip(written, values, strict=True)
+        ]
         if group["differentiable"]:
             if self._has_step:
                 state["step"] += 1
-            for tensor, value in zip(old, new, strict=True):
+            for tensor, value in zip(written, new, strict=True):
                 tensor.copy_(value)
             return
         if self._has_step:
-            old, new = [state["step"], *old], (state["step"] + 1, *new)
+            written, new = [state["step"], *written], [state["step"] + 1, *new]
         # At once: an error or interrupt finds all of it or nothing.
-        tensor_kinds.write([*old], [*new])
+        tensor_kinds.write(written, new)
 
     def _python_step_on_stored(
         self, group: Group, param: Tensor, grad: Tensor, factor: Tensor | None, created: Created
@@ -786,7 +792,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         is_complex = param.is_complex()
         if is_complex:
             grad = torch.view_as_real(grad.resolve_conj())
-            value, *slots = map(torch.view_as_real, (value, *slots))
+            value, *slots = (torch.view_as_real(t.resolve_conj()) for t in (value, *slots))
         value, *slots = self._python_rule(_with_scalars(group), step, value, grad, *slots)
         if is_complex:
             value, *slots = (torch.view_as_complex(t.contiguous()) for t in (value, *slots))
