@@ -328,15 +328,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             if dtensor.is_dtensor(value):
                 value = value.full_tensor()
             scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
-            return {d: scalar.reshape(()) for d, scalar in scalars.items()}
+            return {d: memory.materialized(scalar).reshape(()) for d, scalar in scalars.items()}
 
         found_inf, scale = on_devices("found_inf"), on_devices("grad_scale")
         clips: dict[torch.device, Tensor] = {}
         if max_norm is not None:
             self._norm = self._norm or GradNorm()
-            clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
+            self._check_scaling({d: (None, value, None) for d, value in scale.items()})
+            try:
+                clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
+            except RuntimeError:
+                for g, i in self._with_grad():
+                    self._check(g, i)  # says which
+                raise
             core._clips = clips
         return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
+
+    def _check_scaling(self, scaling: Scaling | None) -> None:
+        for found_inf, grad_scale, _ in (scaling or {}).values():
+            for name, value in (("found_inf", found_inf), ("grad_scale", grad_scale)):
+                problem = None if value is None else memory.problem(value, written=False)
+                if problem is not None:
+                    raise RuntimeError(f"fusedopt.{type(self).__name__}: {name} {problem}")
 
     def _native_step(
         self,
@@ -355,7 +368,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None:
             return False
         state, owner = self.state, self._owner_of_state()
-        is_plain = _is_plain_dict(state) and _is_plain_dict(owner)
+        is_plain = all(map(_is_plain_dict, (state, owner, *(created or {}).values())))
         answer = plan.step(
             self._groups,
             state if is_plain else dict(state),
@@ -396,6 +409,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"but param group {g} has capturable=False; construct the optimizer with "
                     "capturable=True"
                 )
+        self._check_scaling(scaling)
         plan, self._plan = self._plan, None  # kept only if the step succeeds
         created: Created = {}
         if todo is not False:
@@ -744,25 +758,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         if dtensor.is_dtensor(param) and not group["differentiable"]:
             increment_version(old)  # what is written below is what they hold
             grad, *old = map(dtensor.local, (dtensor.placed_like(grad, param), *old))
+        written = old
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
-            old = [torch.view_as_real(t) for t in old]
+            old = [torch.view_as_real(t.resolve_conj()) for t in old]
+            written = [t if t.is_conj() else view for t, view in zip(written, old, strict=True)]
         opmath = torch.float32 if old[0].dtype.itemsize == 2 else old[0].dtype
         # What autograd saves must not be what copy_ overwrites below.
         param_, *slots = (t.to(opmath, copy=bool(group["differentiable"])) for t in old)
         grad = grad.to(opmath)
         grad = grad if factor is None else (grad * factor).to(opmath)
-        new = self._python_rule(_with_scalars(group), step, param_, grad, *slots)
+        values = self._python_rule(_with_scalars(group), step, param_, grad, *slots)
+        new = [
+            torch.view_as_complex(value.contiguous()) if tensor.is_conj() else value
+            for tensor, value in zip(written, values, strict=True)
+        ]
         if group["differentiable"]:
             if self._has_step:
                 state["step"] += 1
-            for tensor, value in zip(old, new, strict=True):
+            for tensor, value in zip(written, new, strict=True):
                 tensor.copy_(value)
             return
         if self._has_step:
-            old, new = [state["step"], *old], (state["step"] + 1, *new)
+            written, new = [state["step"], *written], [state["step"] + 1, *new]
         # At once: an error or interrupt finds all of it or nothing.
-        tensor_kinds.write([*old], [*new])
+        tensor_kinds.write(written, new)
 
     def _python_step_on_stored(
         self, group: Group, param: Tensor, grad: Tensor, factor: Tensor | None, created: Created
@@ -786,7 +806,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         is_complex = param.is_complex()
         if is_complex:
             grad = torch.view_as_real(grad.resolve_conj())
-            value, *slots = map(torch.view_as_real, (value, *slots))
+            value, *slots = (torch.view_as_real(t.resolve_conj()) for t in (value, *slots))
         value, *slots = self._python_rule(_with_scalars(group), step, value, grad, *slots)
         if is_complex:
             value, *slots = (torch.view_as_complex(t.contiguous()) for t in (value, *slots))
@@ -952,7 +972,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if grad.device != param.device:
             fail(ValueError, f"its grad is on {grad.device}; move both to one device")
-        if not memory.is_zero(grad) and (problem := memory.problem(grad)) is not None:
+        if (problem := memory.problem(grad, written=False)) is not None:
             fail(RuntimeError, f"its grad {problem}")
         if grad.is_complex() != param.is_complex() or not (
             grad.is_floating_point() or grad.is_complex()
@@ -1276,7 +1296,7 @@ def _grad_factor(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) ->
     factor = None if clip is None else clip[FACTOR]
     if loss_scale is not None:
         factor = loss_scale.double().reciprocal() * (1.0 if factor is None else factor)
-    return factor
+    return None if factor is None else memory.materialized(factor)
 
 
 @functools.cache
