@@ -54,7 +54,7 @@ struct Torch {
   PyObject* dtensor_type = nullptr;  // null while nobody has imported it
   PyObject* defaultdict_type = nullptr;
   py::handle increment_version;
-  py::handle parts_of;  // see fusedopt/memory.py
+  py::handle parts_of, reading_problem;  // see fusedopt/memory.py
   TorchLayout layout;
 } torch;
 
@@ -261,6 +261,14 @@ class Options {
 
   double host_number(const char* name, PyObject* value) const {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+    TensorView now;
+    if (is_tensor(value) && !view(value, &now)) {  // one without its memory cannot be printed
+      const py::object problem = torch.reading_problem(py::handle(value));
+      if (!problem.is_none()) {
+        const std::string what = where_ + ": '" + name + "' " + py::cast<std::string>(problem);
+        throw std::runtime_error(what);
+      }
+    }
     const auto as_float =
         py::reinterpret_steal<py::object>(PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
     if (!as_float) fail(name, "a number", value);
@@ -1686,7 +1694,7 @@ void forget_layout(const std::string& what) {
 
 void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
           const py::object& increment_version, const py::object& parts_of,
-          const py::object& defaultdict_type) {
+          const py::object& reading_problem, const py::object& defaultdict_type) {
   const void* pointer = py::isinstance<py::int_>(table)
                             ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
                             : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
@@ -1701,6 +1709,7 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.parameter_type = parameter_type.inc_ref().ptr();
   torch.increment_version = increment_version.inc_ref();
   torch.parts_of = parts_of.inc_ref();
+  torch.reading_problem = reading_problem.inc_ref();
   torch.defaultdict_type = defaultdict_type.inc_ref().ptr();
   cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
   shares_always();

@@ -48,6 +48,7 @@ def bind(
     parameter_type: type[Tensor],
     increment_version: Callable[[Any], object],
     parts_of: Callable[[Any], list[Tensor]],
+    reading_problem: Callable[[Any], str | None],
     defaultdict_type: type[dict[Any, Any]],
     /,
 ) -> None: ...

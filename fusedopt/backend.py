@@ -40,6 +40,7 @@ def _bind(module: Any) -> None:
                 torch.nn.Parameter,
                 torch._C._increment_version,
                 memory.parts_of,
+                memory.reading_problem,
                 defaultdict,
             )
             module.layout_problem = torch_layout.prove(module)

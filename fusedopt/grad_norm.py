@@ -117,7 +117,7 @@ class GradNorm:
 
 def _flat(grad: Tensor) -> Tensor:
     """The same elements in memory of their own."""
-    if (problem := memory.problem(grad, written=False)) is not None:
+    if (problem := memory.reading_problem(grad)) is not None:
         raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} {problem}")
     grad = grad.detach()
     if grad.layout is torch._mkldnn:  # type: ignore[attr-defined]

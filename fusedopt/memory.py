@@ -53,6 +53,11 @@ def problem(tensor: Any, *, written: bool = True) -> str | None:
     )
 
 
+def reading_problem(tensor: Any) -> str | None:
+    """Why not all of a tensor can be read; None if it can, or is no tensor."""
+    return problem(tensor, written=False)
+
+
 def has_storage(tensor: Tensor) -> bool:
     """Whether it has memory of its own: inside of torch.func's transforms it is a wrapper."""
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -325,6 +325,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             value = getattr(self, name, None) if self.amp_fused else None
             if value is None:
                 return {}
+            if (problem := memory.reading_problem(value)) is not None:
+                raise RuntimeError(f"fusedopt.{type(self).__name__}: {name} {problem}")
             if dtensor.is_dtensor(value):
                 value = value.full_tensor()
             scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
@@ -334,7 +336,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         clips: dict[torch.device, Tensor] = {}
         if max_norm is not None:
             self._norm = self._norm or GradNorm()
-            self._check_scaling({d: (None, value, None) for d, value in scale.items()})
             try:
                 clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
             except RuntimeError:
@@ -343,13 +344,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise
             core._clips = clips
         return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
-
-    def _check_scaling(self, scaling: Scaling | None) -> None:
-        for found_inf, grad_scale, _ in (scaling or {}).values():
-            for name, value in (("found_inf", found_inf), ("grad_scale", grad_scale)):
-                problem = None if value is None else memory.problem(value, written=False)
-                if problem is not None:
-                    raise RuntimeError(f"fusedopt.{type(self).__name__}: {name} {problem}")
 
     def _native_step(
         self,
@@ -409,7 +403,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"but param group {g} has capturable=False; construct the optimizer with "
                     "capturable=True"
                 )
-        self._check_scaling(scaling)
         plan, self._plan = self._plan, None  # kept only if the step succeeds
         created: Created = {}
         if todo is not False:
@@ -888,6 +881,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue
             if name in ("l1", "eps_inside_sqrt") and group.get(name) is None:
                 continue  # off
+            if (problem := _reading_problem(group.get(name))) is not None:
+                raise RuntimeError(
+                    f"fusedopt.{type(self).__name__}, param group {g}: {name!r} {problem}"
+                )
             try:
                 values = group[name]
                 if isinstance(default, bool):
@@ -972,7 +969,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if grad.device != param.device:
             fail(ValueError, f"its grad is on {grad.device}; move both to one device")
-        if (problem := memory.problem(grad, written=False)) is not None:
+        if (problem := memory.reading_problem(grad)) is not None:
             fail(RuntimeError, f"its grad {problem}")
         if grad.is_complex() != param.is_complex() or not (
             grad.is_floating_point() or grad.is_complex()
@@ -1374,6 +1371,12 @@ def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
     if group.get("l1"):
         grad = grad + group["l1"] * param.sign()
     return grad
+
+
+def _reading_problem(option: Any) -> str | None:
+    """Why not all of an option can be read. It cannot be printed then, either."""
+    values = option if isinstance(option, (tuple, list)) else (option,)
+    return next(filter(None, map(memory.reading_problem, values)), None)
 
 
 def _known_numbers(group: Group) -> Group:
