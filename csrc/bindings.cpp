@@ -809,7 +809,13 @@ Portrait Plan::portrait_of(PyObject* param, PyObject* state) const {
   add_memory_of(param, &portrait.memory, &portrait);
   if (state == nullptr) return portrait;
   portrait.add(reinterpret_cast<std::uintptr_t>(Py_TYPE(state)));
-  if (!is_plain_dict(state)) return portrait;
+  if (!is_plain_dict(state)) {  // Python reads it, and writes that memory all the same
+    if (!PyDict_Check(state)) return portrait;
+    for (const py::handle value : py::list(py::handle(state).attr("values")())) {
+      if (is_tensor(value.ptr())) add_memory_of(value.ptr(), &portrait.memory, nullptr);
+    }
+    return portrait;
+  }
   Py_ssize_t position = 0;
   PyObject *key, *value;
   while (PyDict_Next(state, &position, &key, &value)) {
@@ -1144,6 +1150,10 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
   if (!is_dense || entry.for_memory) return leave_to_python(seen);
   if (!(is_grad_known || is_usable(&entry, seen, grad)) ||
       (!seen.is_copy && !is_placed_like(seen.grad, entry))) {
+    const bool can_be_copied =
+        Py_TYPE(local_of(seen.grad)) == reinterpret_cast<PyTypeObject*>(torch.tensor_type) &&
+        can_combine({{entry.data.dtype, grad.dtype}, 2});
+    if (!can_be_copied) return leave_to_python(seen);
     read_early(seen);
     return Verdict::kPython;
   }

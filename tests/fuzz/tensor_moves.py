@@ -38,7 +38,7 @@ class TensorMoves(Training):
     def fresh_like(self, rng: random.Random, key: str, shape: Any, dtype: torch.dtype) -> Tensor:
         values = random_values(rng, shape, dtype)
         if key in self.run.ours._unsigned_slots:
-            real(values).abs_()
+            real(values).abs_().add_(25)  # more than the square of a centered average
         values, around = in_layout(LAYOUTS, rng, values)
         self.run.around += [(memory, bits(memory)) for memory in around]
         return values
@@ -103,7 +103,8 @@ class TensorMoves(Training):
         if not found:
             return
         state, key = rng.choice(found)
-        if key in run.ours._all_slots and not storage.is_code(state[key]):
+        is_known = storage.is_code(state[key]) or "grad_avg" in state  # one goes with the other
+        if key in run.ours._all_slots and not is_known:
             other = self.fresh_like(rng, key, state[key].shape, state[key].dtype)
         else:
             other = state[key].clone()
