@@ -508,7 +508,7 @@ class Plan {
   std::uint32_t prepared_update(Group* group, double step, const SlotDtypes& dtypes, int device,
                                 Where where);
   Step& step_on(int device);
-  void read_scaling(const py::object& scaling);
+  bool read_scaling(const py::object& scaling);
   void launch(int num_threads, const NewState& new_state);
 
   const RuleEntry& rule_;
@@ -1496,7 +1496,7 @@ py::object Plan::step(const py::object& groups, const py::object& state, int num
     for (const std::size_t e : todo_) todo.append(e);
     return std::move(todo);
   }
-  read_scaling(scaling);
+  if (!read_scaling(scaling)) return py::bool_(false);
   for (const StepCount& count : counts_) {
     // Only the GPU knows whether it will count this step.
     if (count.device != kCpu && step_on(count.device).scaling.found_inf != nullptr) {
@@ -1507,19 +1507,19 @@ py::object Plan::step(const py::object& groups, const py::object& state, int num
   return py::none();
 }
 
-// The scalars of each device: {device: (found_inf, loss_scale, clip)}, where each may be None.
-void Plan::read_scaling(const py::object& scaling) {
-  if (scaling.is_none()) return;
+// The scalars of each device: {device: (found_inf, loss_scale, clip)}, where each may be None. False
+// if the kernels cannot read one.
+bool Plan::read_scaling(const py::object& scaling) {
+  if (scaling.is_none()) return true;
   for (const auto& [key, tensors] : py::cast<py::dict>(scaling)) {
     static_cast<void>(key);
     int device = kCpu;
+    bool is_readable = true;
     const auto scalar = [&](const py::handle tensor, Dtype dtype) {
       TensorView now;
       if (tensor.is_none()) return static_cast<void*>(nullptr);
-      if (!view(tensor.ptr(), &now) || now.dtype != dtype) {
-        throw py::value_error(owner_ + ": grad_scale and found_inf must be float32 tensors");
-      }
-      device = now.device;
+      is_readable &= view(tensor.ptr(), &now) && now.dtype == dtype;
+      if (is_readable) device = now.device;
       return now.data;
     };
     const auto [found_inf, loss_scale, clip] =
@@ -1528,8 +1528,10 @@ void Plan::read_scaling(const py::object& scaling) {
     step_scaling.found_inf = static_cast<const float*>(scalar(found_inf, Dtype::kFloat32));
     step_scaling.loss_scale = static_cast<const float*>(scalar(loss_scale, Dtype::kFloat32));
     step_scaling.clip = static_cast<const double*>(scalar(clip, Dtype::kFloat64));
+    if (!is_readable) return false;
     step_on(device).scaling = step_scaling;
   }
+  return true;
 }
 
 void* current_stream([[maybe_unused]] int device) {

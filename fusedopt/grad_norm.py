@@ -82,8 +82,10 @@ class GradNorm:
         skip_nonfinite: bool,
     ) -> Tensor:
         device = bucket[0]
-        if any(map(_is_left_to_torch, grads)):  # what these make does not outlive the step
-            return _clip_of(_norm(grads, loss_scale), max_norm, skip_nonfinite)
+        # What these make does not outlive the step.
+        if any(map(_is_left_to_torch, grads)) or (grads and tensor_kinds.is_transforming()):
+            clip = _clip_of(_norm(grads, loss_scale), max_norm, skip_nonfinite)
+            return memory.materialized(clip)
         if bucket not in self._clip:
             self._clip[bucket] = self._zeros(_HEADER, dtype=torch.float64, device=device)
         if not grads:
@@ -126,6 +128,8 @@ def _flat(grad: Tensor) -> Tensor:
         grad = torch.view_as_real(grad.resolve_conj())
     if not grad.is_floating_point():
         raise TypeError(f"gradients of dtype {grad.dtype} have no norm")
+    if grad.dtype.itemsize == 1:  # of which torch has no norm either
+        return grad.to(torch.float32, memory_format=torch.contiguous_format)
     return grad.clone(memory_format=torch.contiguous_format)
 
 
@@ -260,9 +264,10 @@ def clip_grad_norm_(
     factor = (max_norm / (accurate + 1e-6)).clamp(max=1.0)
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in map(dtensor.local, grads):
-        by_device.setdefault(grad.device, []).append(grad)
+        if not memory.is_zero(grad):  # which cannot be written, and stays what it is
+            by_device.setdefault(grad.device, []).append(grad)
     for device, shards in by_device.items():
-        if foreach is False:
+        if foreach is False or any(map(tensor_kinds.is_lazy_view, shards)):
             for shard in shards:
                 shard.mul_(factor.to(device))
         else:

@@ -17,23 +17,29 @@ def is_plain(tensor: Any) -> bool:
 
 def is_zero(tensor: Any) -> bool:
     """Whether it is one of autograd's zeros without memory, which can be read and not written."""
+    tensor = dtensor.local(tensor)
     return is_plain(tensor) and tensor._is_zerotensor()
 
 
-def reading_problem(tensor: Any) -> str | None:
-    """Why not all of a tensor can be read; None if it can."""
-    return None if is_zero(tensor) else problem(tensor)
+def materialized(tensor: Tensor) -> Tensor:
+    """A tensor to read from, with the value that one without memory has: one of autograd's zeros,
+    or one that ``torch.func.functionalize`` has wrapped, beside which no other can be written."""
+    if torch._is_functional_tensor(tensor):
+        torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
+        tensor = torch._from_functional_tensor(tensor)
+    return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
-def problem(tensor: Any) -> str | None:
-    """Why a tensor cannot be written, or not even all of it be read; None if it is whole."""
+def problem(tensor: Any, *, written: bool = True) -> str | None:
+    """Why not all of a tensor can be read, or written too; None if it is whole."""
     tensor = dtensor.local(tensor)
-    if is_plain(tensor) and tensor.layout is torch.sparse_coo:
-        return problem(tensor._indices()) or problem(tensor._values())
-    if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
+    if not is_plain(tensor) or tensor.layout is not torch.strided:
+        problems = (problem(part, written=written) for part in parts_of(tensor))
+        return next(filter(None, problems), None)
+    if tensor.numel() == 0:
         return None
     if is_zero(tensor):
-        return "is a ZeroTensor, which has no memory to write to; clone() it"
+        return "is a ZeroTensor, which has no memory to write to; clone() it" if written else None
     if torch._is_functional_tensor(tensor) or not has_storage(tensor):
         return None
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -47,15 +53,27 @@ def problem(tensor: Any) -> str | None:
     )
 
 
+def reading_problem(tensor: Any) -> str | None:
+    """Why not all of a tensor can be read; None if it can, or is no tensor."""
+    return problem(tensor, written=False)
+
+
 def has_storage(tensor: Tensor) -> bool:
     """Whether it has memory of its own: inside of torch.func's transforms it is a wrapper."""
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def parts_of(tensor: Any) -> list[Tensor]:
-    """The plain tensors that hold what a tensor of another kind consists of."""
-    if isinstance(tensor, Tensor) and tensor.layout is torch.sparse_coo:
-        return [tensor._values()] if is_plain(tensor) else []
+    """The tensors that hold what a tensor of another kind consists of."""
+    if is_plain(tensor) and tensor.layout is not torch.strided:
+        tensor = tensor.detach()
+        if tensor.layout is torch.sparse_coo:
+            return [tensor._values(), tensor._indices()]
+        if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+            return [tensor.values(), tensor.col_indices(), tensor.crow_indices()]
+        if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+            return [tensor.values(), tensor.row_indices(), tensor.ccol_indices()]
+        return []
     if hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [getattr(tensor, name) for name in names]

@@ -330,13 +330,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             if dtensor.is_dtensor(value):
                 value = value.full_tensor()
             scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
-            return {d: scalar.reshape(()) for d, scalar in scalars.items()}
+            return {d: memory.materialized(scalar).reshape(()) for d, scalar in scalars.items()}
 
         found_inf, scale = on_devices("found_inf"), on_devices("grad_scale")
         clips: dict[torch.device, Tensor] = {}
         if max_norm is not None:
             self._norm = self._norm or GradNorm()
-            clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
+            try:
+                clips = self._norm.measure(grads, max_norm, scale, core.amp_fused, params)
+            except RuntimeError:
+                for g, i in self._with_grad():
+                    self._check(g, i)  # says which
+                raise
             core._clips = clips
         return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
 
@@ -357,7 +362,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None:
             return False
         state, owner = self.state, self._owner_of_state()
-        is_plain = _is_plain_dict(state) and _is_plain_dict(owner)
+        is_plain = all(map(_is_plain_dict, (state, owner, *(created or {}).values())))
         answer = plan.step(
             self._groups,
             state if is_plain else dict(state),
@@ -746,25 +751,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         if dtensor.is_dtensor(param) and not group["differentiable"]:
             increment_version(old)  # what is written below is what they hold
             grad, *old = map(dtensor.local, (dtensor.placed_like(grad, param), *old))
+        written = old
         if grad.is_complex():
             grad = torch.view_as_real(grad.resolve_conj())
-            old = [torch.view_as_real(t) for t in old]
+            old = [torch.view_as_real(t.resolve_conj()) for t in old]
+            written = [t if t.is_conj() else view for t, view in zip(written, old, strict=True)]
         opmath = torch.float32 if old[0].dtype.itemsize == 2 else old[0].dtype
         # What autograd saves must not be what copy_ overwrites below.
         param_, *slots = (t.to(opmath, copy=bool(group["differentiable"])) for t in old)
         grad = grad.to(opmath)
         grad = grad if factor is None else (grad * factor).to(opmath)
-        new = self._python_rule(_with_scalars(group), step, param_, grad, *slots)
+        values = self._python_rule(_with_scalars(group), step, param_, grad, *slots)
+        new = [
+            torch.view_as_complex(value.contiguous()) if tensor.is_conj() else value
+            for tensor, value in zip(written, values, strict=True)
+        ]
         if group["differentiable"]:
             if self._has_step:
                 state["step"] += 1
-            for tensor, value in zip(old, new, strict=True):
+            for tensor, value in zip(written, new, strict=True):
                 tensor.copy_(value)
             return
         if self._has_step:
-            old, new = [state["step"], *old], (state["step"] + 1, *new)
+            written, new = [state["step"], *written], [state["step"] + 1, *new]
         # At once: an error or interrupt finds all of it or nothing.
-        tensor_kinds.write([*old], [*new])
+        tensor_kinds.write(written, new)
 
     def _python_step_on_stored(
         self, group: Group, param: Tensor, grad: Tensor, factor: Tensor | None, created: Created
@@ -788,7 +799,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         is_complex = param.is_complex()
         if is_complex:
             grad = torch.view_as_real(grad.resolve_conj())
-            value, *slots = map(torch.view_as_real, (value, *slots))
+            value, *slots = (torch.view_as_real(t.resolve_conj()) for t in (value, *slots))
         value, *slots = self._python_rule(_with_scalars(group), step, value, grad, *slots)
         if is_complex:
             value, *slots = (torch.view_as_complex(t.contiguous()) for t in (value, *slots))
@@ -1017,7 +1028,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group.get("differentiable") or param.is_inference():
             return False
         state = self.state.get(param) or {}
-        if type(state) is not dict or state.get("step", 0) is None:
+        if type(state) is not dict or (self._has_step and state and state.get("step") is None):
             return False
         slots = [state[key] for key in self._slots(group) if state.get(key) is not None]
         answer: bool = backend.native.is_ordinary(
@@ -1282,7 +1293,7 @@ def _grad_factor(scaling: tuple[Tensor | None, Tensor | None, Tensor | None]) ->
     factor = None if clip is None else clip[FACTOR]
     if loss_scale is not None:
         factor = loss_scale.double().reciprocal() * (1.0 if factor is None else factor)
-    return factor
+    return None if factor is None else memory.materialized(factor)
 
 
 @functools.cache

@@ -160,9 +160,15 @@ def name(tensor: Tensor) -> str:
     return "inside a transformation of torch.func"
 
 
+def is_lazy_view(tensor: Tensor) -> bool:
+    """Whether its elements are those in memory negated or conjugated: torch writes such a tensor
+    only alone."""
+    return tensor.is_neg() or tensor.is_conj()
+
+
 def write(tensors: list[Tensor], values: list[Tensor]) -> None:
     """Copies values into tensors, in one call where they are ordinary."""
-    if not any(map(is_unusual, tensors)):
+    if not any(is_unusual(tensor) or is_lazy_view(tensor) for tensor in tensors):
         torch._foreach_copy_(tensors, values)
         return
     for tensor, value in zip(tensors, values, strict=True):

@@ -30,7 +30,10 @@ def _samples() -> list[Tensor]:
     """Tensors whose storages differ in address and in size. The first two share storage and version
     counter."""
     first = _empty((3, 7))
-    negative = [_empty((n,), torch.complex64).conj().imag for n in (3, 5)]
+    # Many, and each with one beside it that is not: by chance, an address of an object could have a
+    # bit that a few samples share.
+    negative = [_empty((n,), torch.complex64).conj().imag for n in range(1, 17)]
+    positive = [torch._neg_view(tensor) for tensor in negative]
     return [
         first,
         first.detach(),
@@ -42,7 +45,7 @@ def _samples() -> list[Tensor]:
         _empty((0, 3)),
         torch.nn.Parameter(_empty((41, 1))),
         torch.frombuffer(bytearray(92), dtype=torch.float32),  # not from torch's allocator
-        *negative,
+        *(tensor for pair in zip(negative, positive, strict=True) for tensor in pair),
         torch._neg_view(_empty((2, 3, 4, 5, 6), torch.float64)),
     ]
 

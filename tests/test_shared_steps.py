@@ -1,0 +1,248 @@
+"""Which parameters take the slow rule, and for how long: those that became ordinary leave it, and
+one step count for many parameters is no reason for it."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from cases import RICHEST, Case, assert_near, gradient_like, leaf
+from torch import Tensor
+
+cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
+counting = pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Counts what an optimizer leaves to the Python rule, and how often it makes a plan."""
+
+    def start(opt):
+        counts = {"rule": 0, "plan": 0}
+        for what, name in (("rule", "_python_step"), ("plan", "_make_plan")):
+            real = getattr(opt, name)
+
+            def counted(*args, what=what, real=real):
+                counts[what] += 1
+                return real(*args)
+
+            monkeypatch.setattr(opt, name, counted)
+        return counts
+
+    return start
+
+
+def step(opts, both, without=()) -> None:
+    for i, (p, q) in enumerate(zip(*both, strict=True)):
+        p.grad = None if i in without else gradient_like(p)
+        q.grad = None if i in without else p.grad.clone()
+    for opt in opts:
+        opt.step()
+
+
+def pair(case, values):
+    both = [[v.clone(memory_format=torch.preserve_format).requires_grad_() for v in values]]
+    both.append([leaf(v) for v in values])
+    return [case.ours(both[0]), case.stock(both[1])], both
+
+
+def assert_alike(both) -> None:
+    for p, q in zip(*both, strict=True):
+        assert_near(p, q)
+
+
+# Parameters that become ordinary ----------------------------------------------------------------
+
+
+def misaligned(value: Tensor) -> Tensor:
+    buffer = bytearray(value.numel() * 4 + 1)
+    inside = torch.frombuffer(buffer, dtype=torch.float32, offset=1, count=value.numel())
+    return inside.copy_(value.reshape(-1)).view(value.shape)
+
+
+def with_gaps(value: Tensor) -> Tensor:
+    return torch.stack([value, value], -1)[..., 0]
+
+
+UNUSUAL = {
+    "with gaps": with_gaps,
+    "at odd bytes": misaligned,
+    "negated": lambda v: torch._neg_view(-v),
+}
+
+
+@cases
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("whose", ["parameter", "state"])
+def test_an_ordinary_tensor_again(case, kind, whose, native, watch):
+    if whose == "state" and not case.options.keys() - {"lr"}:
+        return  # it has none
+    opts, both = pair(case, [torch.randn(4, 3), torch.randn(5)])
+    step(opts, both)
+    counts = watch(opts[0])
+    param = both[0][0]
+    tensors = [v for k, v in opts[0].state[param].items() if k != "step"]
+    tensors = [param] if whose == "parameter" else tensors
+    for _ in range(3):
+        for tensor in tensors:
+            tensor.data = UNUSUAL[kind](tensor.detach())
+        before = dict(counts)
+        step(opts, both)
+        step(opts, both)
+        assert_alike(both)
+        # (Gaps in state are closed: it gets the layout of its parameter.)
+        slow = counts["rule"] - before["rule"]
+        assert slow == (0 if whose == "state" and kind == "with gaps" else 2)
+        for tensor in tensors:
+            tensor.data = tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+        before = dict(counts)
+        for _ in range(4):
+            step(opts, both)
+        assert counts["rule"] == before["rule"]
+        assert counts["plan"] <= before["plan"] + 1
+    assert_alike(both)
+
+
+@cases
+def test_parameters_that_no_longer_overlap(case, native, watch):
+    base = torch.randn(12)
+    params = [base[:7].requires_grad_(), base[5:].detach().requires_grad_(), leaf(torch.randn(3))]
+    opt = case.ours(params)
+    counts = watch(opt)
+    for apart in (False, True):
+        if apart:
+            params[0].data = params[0].detach().clone()
+        before = dict(counts)
+        for _ in range(4):
+            for p in params:
+                p.grad = gradient_like(p)
+            opt.step()
+        assert counts["rule"] - before["rule"] == (0 if apart else 8)
+        assert counts["plan"] <= before["plan"] + 1
+
+
+@cases
+def test_a_plan_is_not_made_for_ever_new_memory(case, native, watch):
+    """What moves and stays unusual, or stays ordinary, needs no other plan."""
+    opts, both = pair(case, [torch.randn(4, 3), torch.randn(5)])
+    both[0][0].data = with_gaps(both[0][0].detach())
+    step(opts, both)
+    step(opts, both)
+    counts = watch(opts[0])
+    for _ in range(5):
+        both[0][0].data = with_gaps(both[0][0].detach())
+        both[0][1].data = both[0][1].detach().clone()
+        step(opts, both)
+    assert counts == {"rule": 5, "plan": 0}
+    assert_alike(both)
+
+
+# One step count for several parameters ----------------------------------------------------------
+
+SHARING = {
+    "all": [0, 1, 2, 3, 4],
+    "two": [1, 3],
+    "of two groups": [2, 3, 4],
+}
+
+
+def share(opt, params, members) -> None:
+    step_count = opt.state[params[members[0]]]["step"]
+    for i in members:
+        opt.state[params[i]]["step"] = step_count
+
+
+def grouped(case, values):
+    both = [[leaf(v) for v in values] for _ in range(2)]
+    parts = [[{"params": p[:3]}, {"params": p[3:], "lr": 0.03}] for p in both]
+    return [case.ours(parts[0]), case.stock(parts[1])], both
+
+
+@counting
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("without", [(), (0, 3), (1, 2)], ids=str)
+def test_a_shared_step_count(case, sharing, without, backend, watch):
+    """Counts each of its parameters, in their order, as torch's loop does."""
+    values = [torch.randn(shape) for shape in [(3,), (2, 2), (), (5,), (4,)]]
+    opts, both = grouped(case, values)
+    step(opts, both)
+    for opt, params in zip(opts, both, strict=True):
+        share(opt, params, SHARING[sharing])
+    counts = watch(opts[0])
+    for at in range(4):
+        step(opts, both, without if at % 2 else ())
+    assert_alike(both)
+    for p, q in zip(*both, strict=True):
+        assert float(opts[0].state[p]["step"]) == float(opts[1].state[q]["step"])
+    if backend == "native":
+        assert counts["rule"] == 0 and counts["plan"] <= 1
+
+
+@counting
+def test_a_shared_step_count_that_is_saved(case, native, watch):
+    """torch.save keeps what is shared, and so does a deep copy."""
+    values = [torch.randn(3), torch.randn(2, 2), torch.randn(4)]
+    opts, both = pair(case, values)
+    step(opts, both)
+    for opt, params in zip(opts, both, strict=True):
+        share(opt, params, [0, 1, 2])
+    for load in (
+        lambda state: torch.load(io.BytesIO(_saved(state)), weights_only=True),
+        copy.deepcopy,
+    ):
+        for opt in opts:
+            opt.load_state_dict(load(opt.state_dict()))
+        counts = watch(opts[0])
+        for _ in range(3):
+            step(opts, both)
+        assert_alike(both)
+        assert [float(s["step"]) for s in opts[0].state.values()] == [
+            float(s["step"]) for s in opts[1].state.values()
+        ]
+        assert counts["rule"] == 0
+
+
+def _saved(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def test_a_shared_step_count_beside_sparse_gradients(backend):
+    case = Case("Adagrad", {"lr": 0.1, "lr_decay": 0.1})
+    opts, both = pair(case, [torch.randn(4, 2), torch.randn(4, 2), torch.randn(3)])
+    for opt, params in zip(opts, both, strict=True):
+        share(opt, params, [0, 1, 2])
+    for _ in range(3):
+        for params in zip(*both, strict=True):
+            grad = gradient_like(params[0])
+            for p in params:
+                p.grad = grad.to_sparse(1) if p is both[0][1] or p is both[1][1] else grad.clone()
+        for opt in opts:
+            opt.step()
+    assert_alike(both)
+
+
+@counting
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 1e9}, {"ema": 0.9}, {"state_dtype": "8bit"}], ids=str
+)
+def test_a_shared_step_count_with_options(case, options, backend):
+    """The same as counts of their own with the same values."""
+    params = [leaf(torch.ones(4)) for _ in range(4)]
+    opts = [case.ours(params[:2], **options), case.ours(params[2:], **options)]
+    for at in range(4):
+        grad = torch.randn(4)
+        for p in params:
+            p.grad = grad.clone()
+        opts[0].step()
+        if at == 0:
+            share(opts[0], params, [0, 1])
+        for p, add in zip(params[2:], (0.0, 1.0), strict=True):
+            if at:
+                opts[1].state[p]["step"].fill_(2.0 * at - 1 + add)
+        opts[1].step()
+    for p, q in zip(params[:2], params[2:], strict=True):
+        assert_near(p, q)

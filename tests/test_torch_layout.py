@@ -1,0 +1,163 @@
+"""What the native module reads of torch's own tensor objects, and the step without knowing it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import NAMES, RICHEST, bits, gradient_like, leaf, snapshot
+from conftest import require_kernels
+
+import fusedopt
+from fusedopt import torch_layout
+
+WHAT = ("memory", "negative")
+
+
+@pytest.fixture(params=["native", "kernels"])
+def module(request, monkeypatch):
+    """Whatever a test makes it forget, it knows again afterwards."""
+    if request.param == "kernels":
+        monkeypatch.setattr(fusedopt.backend, "native", require_kernels())
+    elif fusedopt.backend.native is None:
+        pytest.skip("no native module")
+    yield fusedopt.backend.native
+    assert torch_layout.prove(fusedopt.backend.native) is None
+
+
+def memory(tensor):
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128, torch.int8])
+def test_every_rank_offset_and_move(module, dtype):
+    """With this torch all of it is known, and it is what torch says."""
+    for rank in range(6):
+        base = torch.empty((3,) * rank, dtype=dtype)
+        views = [base, base.detach(), base.t() if rank == 2 else base.clone()]
+        if rank:
+            views += [base[1:], base[..., ::2], base[:0], base.unsqueeze(0).expand(4, *base.shape)]
+        if dtype.is_floating_point:
+            views += [base.requires_grad_(), base * 2, torch._neg_view(base)]
+        if dtype.is_complex:
+            views += [base.real, base.imag, base.conj(), base.conj().imag]
+        for tensor in views:
+            assert module.read_layout(tensor) == (memory(tensor), tensor.is_neg())
+            tensor = tensor.detach().clone()
+            for size in (0, 1, 4096):
+                tensor.untyped_storage().resize_(size)
+                assert module.read_layout(tensor) == (memory(tensor), False)
+
+
+def test_what_moves_a_tensor(module):
+    tensor, other = leaf(torch.ones(3)), torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    for move in (
+        lambda: setattr(tensor, "data", torch.ones(7)),
+        lambda: torch.utils.swap_tensors(tensor, other),
+        lambda: tensor.share_memory_(),
+        lambda: tensor.detach().set_(torch.ones(2)) if tensor.dtype is torch.float32 else None,
+        lambda: torch.utils.swap_tensors(tensor, other),
+    ):
+        move()
+        for t in (tensor, other):
+            assert module.read_layout(t) == (memory(t), False)
+
+
+def test_learning_again_finds_the_same(module):
+    for what in WHAT:
+        module.forget_layout(what)
+    assert module.read_layout(torch.ones(3)) == (None, None)
+    assert torch_layout.prove(module) is None
+    assert module.read_layout(torch.ones(3))[1] is False
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_what_does_not_hold_is_not_used(module, what, monkeypatch):
+    """A torch in which a tensor shows something else there than what it says."""
+    real = torch.Tensor.is_neg
+    with monkeypatch.context() as patched:
+        if what == "memory":
+            moves = [torch.ones(3)]
+            patched.setattr(torch_layout, "_moves", lambda: iter(moves))
+            patched.setattr(
+                torch_layout,
+                "_memory",
+                lambda t: (memory(t)[0], memory(t)[1] + (t is moves[0])),
+            )
+        else:
+            moves = [torch.ones(3)]
+            patched.setattr(torch_layout, "_moves", lambda: iter(moves))
+            patched.setattr(torch.Tensor, "is_neg", lambda t: t is moves[0] or real(t))
+        assert "is not found" in torch_layout.prove(module)
+    known = dict(zip(WHAT, module.read_layout(torch.ones(3)), strict=True))
+    assert [name for name in WHAT if known[name] is None] == [what]
+
+
+def test_the_proof_does_not_depend_on_where_objects_lie(module):
+    kept = []
+    for count in range(40):
+        kept += [torch.empty(7) for _ in range(count % 13)]
+        assert torch_layout.prove(module) is None
+
+
+def test_another_torch_in_which_samples_cannot_be_made(module, monkeypatch):
+    def fails():
+        raise RuntimeError("no such function")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch_layout, "_samples", fails)
+        assert "no such function" in torch_layout.prove(module)
+    assert module.read_layout(torch.ones(3)) == (None, None)
+
+
+FORGOTTEN = pytest.mark.parametrize("forgotten", [("memory",), ("negative",), WHAT], ids=str)
+
+
+@FORGOTTEN
+@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+def test_the_same_steps_without(module, case, forgotten):
+    """Bit for bit, with everything that is read: storages, negative bits, overlaps."""
+
+    def run():
+        torch.manual_seed(1)
+        base = torch.randn(5)
+        params = [leaf(torch.randn(shape)) for shape in [(64,), (3, 2), (), (0,)]]
+        params += [base[:3].detach().requires_grad_(), base[1:].detach().requires_grad_()]
+        opt = case.ours(params, ema=0.9)
+        for at in range(4):
+            for p in params:
+                p.grad = gradient_like(p)
+            params[1].grad = torch._neg_view(params[1].grad)
+            if at == 2:
+                params[0].grad = torch._efficientzerotensor((64,), dtype=torch.float32)
+                params[1].data = params[1].data.clone()
+            opt.step()
+        return snapshot(opt)
+
+    expected = run()
+    for what in forgotten:
+        module.forget_layout(what)
+    assert run() == expected
+
+
+@FORGOTTEN
+@pytest.mark.parametrize("name", NAMES)
+def test_storages_cut_short_without(module, name, forgotten):
+    for what in forgotten:
+        module.forget_layout(what)
+    param = leaf(torch.ones(8))
+    opt = getattr(fusedopt, name)([param], lr=0.1)
+    for _ in range(2):
+        param.grad = torch.ones(8)
+        opt.step()
+    before = bits(param)
+    for tensor in (param.grad, *opt.state.get(param, {}).values()):
+        full, kept = tensor.untyped_storage().nbytes(), tensor.clone()
+        tensor.untyped_storage().resize_(full - 1)
+        with pytest.raises(RuntimeError, match=f"a storage of {full - 1} bytes"):
+            opt.step()
+        tensor.untyped_storage().resize_(full)
+        tensor.copy_(kept)
+        assert bits(param) == before
+    opt.step()
+    assert bits(param) != before
