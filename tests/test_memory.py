@@ -126,6 +126,39 @@ def test_zero_gradients_in_another_layout(case, backend):
         assert_near(p, q)
 
 
+@richest
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_zero_gradients_where_something_else_has_changed(case, what, backend):
+    """A layout or a dtype, since the step before: nothing turns out in the middle of a step."""
+    params = [leaf(torch.ones(2, 3, 4, 5)) for _ in range(2)]
+    opts = [case.ours(params[:1]), case.stock(params[1:])]
+    for kind in ("ordinary", "zero", "zero"):
+        for p, opt, make in zip(params, opts, (zeros, torch.zeros), strict=True):
+            p.grad = torch.full((2, 3, 4, 5), 2.0) if kind == "ordinary" else make(2, 3, 4, 5)
+            opt.step()
+        p, state = params[0], opts[0].state.get(params[0], {})
+        if what == "parameter":
+            p.data = p.detach().clone(memory_format=torch.channels_last)
+        for key in state:
+            if what == "state" and key != "step":
+                value = state[key].clone(memory_format=torch.channels_last)
+                state[key] = value.double() if kind == "zero" else value
+    assert_near(*params)
+
+
+@pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_zero_gradients_beside_one_that_is_not_finite(case, dtype, backend):
+    """The norm is not, and its product with zero is no number, as of zeros in memory."""
+    params = [[leaf(torch.ones(8, dtype=dtype)) for _ in range(2)] for _ in range(2)]
+    opts = [case.ours(p, max_grad_norm=1.0) for p in params]
+    for opt, make, (p, q) in zip(opts, (zeros, torch.zeros), params, strict=True):
+        p.grad, q.grad = make(8, dtype=dtype), torch.full((8,), float("nan"), dtype=dtype)
+        opt.step()
+    for p, q in zip(*params, strict=True):
+        assert p.isnan().all() and q.isnan().all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_gradients_of_differentiable_steps(name, backend):
     def through(cls, **more):
@@ -436,6 +469,29 @@ def test_scaling_tensors_that_are_cut_short(name, clipped, backend):
         with pytest.raises(RuntimeError, match=f"{name} has a storage of {left} bytes"):
             opt.step()
         assert snapshot(opt) == before
+
+
+@pytest.mark.parametrize("case", RICHEST, ids=str)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_options_that_are_cut_short(case, steps, backend):
+    """Tensors among the options; the message does not print what cannot be read."""
+    param = leaf(torch.ones(4))
+    names = ["lr", "weight_decay", *(["betas"] if "Adam" in case.name else [])]
+    for name in names:
+        value = torch.tensor(0.5)
+        opt = case.ours([param], **{name: (value, value.clone()) if name == "betas" else value})
+        for _ in range(steps):
+            param.grad = torch.ones(4)
+            opt.step()
+        cut(value, 0)
+        param.grad = torch.ones(4)
+        expected = bits(param)
+        with pytest.raises(RuntimeError, match=f"group 0: '{name}' has a storage of 0 bytes"):
+            opt.step()
+        assert bits(param) == expected
+        cut(value, 4)
+        value.fill_(0.5)
+        opt.step()
 
 
 @pytest.mark.parametrize("name", NAMES)

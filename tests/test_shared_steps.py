@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import OrderedDict
 
 import pytest
 import torch
 from cases import RICHEST, Case, assert_near, gradient_like, leaf
-from torch import Tensor
+from torch import Tensor, nn
 
 cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
 counting = pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
@@ -220,6 +221,57 @@ def test_a_shared_step_count_beside_sparse_gradients(backend):
             grad = gradient_like(params[0])
             for p in params:
                 p.grad = grad.to_sparse(1) if p is both[0][1] or p is both[1][1] else grad.clone()
+        for opt in opts:
+            opt.step()
+    assert_alike(both)
+
+
+@counting
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_empty_parameters_that_share_a_step_count(case, empty, backend, watch):
+    shapes: list[tuple[int, ...]] = [(3,), (2, 2), (4,)]
+    shapes[empty] = (2, 0)
+    opts, both = pair(case, [torch.randn(shape) for shape in shapes])
+    step(opts, both)
+    for opt, params in zip(opts, both, strict=True):
+        share(opt, params, [0, 1, 2])
+    counts = watch(opts[0])
+    for _ in range(3):
+        step(opts, both)
+    assert_alike(both)
+    assert [float(opt.state[p[0]]["step"]) for opt, p in zip(opts, both, strict=True)] == [10, 10]
+    if backend == "native":
+        assert counts["rule"] == 0
+
+
+def of_another_dtype(opt, p: Tensor) -> None:
+    p.grad_dtype = None
+    p.grad = p.grad.double()
+
+
+def parameter_as_gradient(opt, p: Tensor) -> None:
+    p.grad = nn.Parameter(p.grad.t().contiguous().t())
+
+
+def state_of_another_class(opt, p: Tensor) -> None:
+    if p in opt.state:
+        opt.state[p] = OrderedDict(opt.state[p])
+
+
+@counting
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("leave", [of_another_dtype, parameter_as_gradient, state_of_another_class])
+def test_a_shared_step_count_beside_what_python_steps(case, leave, place, backend):
+    """The count of each is that of its turn."""
+    opts, both = pair(case, [torch.randn(3, 2) for _ in range(3)])
+    step(opts, both)
+    for opt, params in zip(opts, both, strict=True):
+        share(opt, params, [0, 1, 2])
+    for _ in range(4):
+        for p, q in zip(*both, strict=True):
+            p.grad = gradient_like(p)
+            q.grad = p.grad.clone()
+        leave(opts[0], both[0][place])
         for opt in opts:
             opt.step()
     assert_alike(both)
