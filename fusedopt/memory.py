@@ -33,7 +33,7 @@ def materialized(tensor: Tensor) -> Tensor:
 def problem(tensor: Any, *, written: bool = True) -> str | None:
     """Why not all of a tensor can be read, or written too; None if it is whole."""
     tensor = dtensor.local(tensor)
-    if not is_plain(tensor) or tensor.layout is not torch.strided:
+    if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
         problems = (problem(part, written=written) for part in parts_of(tensor))
         return next(filter(None, problems), None)
     if tensor.numel() == 0:
@@ -65,6 +65,8 @@ def has_storage(tensor: Tensor) -> bool:
 
 def parts_of(tensor: Any) -> list[Tensor]:
     """The tensors that hold what a tensor of another kind consists of."""
+    if is_plain(tensor) and tensor.is_nested:
+        return [tensor.detach().values()]
     if is_plain(tensor) and tensor.layout is not torch.strided:
         tensor = tensor.detach()
         if tensor.layout is torch.sparse_coo:

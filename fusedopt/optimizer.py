@@ -1354,6 +1354,8 @@ def _match_layout(param: Tensor, state: list[Any]) -> None:
         if (
             type(value) is Tensor
             and value.layout is param.layout is torch.strided
+            and not param.is_nested
+            and not value.is_nested
             and value.stride() != param.stride()
             and value.device == param.device
         ):

@@ -71,15 +71,10 @@ struct RMSprop {
 
   template <typename Options>
   static RMSprop from(const Options& options) {
-    return {options.number("lr"),
-            options("alpha"),
-            options("eps"),
-            options("weight_decay"),
-            options.get("l1", 0.0),
-            options("momentum"),
-            options.flag("centered"),
-            options.flag("maximize"),
-            options.flag("eps_inside_sqrt", false)};
+    return {
+        options.number("lr"),     options("alpha"),         options("eps"),
+        options("weight_decay"),  options.get("l1", 0.0),   options("momentum"),
+        options.flag("centered"), options.flag("maximize"), options.flag("eps_inside_sqrt", false)};
   }
 
   static constexpr bool kHasStep = true;
