@@ -74,7 +74,7 @@ address() {
   fault in_32_bits "signed integer overflow"
   step "tests on the widest instruction set"
   run "$tests"/test_{native,layouts,errors,grad_scaling}.py \
-    "$tests"/test_{memory,ownership,overlaps,containers,torch_layout,subnormals}.py \
+    "$tests"/test_{memory,ownership,overlaps,containers,shared_steps,torch_layout,subnormals}.py \
     -k "native and not python and not quick and not instruction_set"
   run "$tests"/test_{kernels,storage}.py -k "not python and not beyond_32 and not instruction_set"
   local isa
