@@ -140,13 +140,9 @@ class SettingMoves(Training):
         run = self.run
         for p in run.params:
             scale = 1e-6 if p.dtype is torch.float16 and rng.random() < 0.5 else 1.0
-            for _ in range(2):
-                values = random_values(rng, p.shape, p.dtype).mul_(scale)
-                if _ == 0:
-                    with torch.no_grad():
-                        p.copy_(values)
-                else:
-                    run.give(p, values)
+            values, grad = (random_values(rng, p.shape, p.dtype).mul_(scale) for _ in range(2))
+            p.data.copy_(values)
+            run.give(p, grad)
             if run.stored or not all(map(is_ordinary, run.ours.state.get(p, {}).values())):
                 run.ours.state.pop(p, None)
         max_norm, run.ours.max_grad_norm = run.ours.max_grad_norm, None
