@@ -48,7 +48,7 @@ def test_programs():
         Programs,
         settings=settings(
             max_examples=PROGRAMS,
-            stateful_step_count=12,
+            stateful_step_count=10,
             deadline=None,
             database=None,
             print_blob=True,

@@ -60,7 +60,7 @@ class GradientMoves(Training):
         which says what is read."""
         run = self.run
         others = [p for p in run.params if p.numel() and p.dtype is opmath(p.dtype)]
-        if not others or len(run.params) > 6 or "l1" in run.case.options:
+        if not others or len(run.params) > 4 or "l1" in run.case.options:
             return  # the oracle of l1 makes gradients of its own
         other = rng.choice(others)
         twin_of = {p: q for _, p, q in run.pairs()}
@@ -79,7 +79,7 @@ class GradientMoves(Training):
         max_norm, run.ours.max_grad_norm = run.ours.max_grad_norm, None
         run.is_entangled = True
         self.add(rng, p, q)
-        for _ in range(rng.randint(1, 3)):
+        for _ in range(rng.randint(1, 2)):
             for each in run.params:
                 run.give(each, random_values(rng, each.shape, each.dtype))
             if not is_parameter:
