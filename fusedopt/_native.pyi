@@ -9,7 +9,7 @@ from torch import Tensor
 KERNEL_DEVICE: str
 NUM_TICKETS: int
 SCALE_ELEMENTS: int
-layout_problem: str | None  # set by backend.py
+layout_problem: str  # set by backend.py; empty if there is none
 
 class Plan:
     def __init__(self, rule: str, owner: str, /) -> None: ...

@@ -43,7 +43,7 @@ def _bind(module: Any) -> None:
                 memory.reading_problem,
                 defaultdict,
             )
-            module.layout_problem = torch_layout.prove(module)
+            module.layout_problem = torch_layout.prove(module) or ""
             return
     raise ImportError(
         f"torch {torch.__version__} does not export the DLPack C exchange API on torch.Tensor; "
