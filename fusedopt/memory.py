@@ -42,6 +42,8 @@ def problem(tensor: Any, *, written: bool = True) -> str | None:
         return "is a ZeroTensor, which has no memory to write to; clone() it" if written else None
     if torch._is_functional_tensor(tensor) or not has_storage(tensor):
         return None
+    if tensor.is_meta and not written:
+        return "is on the meta device, without data"
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
     held = tensor.untyped_storage().nbytes()

@@ -472,7 +472,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     )
         except BaseException:
             if written and not (done or (plan is not None and plan.has_stepped)):
-                tensor_kinds.write(written, kept)
+                with torch.no_grad():
+                    tensor_kinds.write(written, kept)
             raise
 
     def _left_to_python(
@@ -493,13 +494,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 python.append((g, i))
         return sorted(python)
 
+    @torch.no_grad()
     def _kept(self, entries: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """What the Python rule is about to write, and copies of it. On the CPU only: other devices
         seldom have the memory for that, and there an error may leave some parameters stepped."""
         written, kept = {}, []
         for g, i in entries:
             param = self._groups[g]["params"][i]
-            if self._groups[g].get("differentiable") or param.device.type != "cpu":
+            if param.device.type != "cpu":
                 continue
             for value in (param, *self.state.get(param, {}).values()):
                 if not isinstance(value, Tensor) or id(value := dtensor.local(value)) in written:

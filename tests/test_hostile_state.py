@@ -411,3 +411,27 @@ def test_an_option_of_fusedopt_that_is_gone_is_off(value, backend):
     assert refused(opt.step, opt) is None
     other.step()
     agree(opt, other, 1e-6)
+
+
+@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+def test_an_option_without_data(case, backend):
+    """Before anything is written: in the second group, of a class that broadcasts it."""
+    for shape in ((), (3,)):
+        _, opt = trained(case, {}, SEED)
+        for key in {"lr", "eps", "weight_decay"} & opt.param_groups[1].keys():
+            good = opt.param_groups[1][key]
+            opt.param_groups[1][key] = torch.ones(shape, device="meta")
+            assert f"'{key}'" in refused(opt.step, opt)
+            opt.param_groups[1][key] = good
+        opt.step()
+
+
+@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+def test_an_error_after_a_differentiable_group(case, backend):
+    """What one group has written is taken back, whatever is recorded of it."""
+    params, opt = trained(case, {}, SEED)
+    opt.param_groups[0]["differentiable"] = True
+    opt.param_groups[1]["weight_decay"] = torch.ones(4, 5)
+    assert refused(opt.step, opt)
+    opt.param_groups[1]["weight_decay"] = 0.1
+    opt.step()
