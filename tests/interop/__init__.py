@@ -81,7 +81,8 @@ class Recording:
         moved = self._trained(build, scale=1 - rounding, grad_scale=1 + rounding)
         for i, (param, expected, other) in enumerate(zip(self.params, exact, moved, strict=True)):
             near = (param.double() - expected).abs() <= 2 * (other - expected).abs()
-            assert_near(torch.where(near, expected.to(param.dtype), param), expected, f"parameter {i}")
+            compared = torch.where(near, expected.to(param.dtype), param)
+            assert_near(compared, expected, f"parameter {i}")
 
     @torch.no_grad()
     def _trained(self, build: Build, scale: float = 1.0, grad_scale: float = 1.0) -> list[Tensor]:
