@@ -2,15 +2,92 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import storage
-from .optimizer import Created, FusedOptimizer, Group, add_sparse, penalized_grad, scalar
+from . import checks, options, state
+from .optimizer import FusedOptimizer
+from .problem import Problem
+from .rule import (
+    Group,
+    Rule,
+    Shared,
+    Slot,
+    add_sparse,
+    number,
+    penalized_grad,
+    storage_is_on,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def _update(
+    group: Group, step: float | Tensor, param: Tensor, grad: Tensor, sum_: Tensor
+) -> tuple[Tensor, ...]:
+    grad = penalized_grad(group, grad, param)
+    lr = number(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+    sum_ = sum_ + grad * grad
+    return param - lr * grad / (sum_.sqrt() + group["eps"]), sum_
+
+
+def _sparse_update(group: Group, param: Tensor, grad: Tensor, entries: dict[str, Any]) -> None:
+    """The same equation on the rows that the gradient has."""
+    entries["step"] += 1
+    grad = (-grad if group["maximize"] else grad).coalesce()
+    indices, values = grad._indices(), grad._values()
+
+    def sparse(new: Tensor) -> Tensor:
+        return torch.sparse_coo_tensor(
+            indices, new, grad.shape, dtype=new.dtype, device=new.device, is_coalesced=True
+        )
+
+    lr = float(group["lr"]) / (1 + (float(entries["step"]) - 1) * group["lr_decay"])
+    # As in the dense rule, the update takes the sum as it was before it is rounded.
+    sums = entries["sum"].to(torch.promote_types(entries["sum"].dtype, param.dtype))
+    add_sparse(sums, sparse(values.square()))
+    std = sums.sparse_mask(grad)._values().sqrt() + group["eps"]
+    if sums is not entries["sum"]:
+        entries["sum"].copy_(sums)
+    add_sparse(param, sparse(values / std), -lr)
+
+
+def _numbers(group: Group, step: float) -> dict[str, float]:
+    divisor = 1 + (step - 1) * group["lr_decay"]
+    if divisor == 0:
+        raise ZeroDivisionError(
+            f"lr_decay = {group['lr_decay']:g} makes 1 + (step - 1) * lr_decay zero at step "
+            f"{step:.0f}; lr cannot be divided by it"
+        )
+    return {
+        "lr / (1 + (step - 1) * lr_decay)": group["lr"] / divisor,
+        "weight_decay": group["weight_decay"],
+        "l1": group.get("l1") or 0.0,
+    }
+
+
+def _initial_sum(param: Tensor, group: Group, defaults: dict[str, Any]) -> Tensor:
+    initial = defaults["initial_accumulator_value"]
+    value = complex(initial, initial) if param.is_complex() else initial
+    # float32 where it will be: rounded to the parameter's dtype it would be another number.
+    wide = group.get("state_dtype") and param.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if wide else None
+    return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format)
+
+
+RULE = Rule(
+    name="adagrad",
+    slots=(Slot("sum", unsigned=True, initial=_initial_sum),),
+    update=_update,
+    numbers=_numbers,
+    sparse_update=_sparse_update,
+    switches=("capturable",),
+    stock_starts_with_state=True,
+)
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -35,29 +112,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         foreach, fused: accepted and stored as torch does; the update is always fused.
         maximize (bool): ascend (default: False).
         differentiable (bool): let autograd run through ``step()`` (default: False).
-        l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
-        max_grad_norm (float, optional): clip the norm of all gradients of the step together to this
-            much, as ``torch.nn.utils.clip_grad_norm_`` before the step would, but without writing
-            the gradients; ``grad_norm`` holds the norm afterwards. An attribute of the optimizer,
-            which may be changed, and not part of checkpoints (default: None).
-        amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
-            which then leaves the gradients scaled; on a GPU the step count lives there
-            (default: False).
         capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
             accelerator (default: False).
-        state_dtype (torch.dtype or "8bit", optional): how the sum is stored: as
-            float32, bfloat16 or float16 whatever the dtype of the parameter, or in 8 bits with a
-            float32 scale for every 64 (tensors below 4,096 elements as float32); float64 and
-            complex parameters keep theirs (default: None, the parameter's dtype).
-        master_weights (str, optional): ``"split"`` trains bfloat16 parameters on an exact float32
-            master, whose lower half is the state ``master_remainder``; ``"fp32"`` keeps a whole one
-            for bfloat16 and float16 (default: None).
-        rounding (str, optional): ``"stochastic"`` rounds bfloat16 parameters up or down at random,
-            so that small steps are not lost; the seed comes from torch's generator and is state
-            (default: None, to nearest).
-        ema (float, optional): decay of an average of the weights, the state ``ema``; see
-            ``ema_parameters()`` and ``swap_ema()``. It moves when the parameter is updated, so not
-            while that has no gradient (default: None).
+        {shared}
 
     State per parameter, made by the constructor (by the first step with ``state_dtype``,
     ``master_weights``, ``rounding`` or ``ema``): ``step`` (0-dim) and ``sum``, of the parameter's
@@ -67,15 +124,13 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         ValueError: a hyperparameter is out of range.
         RuntimeError: at ``step()``, a sparse gradient together with a penalty.
 
-    Differences from torch.optim: the options ``l1``, ``max_grad_norm``, ``amp_fused`` and
-    ``capturable``; a ``step`` that a float32 can no longer count goes on as float64; sums keep the
-    dtype they were saved in.
+    Differences from torch.optim: the options
+    {options}
+    and ``capturable``; a ``step`` that a float32 can no longer count goes on as float64; sums keep
+    the dtype they were saved in.
     """
 
-    _rule = "adagrad"
-    _takes_sparse = True
-    _required_slots = _all_slots = _unsigned_slots = ("sum",)
-    _own_options = (*FusedOptimizer._own_options, "capturable")
+    _rule = RULE
 
     def __init__(
         self,
@@ -90,14 +145,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        l1: float = 0,
-        max_grad_norm: float | None = None,
-        amp_fused: bool = False,
-        state_dtype: torch.dtype | str | None = None,
-        master_weights: str | None = None,
-        rounding: str | None = None,
-        ema: float | None = None,
         capturable: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         super().__init__(
             params,
@@ -111,27 +160,18 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._finish_init(
-            l1=l1,
-            max_grad_norm=max_grad_norm,
-            amp_fused=amp_fused,
-            capturable=capturable,
-            state_dtype=state_dtype,
-            master_weights=master_weights,
-            rounding=rounding,
-            ema=ema,
-        )
+        self._finish_init(shared, capturable=capturable)
         for group in self.param_groups:
             for param in group["params"]:
-                if storage.is_on(group):
+                if storage_is_on(group):
                     # The first step makes all that other storage needs, as it does for the other
                     # optimizers. With a part of it, a sharded checkpoint would be loaded into that.
                     self.state.pop(param, None)
                     continue
-                state = self.state[param]
-                if not group["fused"] and state["step"].device.type != "cpu":
+                step = self.state[param]["step"]
+                if not group["fused"] and step.device.type != "cpu":
                     # torch's is on the default device.
-                    state["step"] = torch.tensor(0.0, dtype=state["step"].dtype, device="cpu")
+                    self.state[param]["step"] = torch.tensor(0.0, dtype=step.dtype, device="cpu")
 
     def share_memory(self) -> None:
         """Puts all that is kept for the parameters, but the step counts, into shared memory. What
@@ -140,83 +180,18 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         Raises:
             TypeError, ValueError: an option of a group is wrong.
         """
-        with self._exclusively("share_memory()"):
-            created: Created = {}
-            for g, group in enumerate(self.param_groups):
-                self._check_options(g)
-                for i, param in enumerate(group["params"]):
-                    storage.check_param(group, param, functools.partial(self._refuse, g, i))
-                    self._complete_state(g, i, created)
-            self.state.update(created)
-            for group in self.param_groups:
-                for param in group["params"]:
-                    for key, value in self.state[param].items():
-                        if isinstance(value, Tensor) and key != "step":
-                            value.share_memory_()
-
-    def _refuse(self, g: int, i: int, error: type[Exception], problem: str) -> NoReturn:
-        raise error(f"{self._describe(g, i)}: {problem}")
-
-    def _as_stock(self, group: Group, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        if not state:  # torch's makes its state when it is created, and needs it
-            step = self._new_step(group, param).to(param.device if group.get("fused") else "cpu")
-            return {"step": step, "sum": self._initial_state(group, param)}
-        return super()._as_stock(group, param, state)
-
-    @staticmethod
-    def _slots(group: Group) -> tuple[str, ...]:
-        return Adagrad._all_slots
-
-    def _initial_state(self, group: Group, param: Tensor) -> Tensor:
-        initial = self.defaults["initial_accumulator_value"]
-        value = complex(initial, initial) if param.is_complex() else initial
-        # float32 where it will be: rounded to the parameter's dtype it would be another number.
-        wide = group.get("state_dtype") and param.dtype in (torch.bfloat16, torch.float16)
-        dtype = torch.float32 if wide else None
-        return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format)
-
-    @staticmethod
-    def _numbers(group: Group, step: float) -> dict[str, float]:
-        divisor = 1 + (step - 1) * group["lr_decay"]
-        if divisor == 0:
-            raise ZeroDivisionError(
-                f"lr_decay = {group['lr_decay']:g} makes 1 + (step - 1) * lr_decay zero at step "
-                f"{step:.0f}; lr cannot be divided by it"
-            )
-        return {
-            "lr / (1 + (step - 1) * lr_decay)": group["lr"] / divisor,
-            "weight_decay": group["weight_decay"],
-            "l1": group.get("l1") or 0.0,
-        }
-
-    @staticmethod
-    def _python_rule(
-        group: Group, step: float | Tensor, param: Tensor, grad: Tensor, *state: Tensor
-    ) -> tuple[Tensor, ...]:
-        (sum_,) = state
-        grad = penalized_grad(group, grad, param)
-        lr = scalar(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
-        sum_ = sum_ + grad * grad
-        return param - lr * grad / (sum_.sqrt() + group["eps"]), sum_
-
-    def _sparse_update(
-        self, group: Group, param: Tensor, grad: Tensor, state: dict[str, Any]
-    ) -> None:
-        """The same equation on the rows that the gradient has."""
-        state["step"] += 1
-        grad = (-grad if group["maximize"] else grad).coalesce()
-        indices, values = grad._indices(), grad._values()
-
-        def sparse(new: Tensor) -> Tensor:
-            return torch.sparse_coo_tensor(
-                indices, new, grad.shape, dtype=new.dtype, device=new.device, is_coalesced=True
-            )
-
-        lr = float(group["lr"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
-        # As in the dense rule, the update takes the sum as it was before it is rounded.
-        sums = state["sum"].to(torch.promote_types(state["sum"].dtype, param.dtype))
-        add_sparse(sums, sparse(values.square()))
-        std = sums.sparse_mask(grad)._values().sqrt() + group["eps"]
-        if sums is not state["sum"]:
-            state["sum"].copy_(sums)
-        add_sparse(param, sparse(values / std), -lr)
+        with self._turn.exclusively(self._name, "share_memory()"):
+            members = self._members()
+            for g in range(len(members.groups)):
+                options.check_group(members, g)
+            for record in members.all():
+                try:
+                    checks.check_storage(record)
+                except Problem as problem:
+                    raise problem.at(record.describe()) from None
+                state.complete(record)
+            self.state.update(members.created)
+            for record in members.all():
+                for key, value in self.state[record.param].items():
+                    if isinstance(value, Tensor) and key != "step":
+                        value.share_memory_()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from .optimizer import FusedOptimizer, Group
+from . import options
+from .optimizer import FusedOptimizer
+from .record import Members
+from .stepper import Stepper
 
 Optimizer = TypeVar("Optimizer", bound=FusedOptimizer)
 Kept = TypeVar("Kept")
 
 
 def attach(
-    model: torch.nn.Module | Iterable[Any], optimizer_class: type[Optimizer], **options: Any
+    model: torch.nn.Module | Iterable[Any], optimizer_class: type[Optimizer], **arguments: Any
 ) -> Optimizer:
     """Update each parameter during ``backward()``, as soon as its gradient is ready, and free the
     gradient: the gradients of a model never exist all at once.
@@ -35,7 +39,7 @@ def attach(
             taken, or what the class takes as ``params``. Those of lazy modules may get their shape
             later.
         optimizer_class: ``fusedopt.Adam``, ``AdamW``, ``SGD``, ``RMSprop`` or ``Adagrad``.
-        options: keyword arguments of the class.
+        arguments: keyword arguments of the class.
 
     Returns:
         The optimizer, which must be kept: the model does not. :func:`detach` takes it out of the
@@ -68,7 +72,7 @@ def attach(
     if isinstance(model, torch.nn.Module):
         _check_model(model)
         params = [param for param in model.parameters() if param.requires_grad]
-    optimizer = optimizer_class(params, **options)
+    optimizer = optimizer_class(params, **arguments)
     _check_options(optimizer)
     optimizer._attached = Attached(optimizer)
     optimizer._attached.hook()
@@ -90,62 +94,59 @@ def detach(optimizer: FusedOptimizer) -> None:
 
 
 class Attached:
-    """For each parameter of an optimizer a hook, and an optimizer of it alone, so that a step looks
-    at nothing else. State and options are those of the whole."""
+    """For each parameter of an optimizer a hook, and a stepper of its own, so that a step looks at
+    nothing else. State and options are those of the optimizer."""
 
-    def __init__(self, whole: FusedOptimizer) -> None:
-        self._whole = weakref.ref(whole)
-        self._parts: dict[Tensor, tuple[int, int, FusedOptimizer]] = {}
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._steppers: dict[Tensor, tuple[int, int, Stepper]] = {}
         self._handles: list[RemovableHandle] = []
 
     def hook(self) -> None:
         """Registers the parameters that are new in the optimizer."""
-        whole = _alive(self._whole)
-        new = {
-            param: (g, i)
-            for g, group in enumerate(whole.param_groups)
-            for i, param in enumerate(group["params"])
-            if param not in self._parts and _can_require_grad(param)
-        }
-        for param, (g, i) in new.items():
-            _check_free(param, whole._describe(g, i))
-        for param, (g, i) in new.items():
-            self._parts[param] = g, i, _part(whole, g, i)
-            self._handles.append(_register(param, Hook(self)))
+        new = [
+            record
+            for record in _alive(self._optimizer)._members().all()
+            if record.param not in self._steppers and _can_require_grad(record.param)
+        ]
+        for record in new:
+            _check_free(record.param, record.describe())
+        for record in new:
+            self._steppers[record.param] = record.g, record.i, Stepper()
+            self._handles.append(_register(record.param, Hook(self)))
 
     def unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
 
+    @_disable_dynamo
     def step(self, param: Tensor) -> None:
-        whole = _alive(self._whole)
-        with whole._turn.lock:  # a backward may run in several threads
-            self._step(whole, param)
+        optimizer = _alive(self._optimizer)
+        # A backward may run in several threads.
+        optimizer._turn.step(optimizer._name, functools.partial(self._step, optimizer, param))
 
-    def _step(self, whole: FusedOptimizer, param: Tensor) -> None:
-        _check_options(whole)
-        whole._check_not_swapped()
-        g, i, part = self._parts[param]
-        groups = whole.param_groups
+    def _step(self, optimizer: FusedOptimizer, param: Tensor) -> None:
+        _check_options(optimizer)
+        optimizer._check_not_swapped()
+        g, i, stepper = self._steppers[param]
+        groups = optimizer.param_groups
         if not (
             len(groups) > g and len(groups[g]["params"]) > i and groups[g]["params"][i] is param
         ):
             raise RuntimeError(
-                f"fusedopt.{type(whole).__name__}: a parameter of shape {tuple(param.shape)} is no "
-                "longer where it was in param_groups; detach() the optimizer before changing them"
+                f"{optimizer._name}: a parameter of shape {tuple(param.shape)} is no longer where "
+                "it was in param_groups; detach() the optimizer before changing them"
             )
-        part.param_groups = [_of_one(groups[g], param)]
-        part.state.clear()
-        part._state_of_whole = whole.state
-        if param in whole.state:
-            part.state[param] = whole.state[param]
+        state = {param: optimizer.state[param]} if param in optimizer.state else {}
+        group = {**groups[g], "params": [param]}
+        members = Members(optimizer, [group], state, place=(g, i))
         try:
-            part._take_step()
+            stepper.step(members)
         except (KeyError, TypeError):
-            whole._check_options(g)  # names the group of the whole
+            options.check_group(members, 0)  # names the group of the optimizer
             raise
         param.grad = None
-        whole._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
 
 class Hook:
@@ -199,26 +200,6 @@ def _allowing_calls(param: Tensor) -> AbstractContextManager[Any]:
     """A parameter of a lazy module refuses most calls before the first forward. It stays the same
     object, with its hooks, when it becomes an ordinary one."""
     return torch._C.DisableTorchFunctionSubclass() if is_lazy(param) else nullcontext()
-
-
-def _part(whole: FusedOptimizer, g: int, i: int) -> FusedOptimizer:
-    group = whole.param_groups[g]
-    part = object.__new__(type(whole))
-    part.__setstate__(
-        {
-            "defaults": whole.defaults,
-            "state": defaultdict(dict),
-            "param_groups": [_of_one(group, group["params"][i])],
-        }
-    )
-    part._turn = whole._turn
-    ref = weakref.ref(whole)
-    part._describe = lambda *_: _alive(ref)._describe(g, i)  # type: ignore[method-assign]
-    return part
-
-
-def _of_one(group: Group, param: Tensor) -> Group:
-    return {**group, "params": [param]}
 
 
 def _check_options(optimizer: FusedOptimizer) -> None:

@@ -74,6 +74,27 @@ def restore(weights: Weights, describe: Callable[[Tensor], str]) -> None:
         )
 
 
+def leave(swaps: list[Weights], weights: Weights, describe: Callable[[Tensor], str]) -> None:
+    """Ends one of the open contexts, and restores its weights; once that is done, calling it again
+    does nothing.
+
+    Raises:
+        WeightsNotRestoredError: see :func:`restore`.
+    """
+    at = next((i for i, swap in enumerate(swaps) if swap is weights), None)
+    if at is None:
+        return
+    if at + 1 < len(swaps):  # a context that began later is still open: it restores them
+        swaps[at + 1].update(weights)
+    elif weights:
+        try:
+            restore(weights, describe)
+        except WeightsNotRestoredError:
+            del swaps[at]
+            raise
+    del swaps[at]
+
+
 def _count_write(params: Iterable[Tensor]) -> None:
     """Autograd is to notice, of DTensors too, whose shards were written."""
     increment_version([param for param in params if not param.is_inference()])

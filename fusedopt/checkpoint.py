@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Mapping, MutableMapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from . import dtensor, storage, tensor_kinds
+from . import checks, formats, options, state, tensor_kinds
+from .problem import Problem
+from .record import Members, Record, plain_groups
+from .rule import Group, storage_is_on
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
-
-Group = dict[str, Any]
 
 
 def stock_state_dict(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -30,18 +30,37 @@ def stock_state_dict(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> d
         {name: value for name, value in group.items() if name not in optimizer._own_options}
         for group in state_dict["param_groups"]
     ]
-    state = dict(state_dict["state"])
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        for param, key in zip(group["params"], saved["params"], strict=True):
-            known = optimizer._as_stock(group, param, state.pop(key, {}))
-            if known:
-                state[key] = known
-    return {**state_dict, "state": state, "param_groups": groups}
+    entries = dict(state_dict["state"])
+    members = Members(optimizer, plain_groups(optimizer.param_groups))
+    for record in members.all():
+        key = state_dict["param_groups"][record.g]["params"][record.i]
+        known = as_stock(record, entries.pop(key, {}))
+        if known:
+            entries[key] = known
+    return {**state_dict, "state": entries, "param_groups": groups}
+
+
+def as_stock(record: Record, entries: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter as torch's class has it."""
+    if not entries and record.rule.stock_starts_with_state:
+        count = state.new_count(record)
+        made = {slot.name: state.initial(record, slot) for slot in record.slots}
+        return {
+            "step": count.to(record.param.device if record.group.get("fused") else "cpu"),
+            **made,
+        }
+    codes = [key for key in record.rule.by_name if formats.is_code(entries.get(key))]
+    left_out = {*formats.EXTRAS, *(f"{key}_scale" for key in codes)}
+    return {
+        key: formats.decode(value, entries[f"{key}_scale"]) if key in codes else value
+        for key, value in entries.items()
+        if key not in left_out
+    }
 
 
 def loaded_groups(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> list[Group]:
     """The param groups of a checkpoint with the parameters of the optimizer."""
-    who = f"fusedopt.{type(optimizer).__name__}"
+    who = optimizer._name
     for key, kind, name in (("state", Mapping, "dict"), ("param_groups", Sequence, "list")):
         value = state_dict.get(key) if isinstance(state_dict, Mapping) else None
         if not isinstance(value, kind) or isinstance(value, str):
@@ -78,8 +97,11 @@ def loaded_groups(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> l
                 loaded_group.setdefault(name, group[name])
         for name, value in optimizer.defaults.items():
             loaded_group.setdefault(name, value)
-        if storage.is_on(loaded_group):
-            optimizer._check_storage(g, loaded_group)
+        if storage_is_on(loaded_group):
+            try:
+                options.check_storage(loaded_group)
+            except ValueError as error:
+                raise ValueError(f"{who}, param group {g}: {error}") from error
     return loaded
 
 
@@ -88,59 +110,52 @@ def loaded_state(
 ) -> Any:
     """The state of a checkpoint by the parameters of the optimizer."""
     saved_groups = state_dict["param_groups"]
+    members = Members(optimizer, groups, state={})
     owner = {
         key: (g, i) for g, saved in enumerate(saved_groups) for i, key in enumerate(saved["params"])
     }
-    state: defaultdict[Any, Any] = defaultdict(dict)
+    loaded: defaultdict[Any, Any] = defaultdict(dict)
     unowned: dict[Any, Any] = {}
     for key, value in state_dict["state"].items():
         if key in owner:
-            g, i = owner[key]
-            param = groups[g]["params"][i]
+            record = Record(members, *owner[key])
             try:
-                state[param] = _loaded_entry(optimizer, param, saved_groups[g], groups[g], value)
-            except _Problem as problem:
-                where = f"{optimizer._describe(g, i)}: the loaded state"
-                raise problem.kind(f"{where}{problem}") from problem.__cause__
+                loaded[record.param] = _loaded_entries(record, saved_groups[record.g], value)
+            except Problem as problem:
+                raise problem.kind(
+                    f"{record.describe()}: in the loaded state, {problem}; is it the checkpoint of "
+                    "another model or optimizer?"
+                ) from problem.__cause__
         elif isinstance(value, Mapping):
             unowned[key] = value
         else:
             raise TypeError(
-                f"fusedopt.{type(optimizer).__name__}: the loaded state of {key!r}, which is no "
-                f"parameter, is a {type(value).__name__}, not a dict"
+                f"{optimizer._name}: the loaded state of {key!r}, which is no parameter, is a "
+                f"{type(value).__name__}, not a dict"
             )
     # torch takes the first entry for that of a parameter.
-    state.update(unowned)
-    return state
+    loaded.update(unowned)
+    return loaded
 
 
-class _Problem(Exception):
-    """What is wrong with the state of a parameter; the caller knows which, and describes it."""
-
-    def __init__(self, kind: type[Exception], problem: str) -> None:
-        super().__init__(problem)
-        self.kind = kind
-
-
-def _loaded_entry(
-    optimizer: FusedOptimizer, param: Tensor, saved_group: Group, group: Group, saved: Any
-) -> dict[str, Any]:
+def _loaded_entries(record: Record, saved_group: Group, saved: Any) -> dict[str, Any]:
     """The state of one parameter on its device, in the dtype that it was saved in."""
     if not isinstance(saved, dict):
-        raise _Problem(TypeError, f" is a {type(saved).__name__}, not a dict")
-    counts = optimizer._has_step
-    for key in ("step", *optimizer._required_slots) if saved and counts else ():
+        raise Problem(TypeError, f"state is a {type(saved).__name__}, not a dict")
+    rule, param = record.rule, record.param
+    required = rule.required()
+    for key in required if saved else ():
         if saved.get(key) is None:
-            raise _foreign(f"has no {key!r}", saved)
-    if not counts and "step" in saved:
-        raise _foreign("has a 'step'", saved)
-    dtype, shape, device = param.dtype, None if is_lazy(param) else param.shape, param.device
-    extras = storage.extras(group, param) if storage.is_on(group) else ()
-    is_plain = shape is not None and not dtensor.is_dtensor(param)
-    state = {}
+            raise Problem(ValueError, f"there is no {key!r} (only {sorted(map(str, saved))})")
+    if not rule.counts_steps and "step" in saved:
+        raise Problem(ValueError, f"there is a 'step' (among {sorted(map(str, saved))})")
+    dtype, shape, device = param.dtype, None if record.is_lazy else param.shape, param.device
+    extras = record.extras.names
+    is_plain = shape is not None and not record.is_sharded
+    loaded = {}
     for key, value in saved.items():
-        if key == "step" and counts:
-            value = _loaded_step(optimizer, param, saved_group, group, value)
+        if key == "step" and rule.counts_steps:
+            value = _loaded_step(record, saved_group, value)
         elif isinstance(value, Tensor):
             # What needs no check and no conversion is most of a checkpoint.
             if not (
@@ -152,82 +167,44 @@ def _loaded_entry(
                 and value.layout is torch.strided
                 and key not in extras
             ):
-                value = _loaded_tensor(optimizer, param, key, value, saved, key in extras)
-        elif key in optimizer._all_slots or (key in extras and key is not None):
+                _check_tensor(record, key, value, saved, key in required)
+                value = value.to(device=device)
+        elif key in rule.by_name or key in extras:
             if value is not None:
-                raise _Problem(TypeError, f" has {key!r} = {value!r}, not a tensor")
+                raise Problem(TypeError, f"state[{key!r}] is {value!r}, not a tensor")
         else:
             value = _on_device(value, device)
-        state[key] = value
-    return state
+        loaded[key] = value
+    return loaded
 
 
-def _foreign(problem: str, saved: dict[str, Any]) -> _Problem:
-    return _Problem(
-        ValueError,
-        f" {problem} (it has {sorted(map(str, saved))}); is it the checkpoint of another "
-        "optimizer?",
-    )
-
-
-def _loaded_tensor(
-    optimizer: FusedOptimizer,
-    param: Tensor,
-    key: Any,
-    value: Tensor,
-    saved: dict[str, Any],
-    is_extra: bool,
-) -> Tensor:
-    def fail(error: type[Exception], problem: str) -> NoReturn:
-        raise _Problem(error, f": {problem}")
-
-    is_slot = key in optimizer._all_slots
+def _check_tensor(
+    record: Record, key: Any, value: Tensor, saved: dict[str, Any], is_required: bool
+) -> None:
     # Of a parameter that is not materialized yet the first step checks what there is to check.
-    if is_slot and not is_lazy(param):
-        shape = tensor_kinds.shape(value)
-        if shape != tensor_kinds.shape(param):
-            raise _Problem(
-                ValueError,
-                f" has {key!r} of shape {shape}; is it the checkpoint of another model?",
-            )
-        if not dtensor.placed_alike(value, param):
-            raise _Problem(
-                ValueError,
-                f" has {key!r} as {dtensor.placed(value)}, the parameter is "
-                f"{dtensor.placed(param)}; load it with "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
-            )
-        if storage.is_code(value):
-            optimizer._check_code(param, key, saved, fail)
-    if is_slot and not storage.is_code(value):
-        is_complex = value.is_complex()
-        if is_complex != param.dtype.is_complex or not (is_complex or value.is_floating_point()):
-            raise _Problem(ValueError, f" has {key!r} of dtype {value.dtype}")
-    if is_extra and not is_lazy(param):
-        storage.check_extra(key, value, param, fail, any_device=True)
-    if key in optimizer._required_slots and value.layout is not torch.strided:
-        raise _Problem(ValueError, f" has a sparse {key!r}; it must be dense")
-    if value.is_meta and not param.is_meta:
-        raise _Problem(ValueError, f" has {key!r} on the meta device, without data")
-    return value.to(device=param.device)
+    if key in record.rule.by_name:
+        checks.check_slot(record, record.rule.by_name[key], value, saved)
+    elif key in record.extras.names and not record.is_lazy:
+        checks.check_extra(record, key, value)
+    if is_required and value.layout is not torch.strided:
+        raise Problem(ValueError, f"state[{key!r}] is sparse; it must be dense")
+    if value.is_meta and not record.param.is_meta:
+        raise Problem(ValueError, f"state[{key!r}] is on the meta device, without data")
 
 
-def _loaded_step(
-    optimizer: FusedOptimizer, param: Tensor, saved_group: Group, group: Group, step: Any
-) -> Tensor:
+def _loaded_step(record: Record, saved_group: Group, step: Any) -> Tensor:
     try:
         count = float(step) if not tensor_kinds.is_fake(step) else tensor_kinds.number(step) or 0.0
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise _Problem(TypeError, f" has 'step' = {step!r}, not a number") from error
-    if not 0 <= count < storage.LAST_STEP:
-        raise _Problem(ValueError, f" has 'step' = {count}, not a count")
+        raise Problem(TypeError, f"state['step'] is {step!r}, not a number") from error
+    checks.check_count(count)
     if not isinstance(step, Tensor):
-        new = optimizer._new_step(group, param)
+        new = state.new_count(record)
         return torch.tensor(count, dtype=new.dtype, device=new.device)
     if saved_group.get("fused") or saved_group.get("capturable"):
-        return step.to(dtype=torch.float32, device=param.device)
+        return step.to(dtype=torch.float32, device=record.param.device)
     # torch makes some on the default device, where neither the CPU nor the parameter's may be.
-    return step if step.device == param.device else step.cpu()
+    return step if step.device == record.param.device else step.cpu()
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from . import storage
+from . import checkpoint
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .optimizer import FusedOptimizer
 from .rmsprop import RMSprop
+from .rule import STORAGE_OPTIONS
 from .sgd import SGD
 
 _OURS = {cls.__name__: cls for cls in (Adam, AdamW, SGD, RMSprop, Adagrad)}
@@ -70,7 +71,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
     extras = optimizer._own_options
     groups = (optimizer.defaults, *optimizer.param_groups)
     # An average with a decay of 0 is on, too.
-    off = {name: (None,) if name in storage.OPTIONS else (None, 0) for name in extras}
+    off = {name: (None,) if name in STORAGE_OPTIONS else (None, 0) for name in extras}
     on = [name for name in extras if any(group.get(name) not in off[name] for group in groups)]
     on += ["max_grad_norm"] * (optimizer.max_grad_norm is not None)
     on += ["amp_fused"] * optimizer.amp_fused
@@ -80,14 +81,13 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
         )
     if optimizer._attached is not None:
         raise ValueError("the optimizer is attached to a backward; detach() it first")
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            state = optimizer._as_stock(group, param, optimizer.state.get(param, {}))
-            for name in optimizer._all_slots:
-                if isinstance(state.get(name), torch.Tensor):
-                    state[name] = state[name].to(param.dtype)
-            if state or param in optimizer.state:
-                optimizer.state[param] = state
+    for record in optimizer._members().all():
+        param, entries = record.param, checkpoint.as_stock(record, record.entries)
+        for name in record.rule.by_name:
+            if isinstance(entries.get(name), torch.Tensor):
+                entries[name] = entries[name].to(param.dtype)
+        if entries or param in optimizer.state:
+            optimizer.state[param] = entries
     _convert(optimizer, _STOCK)
     for group in groups:
         for name in extras:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+from .problem import Problem
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,29 +41,32 @@ def local(tensor: Any) -> Any:
     return shard.wait() if hasattr(shard, "wait") else shard
 
 
-def check(
-    param: Any, grad: Any, state: dict[str, Any], fail: Callable[[type[Exception], str], None]
-) -> None:
-    """Calls ``fail`` if the shards of a parameter cannot be updated one by one."""
+def check_param(param: Any) -> None:
+    """Raises a Problem if its shards cannot be updated one by one."""
     if is_dtensor(param) and any(p.is_partial() for p in param.placements):
-        fail(
+        raise Problem(
             ValueError,
             f"it is {placed(param)}, a sum over processes, which cannot be updated shard by shard; "
             "redistribute() it to Shard or Replicate",
         )
+
+
+def check_grad(param: Any, grad: Any) -> None:
     # A gradient in other placements is redistributed; that does not lead to another mesh.
     if is_dtensor(grad) != is_dtensor(param) or (
         is_dtensor(param) and grad.device_mesh != param.device_mesh
     ):
-        fail(ValueError, f"it is {placed(param)}, but its grad is {placed(grad)}")
-    for name, value in state.items():
-        if not placed_alike(value, param):
-            fail(
-                ValueError,
-                f"it is {placed(param)}, but state[{name!r}] is {placed(value)}; make the "
-                "optimizer after the model is sharded, and load its state with "
-                "torch.distributed.checkpoint.state_dict",
-            )
+        raise Problem(ValueError, f"it is {placed(param)}, but its grad is {placed(grad)}")
+
+
+def check_state(param: Any, key: str, value: Any) -> None:
+    if not placed_alike(value, param):
+        raise Problem(
+            ValueError,
+            f"it is {placed(param)}, but state[{key!r}] is {placed(value)}; make the optimizer "
+            "after the model is sharded, and load its state with torch.distributed.checkpoint."
+            "state_dict.set_optimizer_state_dict",
+        )
 
 
 def placed(tensor: Any) -> str:

@@ -2,13 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .optimizer import FusedOptimizer, Group, add_sparse, penalized_grad, scalar
+from .optimizer import FusedOptimizer
+from .rule import Group, Rule, Shared, Slot, add_sparse, number, penalized_grad
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def _update(
+    group: Group, step: float | Tensor, param: Tensor, grad: Tensor, *momentum_buffer: Tensor
+) -> tuple[Tensor, ...]:
+    lr, momentum = number(group["lr"]), group["momentum"]
+    grad = penalized_grad(group, grad, param)
+    if not momentum_buffer:
+        return (param - lr * grad,)
+    if step == 1:
+        buffer = grad.detach()
+    else:
+        buffer = momentum * momentum_buffer[0] + (1 - group["dampening"]) * grad
+    direction = grad + momentum * buffer if group["nesterov"] else buffer
+    return param - lr * direction, buffer
+
+
+def _sparse_update(group: Group, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    grad = -grad if group["maximize"] else grad
+    momentum = group["momentum"]
+    if momentum != 0:
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = state["momentum_buffer"] = grad.detach().clone()
+        else:
+            add_sparse(buffer.mul_(momentum), grad, 1 - group["dampening"])
+        if group["nesterov"]:
+            add_sparse(ahead := buffer * momentum, grad)
+            buffer = ahead
+        grad = buffer
+    add_sparse(param, grad, -float(group["lr"]))
+
+
+def _numbers(group: Group, step: float) -> dict[str, float]:
+    dampens = group["momentum"] != 0 and step != 1
+    return {
+        "lr": group["lr"],
+        "1 - dampening": 1 - group["dampening"] if dampens else 1.0,
+        "weight_decay": group["weight_decay"],
+        "l1": group.get("l1") or 0.0,
+    }
+
+
+RULE = Rule(
+    name="sgd",
+    slots=(Slot("momentum_buffer", when=lambda group: bool(group["momentum"] != 0)),),
+    update=_update,
+    numbers=_numbers,
+    scalars=(),
+    first_step_fills_state=True,
+    sparse_update=_sparse_update,
+    switches=("capturable",),
+)
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -36,29 +93,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize (bool): ascend (default: False).
         foreach, fused: accepted and stored as torch does; the update is always fused.
         differentiable (bool): let autograd run through ``step()`` (default: False).
-        l1 (float): L1 coefficient :math:`\lambda_1` (default: 0).
-        max_grad_norm (float, optional): clip the norm of all gradients of the step together to this
-            much, as ``torch.nn.utils.clip_grad_norm_`` before the step would, but without writing
-            the gradients; ``grad_norm`` holds the norm afterwards. An attribute of the optimizer,
-            which may be changed, and not part of checkpoints (default: None).
-        amp_fused (bool): let the step itself unscale, check and skip for ``torch.amp.GradScaler``,
-            which then leaves the gradients scaled; on a GPU the step count lives there
-            (default: False).
         capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
             accelerator (default: False).
-        state_dtype (torch.dtype or "8bit", optional): how the momentum buffer is stored: as
-            float32, bfloat16 or float16 whatever the dtype of the parameter, or in 8 bits with a
-            float32 scale for every 64 (tensors below 4,096 elements as float32); float64 and
-            complex parameters keep theirs (default: None, the parameter's dtype).
-        master_weights (str, optional): ``"split"`` trains bfloat16 parameters on an exact float32
-            master, whose lower half is the state ``master_remainder``; ``"fp32"`` keeps a whole one
-            for bfloat16 and float16 (default: None).
-        rounding (str, optional): ``"stochastic"`` rounds bfloat16 parameters up or down at random,
-            so that small steps are not lost; the seed comes from torch's generator and is state
-            (default: None, to nearest).
-        ema (float, optional): decay of an average of the weights, the state ``ema``; see
-            ``ema_parameters()`` and ``swap_ema()``. It moves when the parameter is updated, so not
-            while that has no gradient (default: None).
+        {shared}
 
     State per parameter: ``momentum_buffer`` if momentum is not 0, of the parameter's dtype, shape
     and strides. float16 and bfloat16 are computed in float32.
@@ -67,15 +104,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         ValueError: a hyperparameter is out of range.
         RuntimeError: at ``step()``, a sparse gradient together with a penalty.
 
-    Differences from torch.optim: the options ``l1``, ``max_grad_norm``, ``amp_fused`` and
-    ``capturable``; the momentum buffer keeps the dtype it was saved in.
+    Differences from torch.optim: the options
+    {options}
+    and ``capturable``; the momentum buffer keeps the dtype it was saved in.
     """
 
-    _rule = "sgd"
-    _has_step = False
-    _takes_sparse = True
-    _all_slots = ("momentum_buffer",)
-    _own_options = (*FusedOptimizer._own_options, "capturable")
+    _rule = RULE
 
     def __init__(
         self,
@@ -90,14 +124,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        l1: float = 0,
-        max_grad_norm: float | None = None,
-        amp_fused: bool = False,
-        state_dtype: torch.dtype | str | None = None,
-        master_weights: str | None = None,
-        rounding: str | None = None,
-        ema: float | None = None,
         capturable: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         super().__init__(
             params,
@@ -111,63 +139,4 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._finish_init(
-            l1=l1,
-            max_grad_norm=max_grad_norm,
-            amp_fused=amp_fused,
-            capturable=capturable,
-            state_dtype=state_dtype,
-            master_weights=master_weights,
-            rounding=rounding,
-            ema=ema,
-        )
-
-    @staticmethod
-    def _slots(group: Group) -> tuple[str, ...]:
-        return SGD._all_slots if group["momentum"] != 0 else ()
-
-    @staticmethod
-    def _numbers(group: Group, step: float) -> dict[str, float]:
-        dampens = group["momentum"] != 0 and step != 1
-        return {
-            "lr": group["lr"],
-            "1 - dampening": 1 - group["dampening"] if dampens else 1.0,
-            "weight_decay": group["weight_decay"],
-            "l1": group.get("l1") or 0.0,
-        }
-
-    @staticmethod
-    def _python_rule(
-        group: Group,
-        step: float | Tensor,
-        param: Tensor,
-        grad: Tensor,
-        momentum_buffer: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        lr, momentum = scalar(group["lr"]), group["momentum"]
-        grad = penalized_grad(group, grad, param)
-        if momentum_buffer is None:
-            return (param - lr * grad,)
-        if step == 1:
-            momentum_buffer = grad.detach()
-        else:
-            momentum_buffer = momentum * momentum_buffer + (1 - group["dampening"]) * grad
-        direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
-        return param - lr * direction, momentum_buffer
-
-    def _sparse_update(
-        self, group: Group, param: Tensor, grad: Tensor, state: dict[str, Any]
-    ) -> None:
-        grad = -grad if group["maximize"] else grad
-        momentum = group["momentum"]
-        if momentum != 0:
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                buffer = state["momentum_buffer"] = grad.detach().clone()
-            else:
-                add_sparse(buffer.mul_(momentum), grad, 1 - group["dampening"])
-            if group["nesterov"]:
-                add_sparse(ahead := buffer * momentum, grad)
-                buffer = ahead
-            grad = buffer
-        add_sparse(param, grad, -float(group["lr"]))
+        self._finish_init(shared, capturable=capturable)

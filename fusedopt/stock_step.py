@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import dtensor, storage, tensor_kinds
+from . import formats, tensor_kinds
+from .problem import Problem
+from .rule import STORAGE_OPTIONS, Group
 
-Group = dict[str, Any]
+if TYPE_CHECKING:
+    from .record import Record
 
-_SWITCHES = ("l1", "eps_inside_sqrt")  # beside storage.OPTIONS what torch does not have
+_SWITCHES = ("l1", "eps_inside_sqrt")  # beside those of storage what torch does not have
 # Options that reinterpret the bits of memory.
 _OF_MEMORY = {"state_dtype": "8bit", "master_weights": "split", "rounding": "stochastic"}
 
@@ -37,31 +40,32 @@ def concerns(param: Tensor, grad: Tensor | None, state: Any) -> bool:
 def own_options(group: Group) -> list[str]:
     """Options that are on and that torch does not have."""
     on = [name for name in _SWITCHES if group.get(name)]
-    return on + [name for name in storage.OPTIONS if group.get(name) is not None]
+    return on + [name for name in STORAGE_OPTIONS if group.get(name) is not None]
 
 
 def can_take(group: Group, state: dict[str, Any]) -> bool:
     """Whether torch's loop does what the group asks for, with the state that there is."""
-    if own_options(group) or any(map(storage.is_code, state.values())):
+    if own_options(group) or any(map(formats.is_code, state.values())):
         return False
     step = state.get("step")
     # The loop of most classes reads the count.
     return not tensor_kinds.is_fake(step) or tensor_kinds.number(step) is not None
 
 
-def check(group: Group, param: Tensor, fail: Callable[..., NoReturn]) -> None:
-    """Calls ``fail`` if an option that torch does not have cannot work on an unusual parameter."""
-    held = dtensor.local(param)
-    if tensor_kinds.is_virtual(held) or not tensor_kinds.is_unusual(held):
+def check(record: Record) -> None:
+    """Raises a Problem if an option that torch does not have cannot work on an unusual
+    parameter."""
+    held, group = record.held, record.group
+    if tensor_kinds.is_virtual(held) or not record.is_unusual:
         return
     on = own_options(group)
     if held.layout is torch.strided and not held.is_nested:
         on = [name for name in on if group[name] == _OF_MEMORY.get(name)]
     if on:
-        fail(
+        raise Problem(
             RuntimeError,
             f"{on[0]}={group[on[0]]!r} is not compatible with a parameter "
-            f"{tensor_kinds.name(param)}; put it into a param group without",
+            f"{tensor_kinds.name(record.param)}; put it into a param group without",
         )
 
 

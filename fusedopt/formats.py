@@ -7,20 +7,15 @@ or in its default dtype, nor are integers multiplied with a float: the result ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dtensor, tensor_kinds
 
-OPTIONS = ("state_dtype", "master_weights", "rounding", "ema")
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "state_dtype": (None, torch.float32, torch.bfloat16, torch.float16, "8bit"),
-    "master_weights": (None, "split", "fp32"),
-    "rounding": (None, "stochastic"),
-}
+if TYPE_CHECKING:
+    from .rule import Group, Slot
 
 # Steps are counted up to here: adding 1 no longer changes a float64.
 LAST_STEP = 2**53
@@ -34,81 +29,44 @@ SMALLEST_8BIT = 4096
 _CODE_KEY = 0x66757365646F7074
 
 EXTRAS = ("master", "master_remainder", "rounding_state", "ema")
+HALVES = (torch.bfloat16, torch.float16)
 
 
-def check_options(*, differentiable: Any, **options: Any) -> None:
-    """Raises ValueError if an option is none of its choices or does not go with another."""
-    for name, choices in _CHOICES.items():
-        if options[name] not in choices:
-            known = ", ".join(repr(choice) for choice in choices)
-            raise ValueError(f"Invalid {name} value: {options[name]!r}; it can be {known}")
-    ema = options["ema"]
-    is_number = isinstance(ema, (int, float)) and not isinstance(ema, bool)
-    if ema is not None and not (is_number and 0.0 <= ema < 1.0):
-        raise ValueError(f"Invalid ema value: {ema!r}; it is a decay in [0, 1)")
-    if options["master_weights"] and options["rounding"]:
-        raise ValueError(
-            "Invalid rounding value: 'stochastic' is for parameters without master_weights"
-        )
-    if differentiable and is_on(options):
-        on = [name for name, value in options.items() if value is not None]
-        raise ValueError(f"differentiable=True does not go with {', '.join(on)}")
+class Extras(NamedTuple):
+    """Keys of what a parameter has beside the state of its rule; None for what it has not."""
+
+    master: str | None
+    rounding: str | None
+    ema: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return [key for key in self if key is not None]
 
 
-def is_on(group: dict[str, Any]) -> bool:
-    return any(group.get(name) is not None for name in OPTIONS)
-
-
-def signature(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides which state a parameter needs."""
-    *names, ema = (group.get(name) for name in OPTIONS)
-    return (*names, ema is not None)
-
-
-def extras(group: dict[str, Any], param: Tensor) -> tuple[str | None, str | None, str | None]:
-    """Keys of what a parameter has beside the state of its rule: master, rounding and average."""
-    half = param.dtype in (torch.bfloat16, torch.float16)
-    master = group.get("master_weights") if half else None
-    return (
+def extras(group: Group, param: Tensor) -> Extras:
+    master = group.get("master_weights") if param.dtype in HALVES else None
+    return Extras(
         {None: None, "split": "master_remainder", "fp32": "master"}[master],
-        "rounding_state" if half and group.get("rounding") else None,
+        "rounding_state" if param.dtype in HALVES and group.get("rounding") else None,
         "ema" if group.get("ema") is not None else None,
     )
 
 
-def check_param(group: dict[str, Any], param: Tensor, fail: Callable[..., NoReturn]) -> None:
-    if param.dtype == torch.float16:
-        if group.get("master_weights") == "split":
-            fail(ValueError, "master_weights='split' is for bfloat16; use 'fp32' for float16")
-        if group.get("rounding"):
-            fail(ValueError, "rounding='stochastic' is for bfloat16; use master_weights='fp32'")
-
-
-def state_dtype(group: dict[str, Any], param: Tensor, unsigned: bool) -> torch.dtype | None:
-    """The dtype that the group declares for a state tensor; None if any will do."""
+def state_dtype(group: Group, param: Tensor, slot: Slot) -> torch.dtype | None:
+    """The dtype that a group declares for a state tensor; None if any will do."""
     declared: torch.dtype | str | None = group.get("state_dtype")
-    if declared is None or param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if declared is None or param.dtype not in (torch.float32, *HALVES):
         return None
     if isinstance(declared, torch.dtype):
         return declared
-    if param.numel() < SMALLEST_8BIT:
+    if param.numel() < SMALLEST_8BIT or not slot.fits_8bit(group):
         return torch.float32
-    return torch.uint8 if unsigned else torch.int8
+    return code_dtype(slot)
 
 
-def new_extra(key: str, param: Tensor) -> Tensor:
-    """The first value of an extra."""
-    if key == "rounding_state":  # a seed, and how many steps were rounded with it
-        seed = torch.randint(2**62, (2,), dtype=torch.int64, device="cpu")
-        seed[1] = 0
-        return dtensor.row_per_shard(seed.to(param.device), param)
-    if key == "master_remainder":
-        return torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
-    half = param.dtype in (torch.bfloat16, torch.float16)
-    return torch.clone(
-        param.detach().to(torch.float32 if half else param.dtype),
-        memory_format=torch.preserve_format,
-    )
+def code_dtype(slot: Slot) -> torch.dtype:
+    return torch.uint8 if slot.unsigned else torch.int8
 
 
 def is_code(tensor: Any) -> bool:
@@ -224,98 +182,6 @@ def random_bits(key: int, step: int, count: int) -> Tensor:
         key0, key1 = key0 + 0x9E3779B9 & mask, key1 + 0xBB67AE85 & mask
     words = torch.stack([c0, c1, c2, c3], 1)
     return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:count]
-
-
-def as_stock(state: dict[str, Any], slots: tuple[str, ...]) -> dict[str, Any]:
-    """The state of one parameter as torch knows it. ``slots``: the names of its state tensors."""
-    codes = [key for key in slots if is_code(state.get(key))]
-    left_out = {*EXTRAS, *(f"{key}_scale" for key in codes)}
-    return {
-        key: decode(value, state[f"{key}_scale"]) if key in codes else value
-        for key, value in state.items()
-        if key not in left_out
-    }
-
-
-# Checks ------------------------------------------------------------------------------------------
-
-
-def _check_memory(key: str, value: Tensor, fail: Callable[..., NoReturn]) -> None:
-    if value.layout is not torch.strided:
-        fail(ValueError, f"state[{key!r}] is sparse; it must be dense")
-    if (
-        not tensor_kinds.is_unusual(value)
-        and torch._debug_has_internal_overlap(dtensor.local(value)) == 1
-    ):
-        fail(ValueError, f"elements of state[{key!r}] share one memory location; clone it")
-
-
-def check_scale(
-    key: str, scale: Any, codes: Tensor, param: Tensor, fail: Callable[..., NoReturn]
-) -> None:
-    length = num_scales(dtensor.longest_shard(param))
-    _check_row(f"{key}_scale", scale, torch.float32, length, param, fail)
-    _check_memory(f"{key}_scale", scale, fail)
-    if scale.device != codes.device:
-        fail(ValueError, f"state['{key}_scale'] is on {scale.device}; move it to {codes.device}")
-
-
-def check_extra(
-    key: str, value: Any, param: Tensor, fail: Callable[..., NoReturn], any_device: bool = False
-) -> None:
-    if key == "rounding_state":
-        _check_row(key, value, torch.int64, 2, param, fail)
-    else:
-        dtypes = {"master_remainder": (torch.int16,), "master": (torch.float32,)}.get(
-            key, (torch.float32, torch.bfloat16, torch.float16, param.dtype)
-        )
-        _check_shape(key, value, dtypes, param.shape, fail)
-        if not dtensor.placed_alike(value, param):
-            fail(
-                ValueError,
-                f"state[{key!r}] is {dtensor.placed(value)}, the parameter is "
-                f"{dtensor.placed(param)}",
-            )
-    _check_memory(key, value, fail)
-    if value.device != param.device and not any_device:
-        fail(ValueError, f"state[{key!r}] is on {value.device}; move it to {param.device}")
-
-
-def _check_row(
-    key: str,
-    value: Any,
-    dtype: torch.dtype,
-    length: int,
-    param: Tensor,
-    fail: Callable[..., NoReturn],
-) -> None:
-    shape, placements = dtensor.rows(length, param)
-    _check_shape(key, value, (dtype,), shape, fail)
-    if not dtensor.is_placed(value, param, placements):
-        fail(
-            ValueError,
-            f"state[{key!r}] is {dtensor.placed(value)}, but it must have a row for "
-            f"each shard of the parameter, which is {dtensor.placed(param)}",
-        )
-
-
-def _check_shape(
-    key: str,
-    value: Any,
-    dtypes: tuple[torch.dtype, ...],
-    shape: torch.Size,
-    fail: Callable[..., NoReturn],
-) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != shape:
-        dtype = str(dtypes[0]).removeprefix("torch.")
-        what = _what(value)
-        fail(ValueError, f"state[{key!r}] must be a {dtype} tensor of shape {tuple(shape)}, {what}")
-
-
-def _what(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"got a {type(value).__name__}"
-    return f"got shape {tuple(value.shape)}, {value.dtype}"
 
 
 def same_layout(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,156 @@
+"""The step of one parameter with torch's operators: its values are loaded, updated and stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import dtensor, formats, memory, scaling, stock_step, tensor_kinds
+from .record import Record
+from .rule import Group, numbers_as_scalars
+
+
+def take(record: Record, scales: scaling.Scaling | None) -> None:
+    """Updates a parameter and its state, whatever kinds of tensors they are."""
+    factor = None
+    if scales is not None:
+        of_device = scales[record.param.device]
+        if scaling.skips(of_device):
+            return
+        factor = scaling.grad_factor(of_device)
+    if stock_step.concerns(record.param, record.grad, record.entries):
+        _take_of_unusual(record, factor)
+    else:
+        _take_of_ordinary(record, record.group, factor)
+
+
+def _take_of_unusual(record: Record, factor: Tensor | None) -> None:
+    """torch's own for-loop, if it knows all options."""
+    param, entries = record.param, record.entries
+    if (mode := tensor_kinds.inactive_mode(param)) is not None:
+        with mode:
+            return _take_of_unusual(record, factor)
+    with record.explained(), stock_step.scaled_grad(param, factor):
+        if stock_step.can_take(record.group, entries):
+            stock_step.take(record.members.optimizer, record.group, param, entries)
+        else:
+            _take_of_ordinary(record, stock_step.with_numbers(record.group, param), None)
+    return None
+
+
+def _take_of_ordinary(record: Record, group: Group, factor: Tensor | None) -> None:
+    grad: Tensor = record.param.grad
+    if memory.is_zero(grad):
+        grad = grad.clone()  # torch takes its product with an infinity for zero
+    if record.has_sparse_grad:
+        update = record.rule.sparse_update
+        assert update is not None
+        grad = grad.to(torch.promote_types(grad.dtype, record.param.dtype))
+        update(group, record.param, grad if factor is None else grad * factor, record.entries)
+        return
+    _Step(record, group, record.next_step()).take(grad, factor)
+
+
+class _Step:
+    """The values of one parameter on their way from memory through the rule and back."""
+
+    def __init__(self, record: Record, group: Group, step: float | Tensor) -> None:
+        self.record, self.group, self.step = record, group, step
+        self.entries = record.entries
+        self.is_differentiable = bool(group["differentiable"])
+        # Autograd goes through the DTensors themselves.
+        self.held: Tensor = record.param if self.is_differentiable else record.held
+        self.tensors: list[Tensor] = []  # to be written, and
+        self.values: list[Tensor] = []
+
+    def take(self, grad: Tensor, factor: Tensor | None) -> None:
+        record = self.record
+        param, *slots = map(
+            self._loaded, (self._param(), *(record.value_of(key) for key in record.keys))
+        )
+        if not self.is_differentiable:
+            grad = dtensor.local(dtensor.placed_like(grad, record.param))
+        grad = _as_real(grad).to(param.dtype)
+        grad = grad if factor is None else (grad * factor).to(param.dtype)
+        values = record.rule.update(numbers_as_scalars(self.group), self.step, param, grad, *slots)
+        if record.param.is_complex():
+            values = tuple(torch.view_as_complex(value.contiguous()) for value in values)
+        self._store(*values)
+        self._write()
+
+    # Loading --------------------------------------------------------------------------------------
+
+    def _param(self) -> Tensor:
+        """The parameter as its master has it, if there is one."""
+        key = self.record.extras.master
+        if key is None:
+            return self.held
+        master = dtensor.local(self.entries[key])
+        if key == "master_remainder":
+            return formats.join(self.held, master)
+        # A parameter that is not its master rounded was written by somebody else: it counts.
+        return torch.where(master.to(self.held.dtype) == self.held, master, self.held.float())
+
+    def _loaded(self, tensor: Tensor) -> Tensor:
+        """Real numbers of the dtype that is computed in."""
+        tensor = _as_real(tensor if self.is_differentiable else dtensor.local(tensor))
+        real = self.record.param.dtype.to_real()
+        # What autograd saves must not be what is written below.
+        return tensor.to(torch.float32 if real.itemsize == 2 else real, copy=self.is_differentiable)
+
+    # Storing --------------------------------------------------------------------------------------
+
+    def _store(self, param: Tensor, *slots: Tensor) -> None:
+        record, entries = self.record, self.entries
+        if record.rule.counts_steps:
+            self._add(entries["step"], entries["step"] + 1)
+        for at, (key, value) in enumerate(zip(record.keys, slots, strict=True)):
+            target = entries[key] if self.is_differentiable else dtensor.local(entries[key])
+            if formats.is_code(target):
+                value = torch.empty_like(target, dtype=value.dtype).copy_(value)  # for its strides
+                codes, scales = formats.encode(value, target.dtype, float(self.step), at)
+                kept = dtensor.local(entries[f"{key}_scale"]).view(-1)[: scales.numel()]
+                self._add(target, codes)
+                self._add(kept, scales)
+            else:
+                self._add(target, value)
+        self._store_param(param)
+        if (ema := record.extras.ema) is not None:
+            average = dtensor.local(entries[ema])
+            self._add(average, average + (1 - self.group["ema"]) * (param - average))
+
+    def _store_param(self, value: Tensor) -> None:
+        master, rounding, _ = self.record.extras
+        if master == "master_remainder":
+            high, low = formats.split(value)
+            self._add(self.held, high)
+            self._add(dtensor.local(self.entries[master]), low)
+        elif rounding is not None:
+            count = dtensor.local(self.entries[rounding])
+            next_count = count.clone()
+            next_count.view(-1)[1] += 1
+            self._add(self.held, formats.round_stochastically(value, self.entries[rounding]))
+            self._add(count, next_count)
+        else:
+            self._add(self.held, value)
+            if master is not None:
+                self._add(dtensor.local(self.entries[master]), value)
+
+    def _add(self, tensor: Tensor, value: Tensor) -> None:
+        self.tensors.append(tensor)
+        self.values.append(value)
+
+    def _write(self) -> None:
+        if self.is_differentiable:
+            for tensor, value in zip(self.tensors, self.values, strict=True):
+                tensor.copy_(value)
+            return
+        if self.held is not self.record.param:  # what is written is what DTensors hold
+            increment_version([self.record.param, *(self.entries[key] for key in self.record.keys)])
+        # At once: an error or an interrupt finds all of it or nothing.
+        tensor_kinds.write(self.tensors, self.values)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -1,0 +1,232 @@
+"""The parameters of a step, and each of them as the step sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from . import backend, dtensor, formats, tensor_kinds
+from .rule import Group, Rule, Slot
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+# The whole state, by parameter, of those for which a step creates state or stores it in another
+# way. It becomes the state of the optimizer when nothing can go wrong any more, in one action.
+Created = dict[Tensor, dict[str, Any]]
+
+
+class Members:
+    """The parameters of one step in their groups, with their state: all those of an optimizer, or
+    with :func:`fusedopt.attach` one of them."""
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        groups: list[Group],
+        state: dict[Any, Any] | None = None,
+        place: tuple[int, int] | None = None,
+    ) -> None:
+        """``state``: theirs, if it is not that of the whole. ``place``: group and index of the only
+        member in the optimizer."""
+        self.optimizer = optimizer
+        self.rule: Rule = optimizer._rule
+        self.groups = groups
+        self.state: dict[Any, Any] = optimizer.state if state is None else state
+        self.owner: dict[Any, Any] = optimizer.state  # where new state goes
+        self.place = place
+        self.created: Created = {}
+
+    @property
+    def name(self) -> str:
+        return f"fusedopt.{type(self.optimizer).__name__}"
+
+    def all(self) -> Iterator[Record]:
+        for g, group in enumerate(self.groups):
+            for i in range(len(group["params"])):
+                yield Record(self, g, i)
+
+    def with_grad(self) -> list[Record]:
+        return [
+            Record(self, g, i)
+            for g, group in enumerate(self.groups)
+            for i, param in enumerate(group["params"])
+            if param.grad is not None
+        ]
+
+    def describe(self, g: int, i: int) -> str:
+        """For messages: which parameter it is."""
+        param, names = self.groups[g]["params"][i], self.groups[g].get("param_names")
+        g, i = self.place or (g, i)
+        name = f" {names[i]!r}" if names else ""
+        who = f"{self.name}, param group {g}, parameter {i}{name}"
+        if is_lazy(param):
+            return f"{who} (not materialized yet, {param.dtype})"
+        has_strides = param.layout is torch.strided and not param.is_nested
+        strides = f", strides {tuple(param.stride())}" if has_strides else ""
+        return f"{who} (shape {tensor_kinds.shape(param)}, {param.dtype}{strides})"
+
+    def describe_param(self, param: Tensor) -> str:
+        for record in self.all():
+            if record.param is param:
+                return record.describe()
+        return f"a parameter of shape {tuple(param.shape)} that is in no param group now"
+
+    def describe_group(self, g: int) -> str:
+        return f"{self.name}, param group {self.place[0] if self.place else g}"
+
+    def new_entries(self) -> dict[str, Any]:
+        """State without an entry, of the class that the optimizer makes it of."""
+        factory = getattr(self.owner, "default_factory", None)
+        entries: dict[str, Any] = factory() if factory else {}
+        return entries
+
+    def commits(self) -> list[functools.partial[Any]]:
+        """Calls that make what was created part of the optimizer's state. A dict that is there
+        stays, for others may hold it."""
+        calls, added = [], {}
+        for param, entries in self.created.items():
+            existing = self.owner.get(param)
+            if existing is None:
+                added[param] = entries
+            else:
+                calls.append(functools.partial(existing.clear))
+                calls.append(functools.partial(existing.update, entries))
+        return [*calls, functools.partial(self.owner.update, added)]
+
+
+class Record:
+    """One parameter of a step. What is asked of it more than once is asked once."""
+
+    def __init__(self, members: Members, g: int, i: int) -> None:
+        self.members, self.g, self.i = members, g, i
+        self.rule = members.rule
+        self.group: Group = members.groups[g]
+        self.param: Any = self.group["params"][i]
+        self.grad: Any = self.param.grad
+        self.state: Any = members.state.get(self.param)  # as it was before the step, or None
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """Its state in this step, with what the step has created."""
+        entries: dict[str, Any] = self.members.created.get(self.param, self.state)
+        return {} if entries is None else entries
+
+    @cached_property
+    def is_lazy(self) -> bool:
+        return is_lazy(self.param)
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """The state tensors that its group keeps."""
+        return self.rule.slots_of(self.group)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(slot.name for slot in self.slots)
+
+    @cached_property
+    def extras(self) -> formats.Extras:
+        return formats.extras(self.group, self.param)
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        return dtensor.is_dtensor(self.param)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """What this process holds of the parameter."""
+        held: Tensor = dtensor.local(self.param)
+        return held
+
+    @cached_property
+    def is_unusual(self) -> bool:
+        return tensor_kinds.is_unusual(self.param)
+
+    @property
+    def has_sparse_grad(self) -> bool:
+        return self.grad is not None and self.grad.layout is not torch.strided
+
+    def declared(self, slot: Slot) -> torch.dtype | None:
+        """The dtype that the group declares for a state tensor; None if any will do."""
+        return formats.state_dtype(self.group, self.param, slot)
+
+    def describe(self) -> str:
+        return self.members.describe(self.g, self.i)
+
+    def copied_entries(self) -> dict[str, Any]:
+        """A copy of its state, or a new one, of the class that its state has."""
+        return self.members.new_entries() if self.state is None else copy.copy(self.state)
+
+    def value_of(self, key: str) -> Tensor:
+        """A state tensor as numbers, however it is stored."""
+        value: Tensor = self.entries[key]
+        return (
+            formats.decode(value, self.entries[f"{key}_scale"]) if formats.is_code(value) else value
+        )
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Says of an error that an unusual tensor raises which parameter it is."""
+        try:
+            yield
+        except Exception as error:
+            kind = tensor_kinds.first_unusual(self.param, self.grad, *(self.state or {}).values())
+            if kind is None:
+                raise
+            name = type(self.members.optimizer).__name__
+            raise RuntimeError(
+                f"{self.describe()}: {name} cannot update what is {kind}: {error}"
+            ) from error
+
+    # Steps ----------------------------------------------------------------------------------------
+
+    @property
+    def is_first_step(self) -> bool:
+        """Whether state exists that did not before."""
+        before, after = self.state or {}, self.members.created.get(self.param, {})
+        return any(key in after and before.get(key) is None for key in self.rule.by_name)
+
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether only the device knows how many steps there were."""
+        on = self.group.get("capturable") or self.members.optimizer.amp_fused
+        return bool(on) and backend.is_accelerator(self.param.device)
+
+    def next_step(self) -> float | Tensor:
+        """The number of this step. Rules that do not count get 1 at the first one, then 2."""
+        if not self.rule.counts_steps:
+            return 1.0 if self.is_first_step else 2.0
+        step: Tensor = self.entries["step"] + 1
+        if step.device.type == "mps":
+            return step  # it has no float64
+        # A power of the count is needed more exactly than float32 has it.
+        if self.group["differentiable"] or not (step.is_cpu or tensor_kinds.is_fake(step)):
+            return step.double()
+        count = tensor_kinds.number(step)
+        return 1.0 if count is None else count  # a fake tensor without a value: any number will do
+
+
+def is_plain_dict(mapping: Any) -> bool:
+    """Whether its entries are what the C interface of dicts sees."""
+    return type(mapping) in (dict, defaultdict)
+
+
+def plain_groups(groups: Any) -> list[Group]:
+    """Param groups as the native side reads them: without asking a subclass what it makes of it."""
+    if type(groups) is list and all(
+        type(group) is dict and type(group["params"]) is list for group in groups
+    ):
+        return groups
+    return [
+        {**{key: group[key] for key in group}, "params": [*group["params"]]} for group in groups
+    ]

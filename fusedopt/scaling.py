@@ -1,0 +1,71 @@
+"""What a step multiplies gradients with, and whether it is skipped: from a ``GradScaler``, which
+sets ``grad_scale`` and ``found_inf`` for the step, and from clipping."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import dtensor, memory, options, tensor_kinds
+from .grad_norm import FACTOR, SKIP, GradNorm
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+# found_inf, loss scale and clip tensor (see grad_norm), or None where there is none.
+OfDevice = tuple[Tensor | None, Tensor | None, Tensor | None]
+Scaling = dict[torch.device, OfDevice]
+
+
+@torch.no_grad()
+def read(optimizer: FusedOptimizer, norm: GradNorm) -> Scaling | None:
+    """Of the step that begins. Measures the norm of all gradients where that is asked for.
+
+    Raises:
+        RuntimeError: ``found_inf`` or ``grad_scale`` has no memory, or a gradient cannot be
+            measured.
+    """
+    core, max_norm = optimizer._core, optimizer.max_grad_norm
+    core._clips = None
+    if max_norm is None and not core.amp_fused:
+        return None
+    options.check_max_grad_norm(max_norm)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [grad for p in params if (grad := p.grad) is not None]
+    devices = dict.fromkeys(grad.device for grad in grads)
+
+    def on_devices(name: str) -> dict[torch.device, Tensor]:
+        value = getattr(optimizer, name, None) if core.amp_fused else None
+        if value is None:
+            return {}
+        if (problem := memory.reading_problem(value)) is not None:
+            raise RuntimeError(f"fusedopt.{type(optimizer).__name__}: {name} {problem}")
+        if dtensor.is_dtensor(value):
+            value = value.full_tensor()
+        scalars = {d: torch.as_tensor(value, dtype=torch.float32, device=d) for d in devices}
+        return {d: memory.materialized(scalar).reshape(()) for d, scalar in scalars.items()}
+
+    found_inf, scale = on_devices("found_inf"), on_devices("grad_scale")
+    clips: dict[torch.device, Tensor] = {}
+    if max_norm is not None:
+        clips = norm.measure(grads, max_norm, scale, core.amp_fused, params)
+        core._clips = clips
+    return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
+
+
+def skips(of_device: OfDevice) -> bool:
+    found_inf, _, clip = of_device
+    return any(
+        flag is not None and tensor_kinds.number(flag) not in (None, 0)
+        for flag in (found_inf, None if clip is None else clip[SKIP])
+    )
+
+
+def grad_factor(of_device: OfDevice) -> Tensor | None:
+    _, loss_scale, clip = of_device
+    factor = None if clip is None else clip[FACTOR]
+    if loss_scale is not None:
+        factor = loss_scale.double().reciprocal() * (1.0 if factor is None else factor)
+    return None if factor is None else memory.materialized(factor)

@@ -1,0 +1,175 @@
+"""The state that a step needs: what is missing of it, and making that."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import dtensor, formats, stock_step, tensor_kinds
+from .record import Record
+from .rule import Slot
+
+
+def missing(record: Record) -> list[str]:
+    """Keys that the next step of a parameter needs and does not find as its group declares them. A
+    step count that its dtype cannot continue is missing, too."""
+    rule, entries = record.rule, record.state or {}
+    if record.is_lazy:  # of what shape it will be is not known yet
+        return ["step", *record.keys]
+    if rule.first_step_fills_state and record.has_sparse_grad:
+        return [key for key in record.keys if entries.get(key) is None]
+    keys = [slot.name for slot in record.slots if not _is_stored(record, slot)]
+    if rule.counts_steps and not _can_count(record, entries.get("step")):
+        keys.insert(0, "step")
+    return keys + [key for key in record.extras.names if entries.get(key) is None]
+
+
+def complete(record: Record) -> None:
+    """Creates the state that a parameter lacks: all of it at its first step, or what an option
+    needs that was switched on later (amsgrad, momentum, centered)."""
+    keys = missing(record)
+    created = record.members.created
+    if not keys or record.param in created:  # listed twice
+        return
+    if (mode := tensor_kinds.inactive_mode(record.param)) is not None:
+        with mode:
+            return complete(record)
+    entries = created[record.param] = record.copied_entries()
+    if _is_made_by_update(record):
+        return
+    with record.explained():
+        for key in keys:
+            if key == "step":
+                entries[key] = _next_count(record, entries.get(key))
+            elif key in record.extras:
+                entries[key] = _new_extra(key, record.param)
+            else:
+                slot = record.rule.by_name[key]
+                has_value = entries.get(key) is not None
+                store(record, slot, record.value_of(key) if has_value else initial(record, slot))
+
+
+def initial(record: Record, slot: Slot) -> Tensor:
+    """The value of a state tensor before the first step."""
+    return slot.initial(record.param, record.group, record.members.optimizer.defaults)
+
+
+def store(record: Record, slot: Slot, value: Tensor) -> None:
+    """Puts numbers into the state, in the layout of the parameter, as the group declares."""
+    key, entries, dtype = slot.name, record.entries, record.declared(slot)
+    entries.pop(f"{key}_scale", None)
+    dense = value
+    if not record.is_unusual:
+        dense = torch.empty_like(
+            record.param, dtype=value.dtype, memory_format=torch.preserve_format
+        ).copy_(value)
+    if dtype is None or dtype.is_floating_point:
+        entries[key] = dense if dtype is None else dense.to(dtype)
+    else:
+        codes = formats.encode(dense, dtype, 0, record.keys.index(key))
+        entries[key], entries[f"{key}_scale"] = codes
+
+
+def match_layout(record: Record) -> None:
+    """Gives state tensors the strides of their parameter, which may have moved to another memory
+    format since they were made. Values and identity stay."""
+    param, (master, _, ema) = record.held, record.extras
+    for key in filter(None, (*record.keys, master, ema)):
+        value = dtensor.local(record.entries.get(key))
+        if (
+            type(value) is Tensor
+            and value.layout is param.layout is torch.strided
+            and not param.is_nested
+            and not value.is_nested
+            and value.stride() != param.stride()
+            and value.device == param.device
+        ):
+            copy = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
+            if copy.stride() == param.stride():
+                value.data = copy.copy_(value)
+
+
+def new_count(record: Record) -> Tensor:
+    """The count of a parameter that no step has updated."""
+    fused = record.group.get("fused")
+    double = torch.get_default_dtype() == torch.float64 and not fused
+    # torch.zeros would make one that does not know its value in FakeTensorMode.
+    return torch.tensor(
+        0.0,
+        dtype=torch.float64 if double else torch.float32,
+        device=record.param.device if fused or record.counts_on_device else "cpu",
+    )
+
+
+def _next_count(record: Record, count: Tensor | None) -> Tensor:
+    """The same count, where and as it can go on."""
+    if count is None:
+        return new_count(record)
+    if tensor_kinds.is_fake(record.param) and not tensor_kinds.is_fake(count):
+        number = tensor_kinds.number(count)
+        return torch.tensor(number, dtype=count.dtype, device=count.device)
+    if record.counts_on_device:
+        return count.to(dtype=torch.float32, device=record.param.device)
+    return count.double()
+
+
+def _can_count(record: Record, count: Tensor | None) -> bool:
+    if count is None:
+        return False
+    if record.counts_on_device:
+        return count.device == record.param.device
+    if tensor_kinds.is_fake(record.param) and not tensor_kinds.is_fake(count):
+        return False
+    if count.device.type != "cpu" or count.dtype == torch.float64:
+        return True
+    number = tensor_kinds.number(count)
+    return number is None or bool(number < _last_count(count.dtype))
+
+
+@functools.cache
+def _last_count(dtype: torch.dtype) -> float:
+    """Up to where a step count of this dtype can go on."""
+    if dtype == torch.bool:
+        return 0
+    return 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+def _is_stored(record: Record, slot: Slot) -> bool:
+    """Whether the state has a tensor that is stored as the group declares."""
+    value = (record.state or {}).get(slot.name)
+    if value is None:
+        return False
+    dtype = record.declared(slot)
+    if formats.is_code(value):
+        value, held = dtensor.local(value), record.held
+        # A scale is of neighbours in memory.
+        return dtype in (None, value.dtype) and (
+            formats.same_layout(value, held) or not formats.is_dense(held)
+        )
+    return dtype is None or value.dtype == dtype
+
+
+def _is_made_by_update(record: Record) -> bool:
+    """Whether it is the update of this parameter that makes the state it lacks."""
+    if not record.rule.first_step_fills_state or record.grad is None:
+        return False
+    entries = record.entries
+    return record.has_sparse_grad or (
+        stock_step.concerns(record.param, record.grad, entries)
+        and stock_step.can_take(record.group, entries)
+    )
+
+
+def _new_extra(key: str, param: Tensor) -> Tensor:
+    if key == "rounding_state":  # a seed, and how many steps were rounded with it
+        seed = torch.randint(2**62, (2,), dtype=torch.int64, device="cpu")
+        seed[1] = 0
+        return dtensor.row_per_shard(seed.to(param.device), param)
+    if key == "master_remainder":
+        return torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+    return torch.clone(
+        param.detach().to(torch.float32 if param.dtype in formats.HALVES else param.dtype),
+        memory_format=torch.preserve_format,
+    )

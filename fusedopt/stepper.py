@@ -1,0 +1,322 @@
+"""One step of some parameters: a native call where they are as the last step left them, else
+checks, new state, and the Python rule for what the native module does not take."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend, checks, dtensor, options, python_step, scaling, state, tensor_kinds
+from .grad_norm import GradNorm
+from .problem import Problem
+from .record import Members, Record, is_plain_dict, plain_groups
+from .rule import STORAGE_OPTIONS, storage_is_on
+from .scaling import Scaling
+
+
+class Outcome(NamedTuple):
+    is_done: bool = False
+    is_stale: bool = False
+    odd: list[int] = []
+
+
+def _outcome(answer: Any) -> Outcome:
+    if answer is None:
+        return Outcome(is_done=True)
+    return Outcome(is_stale=True) if answer is False else Outcome(odd=answer)
+
+
+class Stepper:
+    """Steps the same parameters again and again. One for an optimizer; with :func:`fusedopt.attach`
+    one for each parameter. Never pickled."""
+
+    def __init__(self) -> None:
+        # The tensors of the last step, as the native module remembers them.
+        self.plan: Any = None
+        self._plan_amp_fused = False  # it knows where steps are counted
+        # Memory on the devices, kept for good: a captured graph goes on using it.
+        self._norm = GradNorm()
+        self._tickets: dict[torch.device, Tensor] = {}
+
+    def step(self, members: Members) -> None:
+        amp_fused = members.optimizer.amp_fused
+        if self._plan_amp_fused != amp_fused:
+            self.plan, self._plan_amp_fused = None, amp_fused
+        scales = self._scaling(members)
+        outcome = self._native_step(self.plan, members, scales)
+        if outcome.is_stale:
+            plain = plain_groups(members.groups)
+            if plain is not members.groups:
+                members.groups = plain
+                outcome = self._native_step(self.plan, members, scales)
+        if not outcome.is_done:
+            with torch.set_grad_enabled(bool(members.optimizer.defaults["differentiable"])):
+                self._checked_step(members, scales, outcome)
+
+    def _scaling(self, members: Members) -> Scaling | None:
+        try:
+            return scaling.read(members.optimizer, self._norm)
+        except RuntimeError:
+            members.groups = plain_groups(members.groups)
+            _check_all(members.with_grad())  # says which
+            raise
+
+    def _native_step(
+        self,
+        plan: Any,
+        members: Members,
+        scales: Scaling | None,
+        grads: dict[int, Tensor | None] | None = None,
+    ) -> Outcome:
+        """One native call for all groups.
+
+        When the step is done, what was created is part of the state. Otherwise nothing was written,
+        and the plan is out of date, or some of its entries are odd: the native side cannot take
+        them as they are. ``grads`` replaces the gradients of some entries; None leaves them out.
+        """
+        if plan is None:
+            return Outcome(is_stale=True)
+        known, owner, created = members.state, members.owner, members.created
+        is_plain = all(map(is_plain_dict, (known, owner, *created.values())))
+        outcome = _outcome(
+            plan.step(
+                members.groups,
+                known if is_plain else dict(known),
+                torch.get_num_threads(),
+                grads,
+                scales,
+                created or None,
+                owner if is_plain else None,
+            )
+        )
+        if outcome.is_done and created and not is_plain:
+            _call_all(members.commits())
+        return outcome
+
+    def _checked_step(self, members: Members, scales: Scaling | None, outcome: Outcome) -> None:
+        """The steps that one native call cannot do: tensors that are new, moved or unusual."""
+        capturing = backend.is_capturing()
+        if capturing:
+            _check_capturable(members)
+        plan, self.plan = self.plan, None  # kept only if the step succeeds
+        is_stale = outcome.is_stale
+        if not is_stale:
+            odd = _odd(plan, outcome, members)
+            _check_all(odd)
+            is_stale = any(map(state.missing, odd))
+        if is_stale:
+            for g in range(len(members.groups)):
+                options.check_group(members, g)
+            can_plan = backend.native is not None and not _is_virtual(members)
+            records = members.with_grad()
+            _check_all(r for r in records if not (can_plan and _is_ordinary(r)))
+            if capturing and any(map(state.missing, records)):
+                raise backend.capture_error(f"{members.name} creates state")
+            for record in records:
+                state.complete(record)
+            if members.created and members.rule.first_step_fills_state and _is_skipped(scales):
+                # It is the state that says that there was a first step.
+                return
+            plan, outcome = None, Outcome(is_stale=True)
+            if can_plan:
+                plan = self._make_plan(members)
+                outcome = self._native_step(plan, members, scales)
+                if outcome.is_stale:  # it is not as the plan has it, and would not be next time
+                    plan = None
+                _check_all(_odd(plan, outcome, members))
+        if not outcome.is_done:
+            self._mixed_step(plan, members, scales, outcome)
+        self.plan = plan
+
+    def _mixed_step(
+        self, plan: Any, members: Members, scales: Scaling | None, outcome: Outcome
+    ) -> None:
+        """Takes the Python rule where the native side cannot go, copies gradients that have another
+        layout than their parameter, and does all the rest in one native call."""
+        grads: dict[int, Tensor | None] = {}
+        written: list[Tensor] = []
+        kept: list[Tensor] = []
+        # Python delivers an interrupt after a call. There is none between the last write and the
+        # place where it counts as done, nor between an error and the restoration.
+        done: list[bool] = []
+        commits = [*members.commits(), functools.partial(done.append, True)]
+        try:
+            while not outcome.is_done:
+                python = _left_to_python(plan, members, outcome, grads)
+                targets, copies = _kept(python)
+                written, kept = written + targets, kept + copies
+                for record in python:
+                    self.step_in_python(record, scales)
+                if plan is None:
+                    _call_all(commits)
+                    break
+                outcome = self._native_step(plan, members, scales, grads)
+                if outcome.is_stale:
+                    raise RuntimeError(
+                        f"{members.name}: parameters, gradients or state changed while step() was "
+                        "reading them; let other threads change them before or after it"
+                    )
+        except BaseException:
+            if written and not (done or (plan is not None and plan.has_stepped)):
+                with torch.no_grad():
+                    tensor_kinds.write(written, kept)
+            raise
+
+    def step_in_python(self, record: Record, scales: Scaling | None) -> None:
+        """What is not left to the native module. Tests look here."""
+        python_step.take(record, scales)
+
+    def _make_plan(self, members: Members) -> Any:
+        if (cls := dtensor.dtensor_type()) is not None:
+            backend.native.set_dtensor_type(cls)
+        plan = backend.native.Plan(members.rule.name, members.name)
+        for device in {p.device for group in members.groups for p in group["params"]}:
+            if backend.has_kernels(device):
+                if device not in self._tickets:
+                    count = backend.native.NUM_TICKETS
+                    self._tickets[device] = backend.lasting_zeros(count, torch.float32, device)
+                plan.add_tickets(self._tickets[device])
+        for g, group in enumerate(members.groups):
+            in_python = bool(group.get("differentiable"))
+            plan.add_group(
+                in_python,
+                bool(group.get("capturable")),
+                members.optimizer.amp_fused,
+                {name: group.get(name) for name in STORAGE_OPTIONS},
+            )
+            for i in range(len(group["params"])):
+                record = Record(members, g, i)
+                entries = record.entries
+                if record.grad is None and state.missing(record):
+                    entries = {}  # unknown until its next step completes it
+                if entries and not in_python:
+                    state.match_layout(record)
+                scale_keys = (f"{key}_scale" for key in record.keys)
+                plan.add(
+                    record.param,
+                    entries or None,
+                    record.keys,
+                    (*record.extras, *scale_keys),
+                    record.is_first_step,
+                )
+        plan.finish({**members.state, **members.created})
+        return plan
+
+
+def _check(record: Record) -> None:
+    try:
+        checks.check(record)
+    except Problem as problem:
+        raise problem.at(record.describe()) from problem.__cause__
+
+
+def _check_all(records: Any) -> None:
+    for record in records:
+        _check(record)
+
+
+def _check_capturable(members: Members) -> None:
+    for g, group in enumerate(members.groups):
+        if not group.get("capturable"):
+            raise RuntimeError(
+                f"{members.name}: step() is being captured into a CUDA graph, but param group {g} "
+                "has capturable=False; construct the optimizer with capturable=True"
+            )
+
+
+def _odd(plan: Any, outcome: Outcome, members: Members) -> list[Record]:
+    """The parameters that a native step has left; all of them if it could not look."""
+    if outcome.is_stale:
+        return members.with_grad()
+    return [Record(members, *plan.locate(entry)[:2]) for entry in outcome.odd]
+
+
+def _left_to_python(
+    plan: Any, members: Members, outcome: Outcome, grads: dict[int, Tensor | None]
+) -> list[Record]:
+    """Which of the odd entries of a plan take the Python rule, in the order of the groups; without
+    a plan all of them. Adds to ``grads`` what the kernels see instead of their gradients: None, or
+    for the other entries a copy. A copy that they do not take either is given up."""
+    if plan is None:
+        return members.with_grad()
+    python = []
+    for entry in outcome.odd:
+        g, i, native = plan.locate(entry)
+        record = Record(members, g, i)
+        can_copy = native and entry not in grads
+        grads[entry] = _grad_in_layout(record) if can_copy else None
+        if grads[entry] is None:
+            python.append(record)
+    return sorted(python, key=lambda record: (record.g, record.i))
+
+
+def _grad_in_layout(record: Record) -> Tensor | None:
+    """A copy of the gradient with the strides of the parameter, or None if it is not an ordinary
+    real tensor. Of DTensors that of what this process holds."""
+    param, grad = record.held, dtensor.local(dtensor.placed_like(record.grad, record.param))
+    if type(grad) is not Tensor or grad.layout is not torch.strided:
+        return None
+    if grad.dtype not in backend.FLOATS:
+        return None
+    if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
+        return None
+    copy = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
+    return copy.copy_(grad.detach())
+
+
+@torch.no_grad()
+def _kept(records: list[Record]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the Python rule is about to write, and copies of it. On the CPU only: other devices
+    seldom have the memory for that, and there an error may leave some parameters stepped."""
+    written, kept = {}, []
+    for record in records:
+        if record.param.device.type != "cpu":
+            continue
+        for value in (record.param, *(record.state or {}).values()):
+            if not isinstance(value, Tensor) or id(value := dtensor.local(value)) in written:
+                continue
+            copy = tensor_kinds.copy(value)
+            if copy is not None:
+                written[id(value)] = value if tensor_kinds.is_unusual(value) else value.detach()
+                kept.append(copy)
+    return [*written.values()], kept
+
+
+def _is_virtual(members: Members) -> bool:
+    """Whether what this step creates or measures may have no memory."""
+    if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
+        return True
+    return any(
+        tensor_kinds.is_virtual(tensor)
+        for record in members.with_grad()
+        for tensor in (record.param, record.grad)
+    )
+
+
+def _is_ordinary(record: Record) -> bool:
+    """Whether the native module, which steps only what it knows, can do without checks. For nearly
+    every one of the thousands of parameters of a model it can."""
+    group, entries, counts = record.group, record.state or {}, record.rule.counts_steps
+    if storage_is_on(group) or group.get("capturable"):
+        return False
+    if group.get("differentiable") or record.param.is_inference():
+        return False
+    if type(entries) is not dict or (counts and entries and entries.get("step") is None):
+        return False
+    slots = [entries[key] for key in record.keys if entries.get(key) is not None]
+    step = entries.get("step") if counts else None
+    answer: bool = backend.native.is_ordinary([record.param, record.grad, *slots], step)
+    return answer
+
+
+def _is_skipped(scales: Scaling | None) -> bool:
+    return scales is not None and any(map(scaling.skips, scales.values()))
+
+
+def _call_all(calls: list[functools.partial[Any]]) -> None:
+    """In one call, which no interrupt divides."""
+    deque(map(functools.partial.__call__, calls), maxlen=0)
