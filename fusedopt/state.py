@@ -119,7 +119,7 @@ def _can_count(record: Record, count: Tensor | None) -> bool:
     if count is None:
         return False
     if record.counts_on_device:
-        return count.device == record.param.device
+        return bool(count.device == record.param.device)
     if tensor_kinds.is_fake(record.param) and not tensor_kinds.is_fake(count):
         return False
     if count.device.type != "cpu" or count.dtype == torch.float64:
