@@ -21,6 +21,8 @@ from torch.optim.optimizer import (
 # Before the import: tests of several threads are to have them on a busy machine, too.
 os.environ.setdefault("FUSEDOPT_CPU_THREADS", "always")
 
+import seam
+
 import fusedopt
 
 TIMM = Path(__file__).parents[1] / "build" / "timm"
@@ -100,7 +102,7 @@ def _load_kernels() -> Any:
     spec = importlib.util.spec_from_file_location("_native_on_host", found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    fusedopt.backend._bind(module)
+    seam.bind(module)
     return module
 
 

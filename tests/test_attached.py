@@ -11,6 +11,7 @@ import warnings
 import weakref
 
 import pytest
+import seam
 import torch
 import torch.distributed as dist
 from cases import (
@@ -81,7 +82,7 @@ def step(model, opt, inputs):
     """One round of a loop that does not know whether the optimizer is in the backward."""
     opt.zero_grad()
     loss(model, inputs).backward()
-    assert opt._attached is None or not gradients(model)
+    assert not seam.is_attached(opt) or not gradients(model)
     opt.step()
 
 
@@ -277,8 +278,8 @@ def test_parameters_that_freeze_and_thaw(case, backend):
             model[2].weight.requires_grad_(at not in (2, 3))
             opt.zero_grad()
             loss(model, inputs).backward()
-            assert opt._attached is None or not gradients(model)
-            if opt._attached is None:
+            assert not seam.is_attached(opt) or not gradients(model)
+            if not seam.is_attached(opt):
                 opt.step()
     assert_same(*here, *there)
 
@@ -779,7 +780,7 @@ def test_copies_are_ordinary(duplicate, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         twin, other = duplicate((model, opt))
-    assert other._attached is None and snapshot(other) == snapshot(opt)
+    assert not seam.is_attached(other) and snapshot(other) == snapshot(opt)
     for inputs in rest:
         loss(twin, inputs).backward()
         assert len(gradients(twin)) == 3

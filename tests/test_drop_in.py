@@ -9,6 +9,7 @@ import pickle
 import warnings
 
 import pytest
+import seam
 import torch
 from cases import (
     CASES,
@@ -62,7 +63,7 @@ def outcome(build, *args, **kwargs):
 def test_signature(name):
     ours, stock = (inspect.signature(cls.__init__).parameters for cls in both(name))
     extras = {key for key in ours if key not in stock}
-    known = {*EXTRAS, *fusedopt.storage.OPTIONS, "max_grad_norm", "amp_fused", "capturable"}
+    known = {*EXTRAS, *seam.formats.OPTIONS, "max_grad_norm", "amp_fused", "capturable"}
     assert extras <= known
     assert all(ours[key].kind is inspect.Parameter.KEYWORD_ONLY for key in extras)
     assert not any(ours[key].default for key in extras)

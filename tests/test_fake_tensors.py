@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+import seam
 import torch
 from cases import CASES, NAMES, RICHEST, Case
 from torch import nn
@@ -13,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedopt
-from fusedopt import tensor_kinds
 
 OPTIONS = {
     "plain": {},
@@ -49,7 +49,7 @@ def assert_fake(opt, steps):
                 assert isinstance(value, FakeTensor), key
                 if key == "step":
                     # torch's constructors make that of fused=True by torch.zeros.
-                    assert group.get("fused") or tensor_kinds.number(value) == steps
+                    assert group.get("fused") or seam.number(value) == steps
                 elif not key.endswith("_scale") and key != "rounding_state":
                     assert value.shape == param.shape
 
@@ -179,7 +179,7 @@ def test_an_error_is_said_and_changes_no_count(name, backend):
             else:
                 opt.step()
     if name != "SGD":
-        assert tensor_kinds.number(opt.state[param]["step"]) == 1
+        assert seam.number(opt.state[param]["step"]) == 1
 
 
 def test_the_estimate_is_not_above_that_of_torch(backend):
@@ -223,7 +223,7 @@ def test_a_real_optimizer_is_as_before_after_a_fake_one(name, backend):
                 fake = nn.Parameter(torch.randn(9))
                 fake.grad = torch.randn(9)
                 extra = getattr(fusedopt, name)([fake], max_grad_norm=0.5)
-                extra._norm = opt._norm
+                seam.share_norm(opt, extra)
                 extra.step()
         opt.step()
         other.step()

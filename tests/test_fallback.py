@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import seam
 import torch
 
 import fusedopt
@@ -149,7 +150,7 @@ def test_a_gpu_that_the_kernels_cannot_run_on(kernels, monkeypatch):
     problem = "the kernels are built for sm_90, cuda:0 is sm_75: build with FUSEDOPT_CUDA_ARCHS=75"
     monkeypatch.setattr(fusedopt.backend, "native", kernels)
     monkeypatch.setattr(kernels, "cuda_problem", lambda device: problem)
-    fusedopt.backend._problem.cache_clear()
+    seam.forget_gpu_problems()
     launches = kernels.num_launches()
     params = [torch.linspace(-1, 1, 37).requires_grad_() for _ in range(2)]
     ours, stock = fusedopt.Adam(params[:1]), torch.optim.Adam(params[1:], foreach=False)
@@ -160,7 +161,7 @@ def test_a_gpu_that_the_kernels_cannot_run_on(kernels, monkeypatch):
                     p.grad = p.detach() * 2 + 0.3
                     opt.step()
     finally:
-        fusedopt.backend._problem.cache_clear()
+        seam.forget_gpu_problems()
     assert len(caught) == 1 and "FUSEDOPT_CUDA_ARCHS=75" in str(caught[0].message)
     assert kernels.num_launches() == launches
     torch.testing.assert_close(*params)

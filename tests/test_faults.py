@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seam
 import torch
 from cases import RICHEST, Case, gradient_like, leaf, snapshot
 from torch import Tensor
@@ -344,10 +345,13 @@ def test_a_handler_that_runs_in_the_middle_of_a_step(model, backend):
     step(expected)
 
     def handler(_frame: Any, event: str, _arg: Any) -> None:
-        if event == "c_return" and opt._turn.is_stepping and not ran:
+        if event == "c_return" and seam.is_stepping(opt) and not ran:
             ran.append(event)
             saved = opt.state_dict()
-            for call in (opt._take_step, lambda: opt.load_state_dict(saved)):
+            for call in (
+                lambda: seam.step_without_hooks(opt),
+                lambda: opt.load_state_dict(saved),
+            ):
                 with pytest.raises(RuntimeError, match="from within step"):
                     call()
 

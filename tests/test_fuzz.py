@@ -22,9 +22,9 @@ from fuzz.setting_moves import SettingMoves
 from fuzz.tensor_moves import TensorMoves
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
+from seam import formats
 
 import fusedopt
-from fusedopt import storage
 
 ASKED = os.environ.get("FUSEDOPT_FUZZ")
 PROGRAMS = int(ASKED or 500)
@@ -75,7 +75,7 @@ def single_step(number: int) -> None:
             for key, value in run.ours.state.get(p, {}).items():
                 if key == "step":
                     value.fill_(rng.choice((0, 1, 2, 30, 1000, 10**6)))
-                elif key in run.ours._all_slots and not storage.is_code(value):
+                elif key in run.ours._all_slots and not formats.is_code(value):
                     fresh = random_values(rng, p.shape, value.dtype)
                     if key in run.ours._unsigned_slots:
                         fresh = (fresh.abs() if not fresh.is_complex() else fresh) + 1

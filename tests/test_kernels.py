@@ -13,15 +13,16 @@ from itertools import pairwise, product
 from unittest import mock
 
 import pytest
+import seam
 import torch
 from cases import CASES, DTYPES, RICHEST, Case, bits, snapshot
 from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from seam import grad_norm
 from test_native import script
 
 import fusedopt
-from fusedopt.grad_norm import NORM, SKIP, GradNorm
 
 pytestmark = pytest.mark.usefixtures("kernels")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -391,12 +392,11 @@ def test_empty_parameters_do_not_take_the_python_rule(capturable, kernels):
         with running(module):
             params = [torch.zeros(s, requires_grad=True) for s in (0, 3, (4, 0), 0)]
             opt = fusedopt.Adam(params, capturable=capturable)
-            with mock.patch.object(opt, "_python_step") as python_step:
+            with seam.no_python_steps(opt):
                 for _ in range(3):
                     set_grads(params[:2] + params[3:])
                     params[2].grad = torch.zeros(4, 0)
                     opt.step()
-        python_step.assert_not_called()
         assert [opt.state[p]["step"] for p in params] == [3] * 4
 
 
@@ -477,7 +477,7 @@ def test_any_list_updates_every_element_once(name, chosen, kernels):
 
 
 def all_tickets(opt):
-    return torch.cat([tickets.view(torch.int32) for tickets in opt._tickets.values()])
+    return torch.cat([tickets.view(torch.int32) for tickets in seam.tickets(opt)])
 
 
 @every_case
@@ -558,14 +558,13 @@ def test_options_on_the_device_change_between_steps(name, kind, dtype, kernels):
         lr = torch.tensor(0.1, dtype=kind)
         more |= {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
         opt = getattr(fusedopt, name)(params, lr=lr, capturable=on_kernels, **more)
-        plans = set()
-        for at in range(5):
-            set_grads(params)
-            opt.step()
-            plans.add(id(opt._plan))
-            opt.param_groups[0]["lr"].fill_(0.1 / (at + 2))
-            for i, beta in enumerate(more.get("betas", ())):
-                opt.param_groups[0]["betas"][i].copy_(beta * 0.99)
+        with seam.new_plans(opt) as plans:
+            for at in range(5):
+                set_grads(params)
+                opt.step()
+                opt.param_groups[0]["lr"].fill_(0.1 / (at + 2))
+                for i, beta in enumerate(more.get("betas", ())):
+                    opt.param_groups[0]["betas"][i].copy_(beta * 0.99)
         assert len(plans) == 1
         return opt
 
@@ -644,9 +643,9 @@ NORM_SIZES = [
 
 
 def measured(grads, *more):
-    clip = next(iter(GradNorm().measure(grads, *more).values()))
-    assert not clip[SKIP + 1 :][:1].view(torch.int64).any()  # the ticket of the kernel
-    return canonical(clip[: SKIP + 1]), clip[NORM].item()
+    clip = next(iter(grad_norm.GradNorm().measure(grads, *more).values()))
+    assert not clip[grad_norm.SKIP + 1 :][:1].view(torch.int64).any()  # the ticket of the kernel
+    return canonical(clip[: grad_norm.SKIP + 1]), clip[grad_norm.NORM].item()
 
 
 @pytest.mark.parametrize("shift", range(9))
@@ -854,6 +853,6 @@ def test_norm_beyond_32_bits(backend):
     pattern[: period // 4] = 2
     full, rest = divmod(numel, period)
     with repeated(pattern, numel) as grad:
-        norm = next(iter(GradNorm().measure([grad]).values()))[NORM].item()
+        norm = next(iter(grad_norm.GradNorm().measure([grad]).values()))[grad_norm.NORM].item()
     squares = [full * pattern.double().square().sum(), pattern[:rest].double().square().sum()]
     assert norm == math.sqrt(sum(squares))

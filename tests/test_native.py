@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import seam
 import torch
 from cases import (
     CASES,
@@ -357,7 +358,7 @@ def test_switching_backends_within_a_run(case, monkeypatch):
     params, opt = train(case.ours, values, grads[:2])
     native = fusedopt.backend.native
     monkeypatch.setattr(fusedopt.backend, "native", None)
-    opt._plan = None
+    seam.forget_plan(opt)
     step_through(opt, params, grads[2:4])
     monkeypatch.setattr(fusedopt.backend, "native", native)
     step_through(opt, params, grads[4:])

@@ -6,6 +6,7 @@ import copy
 import math
 
 import pytest
+import seam
 import torch
 from cases import (
     CASES,
@@ -166,14 +167,12 @@ def test_new_state_does_not_depend_on_memory(case, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sgd_does_not_read_the_momentum_buffer_at_its_first_step(dtype, backend, monkeypatch):
+def test_sgd_does_not_read_the_momentum_buffer_at_its_first_step(dtype, backend):
     case = Case("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True})
     values, grads = draw([(35,), (4, 4)], 3, dtype)
     plain = snapshot(train(case.ours, values, grads)[1])
-    monkeypatch.setattr(
-        fusedopt.SGD, "_initial_state", lambda self, group, p: torch.full_like(p, math.nan)
-    )
-    assert snapshot(train(case.ours, values, grads)[1]) == plain
+    with seam.initial_state_of(fusedopt.SGD, math.nan):
+        assert snapshot(train(case.ours, values, grads)[1]) == plain
 
 
 @richest

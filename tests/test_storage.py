@@ -23,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import seam
 import torch
 from cases import (
     CASES,
@@ -40,10 +41,10 @@ from cases import (
     train,
 )
 from conftest import SEED, skip_or_fail
+from seam import formats
 from torch import nn
 
 import fusedopt
-from fusedopt import storage
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 INF, NAN = math.inf, math.nan
@@ -229,7 +230,7 @@ def numbers(state):
             # With the last bit of the module, as what follows from it is compared bit for bit;
             # decoded() is what it is compared with.
             codes = in_memory(state[key])
-            in_memory(found[key]).copy_(storage.decode(codes, state[f"{key}_scale"]))
+            in_memory(found[key]).copy_(formats.decode(codes, state[f"{key}_scale"]))
         else:
             found[key].copy_(state[key])
     return found
@@ -423,10 +424,9 @@ def test_codes_of_the_same_order_in_memory_are_kept(case, backend):
     before = {k: bits(flat(v)) for k, v in opt.state[param].items() if is_code(v)}
     assert before or case.options.get("centered")
     param.data = param.data.as_strided(param.shape, (65, 1, 65, 65))
-    with mock.patch.object(opt, "_native_step", side_effect=ZeroDivisionError):
-        with mock.patch.object(opt, "_python_step", side_effect=ZeroDivisionError):
-            with pytest.raises(ZeroDivisionError):
-                opt.step()
+    with seam.failing_before_the_update(opt, ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):
+            opt.step()
     assert {k: bits(flat(v)) for k, v in opt.state[param].items() if is_code(v)} == before
 
 
@@ -568,9 +568,9 @@ def test_options_switched_on_and_off_by_hand(case, way, dtype, backend):
     step_and_check(case, opt, params, grads[2])
     for name in options:
         group[name] = None
-    left = {k: bits(v) for k, v in opt.state[params[1]].items() if k in storage.EXTRAS}
+    left = {k: bits(v) for k, v in opt.state[params[1]].items() if k in formats.EXTRAS}
     step_through(opt, params, grads[3:4])
-    assert left == {k: bits(v) for k, v in opt.state[params[1]].items() if k in storage.EXTRAS}
+    assert left == {k: bits(v) for k, v in opt.state[params[1]].items() if k in formats.EXTRAS}
     for name in options:
         del group[name]
     step_through(opt, params, grads[4:5])
@@ -668,21 +668,21 @@ def test_the_python_masters_are_those_of_the_module(library):
     params, remainders = (torch.empty(len(masters), dtype=torch.int16) for _ in range(2))
     count = len(masters)
     library.split_masters(masters.data_ptr(), count, params.data_ptr(), remainders.data_ptr())
-    param, remainder = storage.split(masters)
+    param, remainder = formats.split(masters)
     assert bits(param) == bits(params.view(BF16)) and bits(remainder) == bits(remainders)
     assert bits(param) == bits(nearest_away(masters))
     # Any pair: also those that no master has, because the parameter is somebody else's.
     remainders = remainders[torch.randperm(count)]
     found = torch.empty(count)
     library.join_masters(params.data_ptr(), remainders.data_ptr(), count, found.data_ptr())
-    assert bits(storage.join(params.view(BF16), remainders)) == bits(found)
+    assert bits(formats.join(params.view(BF16), remainders)) == bits(found)
     assert torch.equal(found.isnan(), params.view(BF16).isnan())
 
 
 def test_masters_of_all_kinds_are_loaded_and_stored(backend):
     """By a step that changes nothing, and so gives back what it was given."""
     masters = special_numbers()
-    param, remainder = storage.split(masters)
+    param, remainder = formats.split(masters)
     p = leaf(param)
     opt = fusedopt.SGD([p], lr=0.0, master_weights="split", ema=0.0)
     p.grad = torch.ones_like(p)
@@ -797,7 +797,7 @@ def test_the_python_philox_is_that_of_the_module(library):
         for block in range((count + 7) // 8):
             library.philox_words(key, step, block, words)
             expected += [half for word in words for half in (word & 0xFFFF, word >> 16)]
-        assert storage.random_bits(key, step, count).tolist() == expected[:count]
+        assert formats.random_bits(key, step, count).tolist() == expected[:count]
         assert noise(key, step, count).tolist() == expected[:count]
 
 
@@ -963,7 +963,7 @@ def test_codes_are_near(dtype, backend):
         assert (error[fine].abs() <= step * 1.001).all()
         assert (found * exact >= 0)[fine].all()
         # The module's own decoding, which may differ in the last bits.
-        again = storage.decode(codes, scale).double()
+        again = formats.decode(codes, scale).double()
         assert ((again - found).abs()[fine] <= 1e-6 * found.abs()[fine] + 1e-45).all()
         assert (again[~fine & ~largest.isfinite()].isfinite() == 0).all()
 
@@ -971,7 +971,7 @@ def test_codes_are_near(dtype, backend):
 def test_a_second_moment_never_becomes_zero(backend):
     values = 10.0 ** torch.empty(5000).uniform_(-9, 0)
     codes, scale = coded(values, torch.uint8)
-    assert (storage.decode(codes, scale) > 0).all()
+    assert (formats.decode(codes, scale) > 0).all()
     for name in ("Adam", "RMSprop"):  # and the steps are no larger for it
         p = leaf(torch.zeros(4096))
         opt = getattr(fusedopt, name)([p], lr=0.1, state_dtype="8bit")
@@ -1207,9 +1207,9 @@ def test_no_step_takes_the_python_rule(case, way, dtype, kernels):
             values, grads = draw(SIZES, 3, dtype)
             params = [leaf(v) for v in values]
             opt = case.ours(params, **WAYS[way][0])
-            with mock.patch.object(opt, "_python_step", side_effect=AssertionError):
+            with seam.no_python_steps(opt):
                 step_through(opt, params, grads)
-            assert opt._plan is not None
+            assert seam.has_plan(opt)
             launches = kernels.num_launches()
             opt.step()
             # One for what is stored as it is, and one for the rest.

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import seam
 import torch
 from cases import CASES, RICHEST, bits, draw, leaf, snapshot, train
 
@@ -41,7 +42,7 @@ def ready(case: Any, steps: int = 0, **more: Any) -> Any:
 
 def several_steps(opt: Any, count: int) -> None:
     for _ in range(count):
-        opt._take_step()  # without the hooks of the fixture, which change the number of threads
+        seam.step_without_hooks(opt)  # those of the fixture change the number of threads
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -164,8 +165,8 @@ def test_the_number_of_threads_may_change_at_any_time(native):
 def test_the_turn_is_not_copied(backend):
     """Except with a shallow copy, which steps the same parameters."""
     opt = ready(RICHEST[1], 1)
-    assert copy.copy(opt)._turn is opt._turn
-    with opt._turn.lock:
+    assert seam.share_turns(copy.copy(opt), opt)
+    with seam.in_turn(opt):
         copies = [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]
         stock = torch.optim.Adam([leaf(torch.ones(3))])
         copies.append(fusedopt.from_torch(stock))

@@ -7,6 +7,7 @@ import functools
 import inspect
 
 import pytest
+import seam
 import torch
 from cases import NAMES, RICHEST, bits, draw, gradient_like, leaf, snapshot, step_through
 
@@ -129,8 +130,8 @@ def test_the_options_that_torch_lacks(case):
         set(inspect.signature(c).parameters) for c in (cls, getattr(torch.optim, case.name))
     )
     not_of_groups = {"max_grad_norm", "amp_fused", "decoupled_weight_decay"}
-    assert {*cls._own_options} == ours - stock - not_of_groups
-    assert stock <= {"params", *cls._torch_options}
+    assert seam.own_options(cls) == ours - stock - not_of_groups
+    assert stock <= {"params", *seam.torch_options(cls)}
 
 
 @richest
@@ -181,7 +182,7 @@ def test_a_checkpoint_for_torch_has_none_of_the_options(case, derive, backend):
 @pytest.mark.parametrize("option", ["capturable", "eps_inside_sqrt"])
 def test_switches_of_one_class(case, option):
     base = getattr(fusedopt, case.name)
-    if option not in base._own_options:
+    if option not in seam.own_options(base):
         return
     opt = passing_on(base)([torch.zeros(3, requires_grad=True)], **{option: True})
     stock = case.stock([torch.zeros(3, requires_grad=True)])

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import RICHEST, bits
+from seam import formats
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -34,7 +35,6 @@ from training import (
 from worlds import mesh, on_ranks, on_world
 
 import fusedopt
-from fusedopt import storage
 
 WAYS = {
     "split, 8-bit state, ema": {"master_weights": "split", "state_dtype": "8bit", "ema": 0.9},
@@ -48,11 +48,11 @@ LAYOUT_NAMES = ["fsdp_3", "columns", "hybrid", "sharded_tensor_parallel", "mixed
 @contextlib.contextmanager
 def all_in_8_bits():
     """Also the small tensors of a small model."""
-    before, storage.SMALLEST_8BIT = storage.SMALLEST_8BIT, 0
+    before, formats.SMALLEST_8BIT = formats.SMALLEST_8BIT, 0
     try:
         yield
     finally:
-        storage.SMALLEST_8BIT = before
+        formats.SMALLEST_8BIT = before
 
 
 def run(dtype=torch.bfloat16):
@@ -104,14 +104,14 @@ def test_shards_change_no_bit(layout, way, backend):
 @on_ranks(2)
 def test_the_whole_parameter_decides_what_is_small(backend):
     """All ranks store a tensor alike, also where their shards are of a few elements."""
-    model = sharded(nn.Linear(storage.SMALLEST_8BIT // 3, 3).bfloat16(), world_mesh("cpu"))
+    model = sharded(nn.Linear(formats.SMALLEST_8BIT // 3, 3).bfloat16(), world_mesh("cpu"))
     opt = fusedopt.AdamW(model.parameters(), state_dtype="8bit")
-    model(torch.ones(1, storage.SMALLEST_8BIT // 3, dtype=torch.bfloat16)).sum().backward()
+    model(torch.ones(1, formats.SMALLEST_8BIT // 3, dtype=torch.bfloat16)).sum().backward()
     opt.step()
     assert opt.state[model.weight]["exp_avg"].dtype == torch.float32  # 4,095 elements
-    model = sharded(nn.Linear(storage.SMALLEST_8BIT, 1).bfloat16(), world_mesh("cpu"))
+    model = sharded(nn.Linear(formats.SMALLEST_8BIT, 1).bfloat16(), world_mesh("cpu"))
     opt = fusedopt.AdamW(model.parameters(), state_dtype="8bit")
-    model(torch.ones(1, storage.SMALLEST_8BIT, dtype=torch.bfloat16)).sum().backward()
+    model(torch.ones(1, formats.SMALLEST_8BIT, dtype=torch.bfloat16)).sum().backward()
     opt.step()  # the only row is on one rank
     assert opt.state[model.weight]["exp_avg"].dtype == torch.int8
     assert opt.state[model.bias]["exp_avg"].dtype == torch.float32
@@ -206,9 +206,9 @@ def test_stock_state_dict(case, native):
         for key, value in stock.state[q].items():
             stored = opt.state[p][key]
             codes = local(stored)
-            if not storage.is_code(codes):
+            if not formats.is_code(codes):
                 continue
-            decoded = storage.decode(codes, row(opt.state[p][f"{key}_scale"]))
+            decoded = formats.decode(codes, row(opt.state[p][f"{key}_scale"]))
             assert torch.equal(decoded, local(saved["state"][_at(opt, p)][key]))
             assert value.shape == p.shape
 

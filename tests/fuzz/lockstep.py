@@ -16,11 +16,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import seam
 import torch
 from cases import GRAD_LAYOUTS, LAYOUTS, Case, bits
+from seam import formats
 from torch import Tensor, nn
-
-from fusedopt import storage
 
 from .choices import (
     COMPLEX,
@@ -46,6 +46,8 @@ class Lockstep:
         self.inside: dict[Tensor, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
         # Whether parameters read or write what others write.
         self.is_entangled = False
+        # Which parameters took the Python rule in the last step: group and index.
+        self.by_python: list[tuple[int, int]] = []
         if stored.get("master_weights") == "split" or stored.get("rounding"):
             self.dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
         elif set(case.options) & {"l1", "eps_inside_sqrt"}:
@@ -117,9 +119,9 @@ class Lockstep:
         state = self.ours.state.get(param, {})
         dtype = opmath(param.dtype)
         value = param.detach().to(dtype, copy=True)
-        master = storage.extras(group, param)[0]
+        master = formats.extras(group, param)[0]
         if master == "master_remainder" and master in state:
-            value = storage.join(param.detach(), state[master])
+            value = formats.join(param.detach(), state[master])
         elif master == "master" and master in state:
             rounded = state[master].to(param.dtype)
             value = torch.where(rounded == param.detach(), state[master], value)
@@ -128,8 +130,8 @@ class Lockstep:
             if key == "step":
                 rule[key] = slot.clone()
             elif key in self.ours._all_slots and slot is not None:
-                if storage.is_code(slot):
-                    slot = storage.decode(slot, state[f"{key}_scale"])
+                if formats.is_code(slot):
+                    slot = formats.decode(slot, state[f"{key}_scale"])
                 rule[key] = slot.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return value.contiguous(), rule
 
@@ -168,7 +170,7 @@ class Lockstep:
                     if dtype.is_floating_point:
                         value = value.to(dtype)
                     else:
-                        value = storage.decode(*storage.encode(value, dtype, 0, slot))
+                        value = formats.decode(*formats.encode(value, dtype, 0, slot))
                     state[key].copy_(value)
 
     # One step -------------------------------------------------------------------------------
@@ -361,7 +363,7 @@ class Lockstep:
         with both_in():
             copied = self.copied() if self.stored.get("master_weights") == "split" else None
             witness, runs = self.witnesses() if updated else (None, [])
-            with ours_in():
+            with ours_in(), seam.python_steps(self.ours) as self.by_python:
                 result = self.ours.step(lambda: 3.5) if closure else self.ours.step()
             assert result == (3.5 if closure else None)
             self.twin.step()
@@ -383,7 +385,7 @@ class Lockstep:
 
     def compare(self, group, p, q, runs, witness, average, count) -> None:
         state, other = self.ours.state.get(p, {}), self.twin.state.get(q, {})
-        extras = storage.extras(group, p)
+        extras = formats.extras(group, p)
         where = f"{self.case}, {self.stored}, parameter {tuple(p.shape)}, {p.dtype}"
         known = {k for k, v in state.items() if v is not None} & {"step", *self.ours._all_slots}
         if not group.get("eps_inside_sqrt"):  # that oracle keeps what it does not need
@@ -410,7 +412,7 @@ class Lockstep:
             at = f"{where}: {key}"
             moved = [witness.state[leaf][key] for leaf, _ in runs]
             spread = spread_of(other[key], moved)
-            if storage.is_code(state[key]):
+            if formats.is_code(state[key]):
                 self.compare_codes(state, key, other, p, slot, count, at)
             else:
                 check_close(state[key], other[key], spread, unit, at)
@@ -420,14 +422,14 @@ class Lockstep:
     def compare_codes(self, state, key, other, p, slot, count, where) -> None:
         dense = torch.empty_like(state[key], dtype=torch.float32).copy_(other[key])
         step = count if "step" in other else 0
-        codes, scales = storage.encode(dense, state[key].dtype, step, slot)
+        codes, scales = formats.encode(dense, state[key].dtype, step, slot)
         ok = scales.isfinite()
         torch.testing.assert_close(
             state[f"{key}_scale"][ok], scales[ok], rtol=1e-4, atol=1e-37, msg=where
         )
-        flat = [storage._in_memory(t).int() for t in (state[key], codes)]
+        flat = [formats._in_memory(t).int() for t in (state[key], codes)]
         near = (flat[0] - flat[1]).abs() <= 1
-        blocks = ok.repeat_interleave(storage.SCALE_ELEMENTS)[: len(near)]
+        blocks = ok.repeat_interleave(formats.SCALE_ELEMENTS)[: len(near)]
         assert (near | ~blocks).all(), where
 
     def average(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
@@ -440,7 +442,7 @@ class Lockstep:
 
     # Exact masters --------------------------------------------------------------------------
 
-    def copied(self) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    def copied(self) -> tuple[Any, list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
         """The same optimizer over float32 copies of the masters."""
         pairs, groups, states = [], [], {}
         counts: dict[int, Tensor] = {}
@@ -457,7 +459,7 @@ class Lockstep:
                 kept = {
                     k: v.clone()
                     for k, v in state.items()
-                    if isinstance(v, Tensor) and k not in storage.EXTRAS
+                    if isinstance(v, Tensor) and k not in formats.EXTRAS
                 }
                 if "step" in kept:
                     kept["step"] = counts.setdefault(state["step"].data_ptr(), kept["step"])
@@ -473,13 +475,11 @@ class Lockstep:
         other = self.case.ours(groups, max_grad_norm=self.ours.max_grad_norm)
         other.state.clear()
         other.state.update(states)
-        record_python_steps(other)
-        record_python_steps(self.ours)
-        other.step()
-        return other, pairs
+        with seam.python_steps(other) as by_python:
+            other.step()
+        return other, pairs, by_python
 
-    def compare_bits(self, other, pairs) -> None:
-        by_python = [vars(opt).pop("_python_step").seen for opt in (self.ours, other)]
+    def compare_bits(self, other, pairs, by_python) -> None:
         places = [
             (g, i)
             for g, group in enumerate(other.param_groups)
@@ -488,12 +488,12 @@ class Lockstep:
         for (g, i), (p, leaf) in zip(places, pairs, strict=True):
             group = self.ours.param_groups[g]
             # One of them may take the Python rule alone, because of its memory.
-            if p.grad is None or len({(g, i) in seen for seen in by_python}) > 1:
+            if p.grad is None or ((g, i) in by_python) != ((g, i) in self.by_python):
                 continue
             state, keys = self.ours.state[p], self.ours._slots(group)
             if not group.get("state_dtype") and any(state[k].dtype != p.dtype for k in keys):
                 continue  # loaded, or swapped
-            master = storage.join(p.detach(), state["master_remainder"])
+            master = formats.join(p.detach(), state["master_remainder"])
             assert same_numbers(master, leaf.detach()), (self.case, self.stored)
             for key in keys:
                 for name in (key, f"{key}_scale", "ema"):
@@ -514,14 +514,3 @@ def with_memory(grad: Tensor) -> Tensor:
     if grad.layout is torch.strided and grad._is_zerotensor():
         return torch.zeros(grad.shape, dtype=grad.dtype)
     return grad.resolve_neg()
-
-
-def record_python_steps(opt: Any) -> None:
-    rule = opt._python_step
-
-    def record(g, i, *rest):
-        record.seen.add((g, i))
-        rule(g, i, *rest)
-
-    record.seen = set()
-    opt._python_step = record

@@ -10,15 +10,15 @@ import pytest
 import torch
 from cases import LAYOUTS, bits, snapshot
 from hypothesis.stateful import rule
+from seam import formats
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
 import fusedopt
-from fusedopt import storage
 
 from .choices import in_layout, random_shape, random_values, randoms
 from .closeness import real
-from .lockstep import place_of, record_python_steps
+from .lockstep import place_of
 from .training import Training
 
 
@@ -60,7 +60,7 @@ class TensorMoves(Training):
             with pytest.raises((ValueError, RuntimeError)):
                 run.ours.step()
             assert snapshot(run.ours) == before
-        if rng.random() < 0.3 or storage.is_on(group) or any(map(storage.is_code, state.values())):
+        if rng.random() < 0.3 or formats.is_on(group) or any(map(formats.is_code, state.values())):
             run.ours.state.pop(p, None)
         else:
             for key in shaped:
@@ -103,7 +103,7 @@ class TensorMoves(Training):
         if not found:
             return
         state, key = rng.choice(found)
-        is_known = storage.is_code(state[key]) or "grad_avg" in state  # one goes with the other
+        is_known = formats.is_code(state[key]) or "grad_avg" in state  # one goes with the other
         if key in run.ours._all_slots and not is_known:
             other = self.fresh_like(rng, key, state[key].shape, state[key].dtype)
         else:
@@ -124,8 +124,8 @@ class TensorMoves(Training):
             if p.grad is None or p.grad.is_sparse:
                 continue
             state = run.ours.state.get(p, {})
-            keys = [*run.ours._slots(group), *storage.extras(group, p)]
-            keys += [f"{key}_scale" for key in keys if storage.is_code(state.get(key))]
+            keys = [*run.ours._slots(group), *formats.extras(group, p)]
+            keys += [f"{key}_scale" for key in keys if formats.is_code(state.get(key))]
             keys += ["step"] * run.ours._has_step
             found += [p, p.grad, *(state[key] for key in keys if key and key in state)]
         found = [
@@ -185,17 +185,15 @@ class TensorMoves(Training):
         dense = {"memory_format": torch.contiguous_format}
         p.data = p.detach().clone(**dense)
         for key in run.ours._all_slots:
-            if isinstance(state.get(key), Tensor) and not storage.is_code(state[key]):
+            if isinstance(state.get(key), Tensor) and not formats.is_code(state[key]):
                 state[key] = state[key].clone(**dense)
         self.backward(rng, p)
         run.step()
         if fusedopt.backend.native is None or not self.is_ordinary(group, p):
             return
-        record_python_steps(run.ours)
         self.backward(rng, p)
         run.step()
-        seen = vars(run.ours).pop("_python_step").seen
-        assert next((g, i) for g, i, q in run.places() if q is twin) not in seen
+        assert next((g, i) for g, i, q in run.places() if q is twin) not in run.by_python
 
     def is_ordinary(self, group: dict[str, Any], p: Tensor) -> bool:
         """Whether there is nothing about it that the native side leaves to Python."""

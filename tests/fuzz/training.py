@@ -19,10 +19,10 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from seam import formats
 from torch import Tensor, nn
 
 import fusedopt
-from fusedopt import storage
 
 from .choices import (
     HALF,
@@ -164,7 +164,7 @@ class Training(RuleBasedStateMachine):
             ours.state.update(items)
         else:
             slots = [k for k in ours._all_slots if state.get(k) is not None]
-            key = rng.choice([k for k in slots if not storage.is_code(state[k])] or ["note"])
+            key = rng.choice([k for k in slots if not formats.is_code(state[k])] or ["note"])
             value = state.get(key)
             if not isinstance(value, Tensor):
                 state[key] = "of the program"

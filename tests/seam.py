@@ -1,0 +1,155 @@
+"""The private parts of fusedopt that tests reach, each through a function of this module alone.
+
+Where fusedopt has a public way, tests take that. What is here may be renamed or replaced together
+with what it reaches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fusedopt
+from fusedopt import grad_norm, tensor_kinds
+from fusedopt import storage as formats
+
+__all__ = ["formats", "grad_norm"]
+
+# Which way a step goes ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def python_steps(opt: Any) -> Iterator[list[tuple[int, int]]]:
+    """What takes the Python rule meanwhile: group and index of the parameter, for each time."""
+    rule, seen = opt._python_step, []
+
+    def record(g: int, i: int, *rest: Any) -> None:
+        seen.append((g, i))
+        rule(g, i, *rest)
+
+    with mock.patch.object(opt, "_python_step", record):
+        yield seen
+
+
+@contextlib.contextmanager
+def no_python_steps(opt: Any) -> Iterator[None]:
+    """No parameter takes the Python rule meanwhile."""
+    with mock.patch.object(opt, "_python_step", side_effect=AssertionError("the Python rule")):
+        yield
+
+
+@contextlib.contextmanager
+def failing_before_the_update(opt: Any, error: type[Exception]) -> Iterator[None]:
+    """Steps raise this when all is checked and in place, and the update is what comes next."""
+    with mock.patch.object(opt, "_native_step", side_effect=error):
+        with mock.patch.object(opt, "_python_step", side_effect=error):
+            yield
+
+
+@contextlib.contextmanager
+def new_plans(opt: Any) -> Iterator[list[Any]]:
+    """The plans that are made meanwhile."""
+    make, made = opt._make_plan, []
+
+    def record(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
+
+    with mock.patch.object(opt, "_make_plan", record):
+        yield made
+
+
+def has_plan(opt: Any) -> bool:
+    """Whether the native side remembers the last step."""
+    return opt._plan is not None
+
+
+def forget_plan(opt: Any) -> None:
+    opt._plan = None
+
+
+def number(tensor: torch.Tensor) -> float:
+    """The number of a step count, fake or not."""
+    return tensor_kinds.number(tensor)
+
+
+# Whose turn it is -----------------------------------------------------------------------------
+
+
+def step_without_hooks(opt: Any) -> None:
+    inspect.unwrap(type(opt).step)(opt)
+
+
+def is_stepping(opt: Any) -> bool:
+    return opt._turn.is_stepping
+
+
+def share_turns(opt: Any, other: Any) -> bool:
+    """Whether one of them waits for the other's step."""
+    return opt._turn is other._turn
+
+
+def in_turn(opt: Any) -> contextlib.AbstractContextManager[Any]:
+    """No other thread steps it meanwhile."""
+    return opt._turn.lock
+
+
+def call_in_next_steps(opt: Any, call: Callable[[], None]) -> None:
+    """From the middle of a step, before anything is written."""
+    opt._check_not_swapped = call
+
+
+# What is kept ---------------------------------------------------------------------------------
+
+
+def is_attached(opt: Any) -> bool:
+    return opt._attached is not None
+
+
+def forget_norm(opt: Any) -> None:
+    """The memory that norms are measured in."""
+    opt._norm = None
+
+
+def share_norm(opt: Any, other: Any) -> None:
+    """From now on, the second optimizer measures norms in the memory of the first."""
+    other._norm = opt._norm
+
+
+def tickets(opt: Any) -> list[torch.Tensor]:
+    """By which the blocks of a kernel know the last of them; one tensor for each device."""
+    return [*opt._tickets.values()]
+
+
+def initial_state_of(cls: type, value: float) -> contextlib.AbstractContextManager[Any]:
+    """New state has this number everywhere."""
+    return mock.patch.object(
+        cls, "_initial_state", lambda self, group, param: torch.full_like(param, value)
+    )
+
+
+def own_options(cls: Any) -> frozenset[str]:
+    """Those of param groups that torch does not have."""
+    return frozenset(cls._own_options)
+
+
+def torch_options(cls: Any) -> frozenset[str]:
+    return frozenset(cls._torch_options)
+
+
+# The native module ----------------------------------------------------------------------------
+
+
+def bind(module: Any) -> None:
+    """Readies another build of the native module for taking the place of fusedopt's."""
+    fusedopt.backend._bind(module)
+
+
+def forget_gpu_problems() -> None:
+    """Whether a GPU can run the kernels is asked again, and said again."""
+    fusedopt.backend._problem.cache_clear()
