@@ -33,7 +33,7 @@ def measure(name: str, ratio: float, steps: int, seed: int) -> dict[str, float]:
     """Excess of second moments and of steps with 8-bit state, as shares."""
     key, arguments = RULES[name]
     cls = getattr(fusedopt, name)
-    small = torch.arange(NUMEL) % fusedopt.storage.SCALE_ELEMENTS != 0
+    small = torch.arange(NUMEL) % fusedopt.formats.SCALE_ELEMENTS != 0
     scale = torch.where(small, ratio, 1.0)
     torch.manual_seed(seed)
     params = [nn.Parameter(torch.zeros(NUMEL)) for _ in range(2)]
@@ -49,7 +49,7 @@ def measure(name: str, ratio: float, steps: int, seed: int) -> dict[str, float]:
         if step < steps // 2:  # second moments grow to where they stay
             continue
         state = codes.state[params[0]]
-        decoded = fusedopt.storage.decode(state[key], state[f"{key}_scale"])
+        decoded = fusedopt.formats.decode(state[key], state[f"{key}_scale"])
         moments = decoded, exact.state[params[1]][key]
         for i in range(2):
             sums[i, 0] += moments[i][small].double().mean()

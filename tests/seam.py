@@ -15,8 +15,7 @@ from unittest import mock
 import torch
 
 import fusedopt
-from fusedopt import grad_norm, tensor_kinds
-from fusedopt import storage as formats
+from fusedopt import formats, grad_norm, state, tensor_kinds
 
 __all__ = ["formats", "grad_norm"]
 
@@ -26,51 +25,52 @@ __all__ = ["formats", "grad_norm"]
 @contextlib.contextmanager
 def python_steps(opt: Any) -> Iterator[list[tuple[int, int]]]:
     """What takes the Python rule meanwhile: group and index of the parameter, for each time."""
-    rule, seen = opt._python_step, []
+    take, seen = opt._stepper.step_in_python, []
 
-    def record(g: int, i: int, *rest: Any) -> None:
-        seen.append((g, i))
-        rule(g, i, *rest)
+    def record(record: Any, *rest: Any) -> None:
+        seen.append((record.g, record.i))
+        take(record, *rest)
 
-    with mock.patch.object(opt, "_python_step", record):
+    with mock.patch.object(opt._stepper, "step_in_python", record):
         yield seen
 
 
 @contextlib.contextmanager
 def no_python_steps(opt: Any) -> Iterator[None]:
     """No parameter takes the Python rule meanwhile."""
-    with mock.patch.object(opt, "_python_step", side_effect=AssertionError("the Python rule")):
+    error = AssertionError("the Python rule")
+    with mock.patch.object(opt._stepper, "step_in_python", side_effect=error):
         yield
 
 
 @contextlib.contextmanager
 def failing_before_the_update(opt: Any, error: type[Exception]) -> Iterator[None]:
     """Steps raise this when all is checked and in place, and the update is what comes next."""
-    with mock.patch.object(opt, "_native_step", side_effect=error):
-        with mock.patch.object(opt, "_python_step", side_effect=error):
+    with mock.patch.object(opt._stepper, "_native_step", side_effect=error):
+        with mock.patch.object(opt._stepper, "step_in_python", side_effect=error):
             yield
 
 
 @contextlib.contextmanager
 def new_plans(opt: Any) -> Iterator[list[Any]]:
     """The plans that are made meanwhile."""
-    make, made = opt._make_plan, []
+    make, made = opt._stepper._make_plan, []
 
     def record(*args: Any) -> Any:
         made.append(make(*args))
         return made[-1]
 
-    with mock.patch.object(opt, "_make_plan", record):
+    with mock.patch.object(opt._stepper, "_make_plan", record):
         yield made
 
 
 def has_plan(opt: Any) -> bool:
     """Whether the native side remembers the last step."""
-    return opt._plan is not None
+    return opt._stepper.plan is not None
 
 
 def forget_plan(opt: Any) -> None:
-    opt._plan = None
+    opt._stepper.plan = None
 
 
 def number(tensor: torch.Tensor) -> float:
@@ -113,23 +113,23 @@ def is_attached(opt: Any) -> bool:
 
 def forget_norm(opt: Any) -> None:
     """The memory that norms are measured in."""
-    opt._norm = None
+    opt._stepper._norm = grad_norm.GradNorm()
 
 
 def share_norm(opt: Any, other: Any) -> None:
     """From now on, the second optimizer measures norms in the memory of the first."""
-    other._norm = opt._norm
+    other._stepper._norm = opt._stepper._norm
 
 
 def tickets(opt: Any) -> list[torch.Tensor]:
     """By which the blocks of a kernel know the last of them; one tensor for each device."""
-    return [*opt._tickets.values()]
+    return [*opt._stepper._tickets.values()]
 
 
 def initial_state_of(cls: type, value: float) -> contextlib.AbstractContextManager[Any]:
     """New state has this number everywhere."""
     return mock.patch.object(
-        cls, "_initial_state", lambda self, group, param: torch.full_like(param, value)
+        state, "initial", lambda record, slot: torch.full_like(record.param, value)
     )
 
 
