@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 import griffe
+from fusedopt.rule import Shared, with_shared
 
 
 def _displayed(block: re.Match[str]) -> str:
@@ -39,4 +40,17 @@ def to_markdown(docstring: str) -> str:
 class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = to_markdown(obj.docstring.value)
+            obj.docstring.value = to_markdown(with_shared(obj.docstring.value))
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Shows the options that the classes share by name, with their defaults."""
+        if "shared" not in func.parameters:
+            return
+        del func.parameters["shared"]
+        for name, annotation in Shared.__annotations__.items():
+            default = {"l1": "0", "amp_fused": "False"}.get(name, "None")
+            text = annotation.__forward_arg__
+            kind = griffe.ParameterKind.keyword_only
+            func.parameters.add(
+                griffe.Parameter(name, annotation=text, kind=kind, default=default)
+            )

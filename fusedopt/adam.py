@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Shared, Slot, decayed, lerp_weight, number, penalized_grad
+from .rule import (
+    Group,
+    Rule,
+    Shared,
+    Slot,
+    bias_corrections,
+    decayed,
+    lerp_weight,
+    number,
+    penalized_grad,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,21 +51,7 @@ def _update(
 
 
 def _numbers(group: Group, step: float) -> dict[str, float]:
-    corrections = []
-    for i, beta in enumerate(map(float, group["betas"])):
-        name = f"betas[{i}] = {beta:g}"
-        try:
-            correction = 1 - beta**step
-        except OverflowError as error:
-            raise OverflowError(
-                f"{name} to the power of step {step:.0f} is no number; set it below 1"
-            ) from error
-        if correction == 0 or (i == 1 and -math.inf < correction < 0):
-            raise (RuntimeError if correction else ZeroDivisionError)(
-                f"{name} makes its bias correction 1 - beta ** step "
-                f"{'negative' if correction else 'zero'} at step {step:.0f}; set it below 1"
-            )
-        corrections.append(correction)
+    corrections = bias_corrections(group["betas"], step)
     lr, l1, weight_decay = group["lr"], group.get("l1") or 0.0, group["weight_decay"]
     decoupled = group["decoupled_weight_decay"]
     beta1, beta2 = group["betas"]

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from . import checkpoint
-from .adagrad import Adagrad
-from .adam import Adam, AdamW
-from .optimizer import FusedOptimizer
-from .rmsprop import RMSprop
+from .optimizer import CLASSES, FusedOptimizer
 from .rule import STORAGE_OPTIONS
-from .sgd import SGD
 
-_OURS = {cls.__name__: cls for cls in (Adam, AdamW, SGD, RMSprop, Adagrad)}
-_STOCK = {name: getattr(torch.optim, name) for name in _OURS}
+
+def _ours() -> dict[str, Any]:
+    """fusedopt's classes that torch has too, by name."""
+    return {name: cls for name, cls in CLASSES.items() if cls._stock is not None}
+
+
+def _torchs() -> dict[str, Any]:
+    """torch's own, whatever is under their names in ``torch.optim`` now."""
+    return {name: cls._stock for name, cls in _ours().items()}
 
 
 def from_torch(optimizer: torch.optim.Optimizer, *schedulers: Any) -> FusedOptimizer:
@@ -28,21 +31,21 @@ def from_torch(optimizer: torch.optim.Optimizer, *schedulers: Any) -> FusedOptim
     schedulers, a ``GradScaler``, a trainer. The next ``step()`` continues the trajectory.
 
     Args:
-        optimizer: a ``torch.optim.Adam``, ``AdamW``, ``SGD``, ``RMSprop`` or ``Adagrad``.
+        optimizer: of a class of ``torch.optim`` that fusedopt has too, such as ``AdamW``.
         schedulers: learning-rate schedulers, which are checked to be those of this optimizer.
 
     Returns:
         The same object, now of fusedopt's class.
 
     Raises:
-        TypeError: it is of another class; also of a class derived from the five, whose ``step()``
+        TypeError: it is of another class; also of a class derived from one, whose ``step()``
             may be another.
         ValueError: a scheduler belongs to another optimizer, or ``step`` of this object has been
             replaced by other code than a scheduler's.
     """
-    _check(optimizer, _STOCK, schedulers)
+    _check(optimizer, _torchs(), schedulers)
     steps = _steps_on_host(optimizer)
-    _convert(optimizer, _OURS)
+    _convert(optimizer, _ours())
     for param, step in steps.items():
         optimizer.state[param]["step"] = step
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # what amp_fused=True sets
@@ -54,7 +57,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
     """Turn a live optimizer of fusedopt's back into ``torch.optim``'s, in place.
 
     Args:
-        optimizer: one of fusedopt's five classes.
+        optimizer: of one of fusedopt's classes that torch has too.
         schedulers: as for :func:`from_torch`.
 
     Returns:
@@ -66,7 +69,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
         ValueError: an option is on that torch does not have, the optimizer is attached to a
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
-    _check(optimizer, _OURS, schedulers)
+    _check(optimizer, _ours(), schedulers)
     optimizer._check_not_swapped("to_torch()")
     extras = optimizer._own_options
     groups = (optimizer.defaults, *optimizer.param_groups)
@@ -88,7 +91,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
                 entries[name] = entries[name].to(param.dtype)
         if entries or param in optimizer.state:
             optimizer.state[param] = entries
-    _convert(optimizer, _STOCK)
+    _convert(optimizer, _torchs())
     for group in groups:
         for name in extras:
             group.pop(name, None)
@@ -103,7 +106,7 @@ def _check(optimizer: Any, origin: dict[str, Any], schedulers: tuple[Any, ...]) 
     """Raises unless it is of a class of the origin itself, with its step and these schedulers."""
     name = type(optimizer).__name__
     if type(optimizer) is not origin.get(name):
-        package = "torch.optim" if origin is _STOCK else "fusedopt"
+        package = "torch.optim" if origin == _torchs() else "fusedopt"
         raise TypeError(
             f"takes an optimizer of a class of {package}'s itself ({', '.join(origin)}), got a "
             f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -201,7 +204,7 @@ class Patch:
 
 
 def patch() -> Patch:
-    """Put fusedopt's classes under the five names in ``torch.optim``, for code that cannot be
+    """Put fusedopt's classes under their names in ``torch.optim``, for code that cannot be
     edited::
 
         with fusedopt.patch():
@@ -214,7 +217,7 @@ def patch() -> Patch:
     Raises:
         RuntimeError: a name is not torch's own, because other code has replaced it.
     """
-    return Patch(_name(_OURS))
+    return Patch(_name(_ours()))
 
 
 def unpatch() -> None:
@@ -224,14 +227,15 @@ def unpatch() -> None:
     Raises:
         RuntimeError: other code has replaced a name since :func:`patch`.
     """
-    _name(_STOCK)
+    _name(_torchs())
 
 
 def _name(classes: dict[str, Any]) -> dict[str, Any]:
     """Puts classes under their names in ``torch.optim``; returns those that were there."""
-    found = {name: getattr(torch.optim, name) for name in _OURS}
+    ours, torchs = _ours(), _torchs()
+    found = {name: getattr(torch.optim, name) for name in ours}
     for name, cls in found.items():
-        if cls not in (_OURS[name], _STOCK[name]):
+        if cls not in (ours[name], torchs[name]):
             raise RuntimeError(
                 f"torch.optim.{name} is {cls}: other code has replaced it; undo that first"
             )

@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from .attached import Attached
 
 
+# fusedopt's classes, by name: whoever needs all of them looks here.
+CLASSES: dict[str, type[FusedOptimizer]] = {}
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of fusedopt's classes; not meant to be used by itself."""
 
     _rule: ClassVar[Rule]
+    # torch's class of the same name; None if torch has none.
+    _stock: ClassVar[type[torch.optim.Optimizer] | None]
     # Options of param groups: those of fusedopt, and those that the class of torch's has. A class
     # that a user derives may have any constructor, and options of its own that are in neither.
     _own_options: ClassVar[tuple[str, ...]] = ()
@@ -49,9 +55,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        stock = (base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
+        cls._stock = next(base for base in stock)
+        if cls._stock is torch.optim.Optimizer:
+            cls._stock = None
+        if cls.__module__.rpartition(".")[0] == __package__:
+            CLASSES[cls.__name__] = cls
         if not cls._torch_options:  # else it is derived from a class that knows them
-            stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
-            cls._torch_options = frozenset(inspect.signature(stock).parameters)
+            options_of = cls._stock or cls
+            cls._torch_options = frozenset(inspect.signature(options_of).parameters)
             own = (*GROUP_OPTIONS, *cls._rule.switches)
             cls._own_options = tuple(name for name in own if name not in cls._torch_options)
         if cls.__doc__:

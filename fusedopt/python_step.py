@@ -27,13 +27,13 @@ def take(record: Record, scales: scaling.Scaling | None) -> None:
 
 def _take_of_unusual(record: Record, factor: Tensor | None) -> None:
     """torch's own for-loop, if it knows all options."""
-    param, entries = record.param, record.entries
+    param = record.param
     if (mode := tensor_kinds.inactive_mode(param)) is not None:
         with mode:
             return _take_of_unusual(record, factor)
     with record.explained(), stock_step.scaled_grad(param, factor):
-        if stock_step.can_take(record.group, entries):
-            stock_step.take(record.members.optimizer, record.group, param, entries)
+        if stock_step.can_take(record):
+            stock_step.take(record)
         else:
             _take_of_ordinary(record, stock_step.with_numbers(record.group, param), None)
     return None

@@ -6,8 +6,9 @@ and the native plan take all that they need to know of it.
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -57,10 +58,13 @@ class Shared(TypedDict, total=False):
 def with_shared(docstring: str) -> str:
     """The docstring of a class with the shared options in the places that it has for them."""
     assert Shared.__doc__
-    lines = Shared.__doc__.split("Args:\n", 1)[1].rstrip().splitlines()
+    arguments = textwrap.dedent(Shared.__doc__.split("Args:\n", 1)[1].rstrip())
     names = textwrap.fill(", ".join(f"``{name}``" for name in Shared.__annotations__), 96)
-    names = textwrap.indent(names, "    ")
-    return docstring.replace("        {shared}", "\n".join(lines)).replace("    {options}", names)
+    for place, text in (("{shared}", arguments), ("{options}", names)):
+        for line in [line for line in docstring.splitlines() if line.lstrip().startswith(place)]:
+            indent = line[: -len(line.lstrip())]
+            docstring = docstring.replace(indent + place, textwrap.indent(text, indent))
+    return docstring
 
 
 # Those of a param group that decide how values are stored. None is off; an ema of 0 is on.
@@ -190,6 +194,30 @@ def numbers_as_scalars(group: Group) -> Group:
 def lerp_weight(weight: float | Tensor, like: Tensor) -> float | Tensor:
     """torch.lerp takes a tensor weight only in the dtype and on the device of its ends."""
     return weight.to(like) if isinstance(weight, Tensor) else weight
+
+
+def bias_corrections(betas: Iterable[float | Tensor], step: float) -> list[float]:
+    """``1 - beta ** step`` for the decay of the first and of the second moment.
+
+    Raises:
+        ArithmeticError, RuntimeError: one has no meaning; the second is the radicand of a root.
+    """
+    corrections = []
+    for i, beta in enumerate(map(float, betas)):
+        name = f"betas[{i}] = {beta:g}"
+        try:
+            correction = 1 - beta**step
+        except OverflowError as error:
+            raise OverflowError(
+                f"{name} to the power of step {step:.0f} is no number; set it below 1"
+            ) from error
+        if correction == 0 or (i == 1 and -math.inf < correction < 0):
+            raise (RuntimeError if correction else ZeroDivisionError)(
+                f"{name} makes its bias correction 1 - beta ** step "
+                f"{'negative' if correction else 'zero'} at step {step:.0f}; set it below 1"
+            )
+        corrections.append(correction)
+    return corrections
 
 
 def add_sparse(tensor: Tensor, other: Tensor, alpha: float = 1.0) -> None:

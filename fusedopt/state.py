@@ -155,10 +155,9 @@ def _is_made_by_update(record: Record) -> bool:
     """Whether it is the update of this parameter that makes the state it lacks."""
     if not record.rule.first_step_fills_state or record.grad is None:
         return False
-    entries = record.entries
     return record.has_sparse_grad or (
-        stock_step.concerns(record.param, record.grad, entries)
-        and stock_step.can_take(record.group, entries)
+        stock_step.concerns(record.param, record.grad, record.entries)
+        and stock_step.can_take(record)
     )
 
 

@@ -43,11 +43,14 @@ def own_options(group: Group) -> list[str]:
     return on + [name for name in STORAGE_OPTIONS if group.get(name) is not None]
 
 
-def can_take(group: Group, state: dict[str, Any]) -> bool:
+def can_take(record: Record) -> bool:
     """Whether torch's loop does what the group asks for, with the state that there is."""
-    if own_options(group) or any(map(formats.is_code, state.values())):
+    entries = record.entries
+    if record.members.optimizer._stock is None or own_options(record.group):
         return False
-    step = state.get("step")
+    if any(map(formats.is_code, entries.values())):
+        return False
+    step = entries.get("step")
     # The loop of most classes reads the count.
     return not tensor_kinds.is_fake(step) or tensor_kinds.number(step) is not None
 
@@ -87,10 +90,16 @@ def scaled_grad(param: Tensor, factor: Tensor | None) -> Iterator[None]:
         param.grad = grad
 
 
-def take(optimizer: torch.optim.Optimizer, group: Group, param: Tensor, state: Any) -> None:
+def take(record: Record) -> None:
     """Steps one parameter from its ``grad``, as torch's class with ``foreach=False`` and
-    ``fused=False`` does; creates the state that it lacks in ``state``."""
-    stock: Any = next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
+    ``fused=False`` does; creates the state that it lacks."""
+    optimizer, group, param, state = (
+        record.members.optimizer,
+        record.group,
+        record.param,
+        record.entries,
+    )
+    stock: Any = optimizer._stock
     one: Any = object.__new__(stock)
     one.__dict__.update(
         defaults=optimizer.defaults,
