@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 import griffe
-from fusedopt.rule import Shared, with_shared
+from fusedopt.rule import SHARED_DEFAULTS, Shared, with_shared
 
 
 def _displayed(block: re.Match[str]) -> str:
@@ -47,10 +47,12 @@ class Docstrings(griffe.Extension):
         if "shared" not in func.parameters:
             return
         del func.parameters["shared"]
-        for name, annotation in Shared.__annotations__.items():
-            default = {"l1": "0", "amp_fused": "False"}.get(name, "None")
-            text = annotation.__forward_arg__
-            kind = griffe.ParameterKind.keyword_only
+        for name, default in SHARED_DEFAULTS.items():
             func.parameters.add(
-                griffe.Parameter(name, annotation=text, kind=kind, default=default)
+                griffe.Parameter(
+                    name,
+                    annotation=Shared.__annotations__[name].__forward_arg__,
+                    kind=griffe.ParameterKind.keyword_only,
+                    default=repr(default),
+                )
             )

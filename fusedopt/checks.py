@@ -5,14 +5,12 @@ State that is alive and state that is being loaded go through the same checks.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backend, dtensor, formats, memory, stock_step, tensor_kinds
-from .options import known_numbers
+from . import backend, dtensor, formats, memory, options, stock_step, tensor_kinds
 from .problem import Problem
 from .record import Record
 from .rule import STORAGE_OPTIONS, Slot
@@ -34,7 +32,7 @@ def check(record: Record) -> None:
     check_storage(record)
     if state:
         check_state(record, state, left_to_torch)
-    check_numbers(record)
+    options.check_numbers(record)
 
 
 def check_param(record: Record, left_to_torch: bool) -> None:
@@ -267,40 +265,3 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def _overlapping(key: str) -> str:
     return f"elements of state[{key!r}] share one memory location; clone it"
-
-
-# Numbers ------------------------------------------------------------------------------------------
-
-
-def check_numbers(record: Record) -> None:
-    """Raises a Problem if an option, which may be changed at any time, has no meaning now."""
-    step, dtype = _known_step(record), record.param.dtype
-    try:
-        numbers = record.rule.numbers(known_numbers(record.group), 1.0 if step is None else step)
-    except (ArithmeticError, RuntimeError) as error:
-        raise Problem(type(error), str(error)) from error
-    if step is None:
-        return  # what follows depends on it
-    wide = dtype in (torch.float64, torch.complex128)
-    largest = torch.finfo(torch.float64 if wide else torch.float32).max
-    for name, value in numbers.items():
-        if abs(value) > largest and not math.isinf(value):
-            raise Problem(
-                RuntimeError,
-                f"{name} is {value:g}, which {dtype} cannot be multiplied with; the largest is "
-                f"{largest:g}",
-            )
-
-
-def _known_step(record: Record) -> float | None:
-    """The number of the next step, see Record.next_step; None if only the device knows it."""
-    state = record.state if isinstance(record.state, dict) else {}
-    if not record.rule.counts_steps:
-        return 1.0 if any(state.get(key) is None for key in record.keys) else 2.0
-    count = state.get("step")
-    if count is None:
-        return 1.0
-    if not memory.is_plain(count) or count.device.type != "cpu" or count.numel() != 1:
-        return None
-    number = tensor_kinds.number(count)
-    return None if number is None else number + 1

@@ -16,7 +16,7 @@ from . import averages, checkpoint, options
 from .core import AmpScalingSupport, Core, of_core
 from .grad_norm import NORM
 from .record import Members, plain_groups
-from .rule import GROUP_OPTIONS, STORAGE_OPTIONS, Group, Rule, Shared, with_shared
+from .rule import GROUP_OPTIONS, Group, Rule, Shared, with_shared, with_shared_parameters
 from .stepper import Stepper
 from .turns import Turn
 
@@ -55,15 +55,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stock = (base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
-        cls._stock = next(base for base in stock)
-        if cls._stock is torch.optim.Optimizer:
-            cls._stock = None
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
+        cls._stock = None if stock is torch.optim.Optimizer else stock
         if cls.__module__.rpartition(".")[0] == __package__:
             CLASSES[cls.__name__] = cls
+            cls.__init__.__signature__ = with_shared_parameters(cls.__init__)  # type: ignore[attr-defined]
         if not cls._torch_options:  # else it is derived from a class that knows them
-            options_of = cls._stock or cls
-            cls._torch_options = frozenset(inspect.signature(options_of).parameters)
+            cls._torch_options = frozenset(inspect.signature(cls._stock or cls).parameters)
             own = (*GROUP_OPTIONS, *cls._rule.switches)
             cls._own_options = tuple(name for name in own if name not in cls._torch_options)
         if cls.__doc__:
@@ -76,28 +74,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         An option that is off is in no group, so that checkpoints stay those of torch.
         """
-        for name in shared.keys() - Shared.__annotations__.keys():
-            raise TypeError(
-                f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
-            )
-        l1, max_grad_norm = shared.get("l1", 0), shared.get("max_grad_norm")
-        if not l1 >= 0.0:
-            raise ValueError(f"Invalid l1 value: {l1}")
-        options.check_max_grad_norm(max_grad_norm)
-        options.check_storage({**shared, "differentiable": self.defaults["differentiable"]})
+        values = options.read_shared(type(self).__name__, shared, **switches)
+        options.check_storage({**values, "differentiable": self.defaults["differentiable"]})
         self._set_defaults()
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = shared.get("max_grad_norm")
         self.amp_fused = bool(shared.get("amp_fused"))
-        values: dict[str, Any] = {
-            "l1": l1 or None,
-            **{name: value or None for name, value in switches.items()},
-        }
-        values.update((name, shared.get(name)) for name in STORAGE_OPTIONS)
         for name, value in values.items():
-            if value is not None:
-                self.defaults[name] = value
-                for group in self.param_groups:
-                    group.setdefault(name, value)
+            self.defaults[name] = value
+            for group in self.param_groups:
+                group.setdefault(name, value)
 
     @property
     def amp_fused(self) -> bool:
@@ -215,9 +200,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: no group has ``ema``.
         """
         if all(group.get("ema") is None for group in self.param_groups):
-            raise ValueError(
-                f"this {type(self).__name__} keeps no averages; construct it with ema="
-            )
+            raise ValueError(f"this {self._name} keeps no averages; construct it with ema=")
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param, {}) if group.get("ema") is not None else {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import memory, tensor_kinds
-from .record import Members
-from .rule import STORAGE_OPTIONS, Group, storage_is_on
+from .problem import Problem
+from .record import Members, Record
+from .rule import STORAGE_OPTIONS, Group, Shared, storage_is_on
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "state_dtype": (None, torch.float32, torch.bfloat16, torch.float16, "8bit"),
@@ -18,6 +20,25 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 # Of torch's, they are no numbers, or used by the constructor alone.
 _NOT_CHECKED = ("foreach", "fused", "initial_accumulator_value")
+
+
+def read_shared(name: str, shared: Shared, **switches: bool) -> dict[str, Any]:
+    """The options of param groups that are on, of those that torch does not have.
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: an option cannot be that.
+    """
+    for key in shared.keys() - Shared.__annotations__.keys():
+        raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
+    l1 = shared.get("l1", 0)
+    if not l1 >= 0.0:
+        raise ValueError(f"Invalid l1 value: {l1}")
+    check_max_grad_norm(shared.get("max_grad_norm"))
+    values: dict[str, Any] = {key: value or None for key, value in switches.items()}
+    values["l1"] = l1 or None
+    values.update((key, shared.get(key)) for key in STORAGE_OPTIONS)
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def check_max_grad_norm(value: Any) -> None:
@@ -94,7 +115,44 @@ def _reading_problem(option: Any) -> str | None:
     return next(filter(None, map(memory.reading_problem, values)), None)
 
 
-def known_numbers(group: Group) -> Group:
+# Numbers of a step --------------------------------------------------------------------------------
+
+
+def check_numbers(record: Record) -> None:
+    """Raises a Problem if an option, which may be changed at any time, has no meaning now."""
+    step, dtype = _known_step(record), record.param.dtype
+    try:
+        numbers = record.rule.numbers(_known_numbers(record.group), 1.0 if step is None else step)
+    except (ArithmeticError, RuntimeError) as error:
+        raise Problem(type(error), str(error)) from error
+    if step is None:
+        return  # what follows depends on it
+    wide = dtype in (torch.float64, torch.complex128)
+    largest = torch.finfo(torch.float64 if wide else torch.float32).max
+    for name, value in numbers.items():
+        if abs(value) > largest and not math.isinf(value):
+            raise Problem(
+                RuntimeError,
+                f"{name} is {value:g}, which {dtype} cannot be multiplied with; the largest is "
+                f"{largest:g}",
+            )
+
+
+def _known_step(record: Record) -> float | None:
+    """The number of the next step, see Record.next_step; None if only the device knows it."""
+    state = record.state if isinstance(record.state, dict) else {}
+    if not record.rule.counts_steps:
+        return 1.0 if any(state.get(key) is None for key in record.keys) else 2.0
+    count = state.get("step")
+    if count is None:
+        return 1.0
+    if not memory.is_plain(count) or count.device.type != "cpu" or count.numel() != 1:
+        return None
+    number = tensor_kinds.number(count)
+    return None if number is None else number + 1
+
+
+def _known_numbers(group: Group) -> Group:
     """The group with its tensors of one element as numbers. One that is on a device, where nobody
     waits for it, is taken for 0.5, a value that every option may have."""
 

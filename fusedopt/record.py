@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import backend, dtensor, formats, tensor_kinds
-from .rule import Group, Rule, Slot
+from .rule import Group, Rule, Slot, storage_is_on
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -62,6 +62,16 @@ class Members:
             for i, param in enumerate(group["params"])
             if param.grad is not None
         ]
+
+    def is_virtual(self) -> bool:
+        """Whether what this step creates or measures may have no memory."""
+        if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
+            return True
+        return any(
+            tensor_kinds.is_virtual(tensor)
+            for record in self.with_grad()
+            for tensor in (record.param, record.grad)
+        )
 
     def describe(self, g: int, i: int) -> str:
         """For messages: which parameter it is."""
@@ -187,6 +197,21 @@ class Record:
             raise RuntimeError(
                 f"{self.describe()}: {name} cannot update what is {kind}: {error}"
             ) from error
+
+    def is_ordinary(self) -> bool:
+        """Whether the native module, which steps only what it knows, can do without checks. For
+        nearly every one of the thousands of parameters of a model it can."""
+        group, entries, counts = self.group, self.state or {}, self.rule.counts_steps
+        if storage_is_on(group) or group.get("capturable"):
+            return False
+        if group.get("differentiable") or self.param.is_inference():
+            return False
+        if type(entries) is not dict or (counts and entries and entries.get("step") is None):
+            return False
+        slots = [entries[key] for key in self.keys if entries.get(key) is not None]
+        step = entries.get("step") if counts else None
+        answer: bool = backend.native.is_ordinary([self.param, self.grad, *slots], step)
+        return answer
 
     # Steps ----------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ and the native plan take all that they need to know of it.
 
 from __future__ import annotations
 
+import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterable
@@ -53,6 +54,25 @@ class Shared(TypedDict, total=False):
     master_weights: str | None
     rounding: str | None
     ema: float | None
+
+
+SHARED_DEFAULTS = dict.fromkeys(Shared.__annotations__) | {"l1": 0, "amp_fused": False}
+
+
+def with_shared_parameters(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a constructor with the shared options by name: other code asks for them."""
+    signature = inspect.signature(function)
+    shared = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=SHARED_DEFAULTS[name],
+            annotation=annotation.__forward_arg__,
+        )
+        for name, annotation in Shared.__annotations__.items()
+    ]
+    own = [p for p in signature.parameters.values() if p.name != "shared"]
+    return signature.replace(parameters=[*own, *shared])
 
 
 def with_shared(docstring: str) -> str:

@@ -14,7 +14,7 @@ from . import backend, checks, dtensor, options, python_step, scaling, state, te
 from .grad_norm import GradNorm
 from .problem import Problem
 from .record import Members, Record, is_plain_dict, plain_groups
-from .rule import STORAGE_OPTIONS, storage_is_on
+from .rule import STORAGE_OPTIONS
 from .scaling import Scaling
 
 
@@ -111,9 +111,9 @@ class Stepper:
         if is_stale:
             for g in range(len(members.groups)):
                 options.check_group(members, g)
-            can_plan = backend.native is not None and not _is_virtual(members)
+            can_plan = backend.native is not None and not members.is_virtual()
             records = members.with_grad()
-            _check_all(r for r in records if not (can_plan and _is_ordinary(r)))
+            _check_all(r for r in records if not (can_plan and r.is_ordinary()))
             if capturing and any(map(state.missing, records)):
                 raise backend.capture_error(f"{members.name} creates state")
             for record in records:
@@ -284,33 +284,6 @@ def _kept(records: list[Record]) -> tuple[list[Tensor], list[Tensor]]:
                 written[id(value)] = value if tensor_kinds.is_unusual(value) else value.detach()
                 kept.append(copy)
     return [*written.values()], kept
-
-
-def _is_virtual(members: Members) -> bool:
-    """Whether what this step creates or measures may have no memory."""
-    if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
-        return True
-    return any(
-        tensor_kinds.is_virtual(tensor)
-        for record in members.with_grad()
-        for tensor in (record.param, record.grad)
-    )
-
-
-def _is_ordinary(record: Record) -> bool:
-    """Whether the native module, which steps only what it knows, can do without checks. For nearly
-    every one of the thousands of parameters of a model it can."""
-    group, entries, counts = record.group, record.state or {}, record.rule.counts_steps
-    if storage_is_on(group) or group.get("capturable"):
-        return False
-    if group.get("differentiable") or record.param.is_inference():
-        return False
-    if type(entries) is not dict or (counts and entries and entries.get("step") is None):
-        return False
-    slots = [entries[key] for key in record.keys if entries.get(key) is not None]
-    step = entries.get("step") if counts else None
-    answer: bool = backend.native.is_ordinary([record.param, record.grad, *slots], step)
-    return answer
 
 
 def _is_skipped(scales: Scaling | None) -> bool:
