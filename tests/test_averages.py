@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from cases import RICHEST, bits, gradient_like
+from cases import RICHEST, RICHEST_OF, bits, gradient_like
 from torch import nn
 
 import fusedopt
@@ -119,7 +119,7 @@ def test_training_goes_on_after_a_conversion(case, backend):
 @pytest.mark.parametrize("options", [{"master_weights": "split"}, {"rounding": "stochastic"}, {}])
 def test_half_weights_through_float32(options, backend):
     model = make_model(torch.bfloat16)
-    opt = train(RICHEST[0], model, **options)
+    opt = train(RICHEST_OF["SGD"], model, **options)
     before = weights(model)
     with opt.swap_ema():
         model.float().bfloat16()
@@ -130,7 +130,7 @@ def test_half_weights_through_float32(options, backend):
 def test_a_conversion_that_stays(dtype, backend):
     """As the weights would have been converted."""
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     expected = [bits(p.detach().to(dtype)) for p in model.parameters()]
     with opt.swap_ema():
         model.to(dtype)
@@ -139,13 +139,13 @@ def test_a_conversion_that_stays(dtype, backend):
 
 def test_a_swap_in_inference_mode(backend):
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     with torch.inference_mode(), opt.swap_ema():
         model.double().float()
     assert weights(model) == before
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     with torch.inference_mode():
         context = opt.swap_ema()
@@ -266,7 +266,7 @@ def test_a_checkpoint_loaded_meanwhile(case, backend):
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)], ids=str)
 def test_contexts_that_end_in_any_order(order, backend):
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     contexts = [opt.swap_ema() for _ in order]
     for context in contexts:
@@ -281,7 +281,7 @@ def test_contexts_that_end_in_any_order(order, backend):
 
 def test_a_context_that_is_dropped(backend):
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     context = opt.swap_ema()
     context.__enter__()

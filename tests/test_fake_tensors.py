@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import seam
 import torch
-from cases import CASES, NAMES, RICHEST, Case
+from cases import CASES, COUNTING, NAMES, RICHEST, TABLES, Case, those_with
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,7 +65,7 @@ def assert_fake(opt, steps):
     ],
 )
 def test_two_steps_and_a_checkpoint(case, options, made, stepped, backend):
-    if case.name == "RMSprop" and options in ("fused", "foreach"):
+    if case.name not in those_with("fused") and options in ("fused", "foreach"):
         pytest.skip("RMSprop has no fused=")
     mode = FakeTensorMode()
 
@@ -136,7 +136,7 @@ def test_complex_sparse_and_half_parameters(name, backend):
     with FakeTensorMode():
         params = [nn.Parameter(torch.randn(5, dtype=d)) for d in (torch.complex64, torch.float16)]
         params[0].grad, params[1].grad = torch.randn_like(params[0]), torch.randn_like(params[1])
-        if name in ("SGD", "Adagrad"):
+        if TABLES[name].takes_sparse:
             table = nn.Parameter(torch.randn(5, 3))
             if name == "SGD":
                 table.grad = torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 3), (5, 3))
@@ -147,7 +147,7 @@ def test_complex_sparse_and_half_parameters(name, backend):
     assert_fake(opt, 2)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("name", [case.name for case in COUNTING])
 def test_a_count_without_a_value(name, backend):
     """As torch's fused optimizers make it, and RMSprop always."""
     with FakeTensorMode():

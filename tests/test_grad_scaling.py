@@ -21,6 +21,7 @@ from cases import (
     LAYOUTS,
     NAMES,
     RICHEST,
+    SPARSE,
     Amp,
     Case,
     assert_near,
@@ -31,6 +32,7 @@ from cases import (
     leaf,
     snapshot,
     step_through,
+    those_with,
     train,
 )
 from torch import nn
@@ -691,7 +693,7 @@ def test_a_norm_that_is_not_finite_skips(case, backend):
 
 
 def test_sparse_gradients_and_grad_scaler(backend):
-    for name in ("SGD", "Adagrad"):
+    for name in SPARSE:
         runs = []
         for module in (fusedopt, torch.optim):
             p, q = leaf(torch.linspace(0, 1, 12).view(6, 2)), leaf(torch.ones(3))
@@ -766,7 +768,7 @@ def test_the_options_are_not_in_checkpoints(name, backend):
         (name, more)
         for name in NAMES
         for more in ({}, {"fused": True})
-        if name != "RMSprop" or not more
+        if not more or name in those_with("fused")
     ],
     ids=str,
 )
@@ -782,7 +784,7 @@ def test_the_scaler_unscales_by_default(name, more):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+@pytest.mark.parametrize("name", those_with("fused"))
 def test_an_unfused_checkpoint_in_a_fused_optimizer(name, amp, backend):
     """Where torch turns fusing off, but goes on telling the scaler that it is on."""
     case = Case(name, {"lr": 0.01})
@@ -823,7 +825,7 @@ def test_capturable_on_the_cpu(case, backend):
     assert_trained_alike(opt, params, stock, exact)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@pytest.mark.parametrize("name", SPARSE)
 def test_capturable_is_in_no_group_unless_on(name, backend):
     """torch has no such option; one that is on travels through its checkpoints."""
     cls, stock_cls = getattr(fusedopt, name), getattr(torch.optim, name)
@@ -847,7 +849,7 @@ def test_capturable_is_in_no_group_unless_on(name, backend):
     assert off.param_groups[0]["capturable"] is True
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("name", those_with("capturable"))
 def test_a_capturable_checkpoint_of_stock(name, backend):
     case = Case(name, {"lr": 0.1})
     values, grads = draw([(5,)], 3)

@@ -13,7 +13,6 @@ from cases import (
     DTYPES,
     GRAD_LAYOUTS,
     LAYOUTS,
-    REQUIRED,
     RICHEST,
     Case,
     assert_near,
@@ -477,7 +476,7 @@ def test_duplicate_parameter_steps_twice(case, size, backend):
         opt = build([b, a, b])
         step_through(opt, [a, b], grads)
         runs.append((opt, [a, b]))
-    if case.name != "SGD":
+    if case.table.counts_steps:
         assert runs[0][0].state[runs[0][1][1]]["step"].item() == 6
     assert_trained_alike(*runs[0], *runs[1], dtype=torch.float32)
 
@@ -559,7 +558,7 @@ def test_shared_state(case, backend):
 
     def share(opt, params):
         first, second = (opt.state[p] for p in params)
-        for key in ("step", REQUIRED[case.name]):
+        for key in ("step", case.table.required):
             if key in first:
                 second[key] = first[key]
 

@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from cases import NAMES, RICHEST, Case, assert_near, bits, gradient_like
+from cases import NAMES, RICHEST, SPARSE, STATELESS, Case, assert_near, bits, gradient_like
 from torch import Tensor
 
 import fusedopt
 
-cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
+cases = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
 
 
 def rand(*shape, dtype=torch.float64) -> Tensor:
@@ -178,7 +178,7 @@ def test_conjugates_beside_what_they_are_of(case, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("later", [False, True])
 def test_sparse_gradients_with_values_inside_of_a_parameter(name, later, size, backend):
     case = Case(name, {"lr": 0.1})

@@ -11,12 +11,12 @@ import weakref
 import pytest
 import seam
 import torch
-from cases import NAMES, RICHEST, Case, assert_near, bits, leaf, snapshot
+from cases import NAMES, RICHEST, RICHEST_OF, STATELESS, assert_near, bits, leaf, snapshot
 from torch import Tensor, nn
 
 import fusedopt
 
-cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
+cases = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
 every_name = pytest.mark.parametrize("name", NAMES)
 OPTIONS = {
     "plain": {},
@@ -57,7 +57,9 @@ def test_another_shape_through_data(case, options, backend):
     fresh = case.ours([leaf(param)], **options)
     fresh.param_groups[0]["params"][0].grad = weights.clone()
     for each in (opt, stock, fresh):
-        if each is opt and case.name == "Adagrad":  # which makes its state in the constructor
+        if (
+            each is opt and case.table.makes_state_at_once
+        ):  # which makes its state in the constructor
             opt.state = case.ours([param], **options).state
         each.step()
     assert bits(param) == bits(fresh.param_groups[0]["params"][0])
@@ -72,7 +74,7 @@ def test_another_dtype_through_data(case, dtype, backend):
     opt = case.ours([param])
     train(opt, lambda: (param * 2).sum())
     param.data = param.data.to(dtype)
-    if case.name == "Adagrad":
+    if case.table.makes_state_at_once:
         opt.state = case.ours([param]).state
     else:
         opt.state.clear()
@@ -114,7 +116,7 @@ def test_parameters_swapped_there_and_back(case, options, backend):
 @every_name
 @with_options
 def test_state_swapped_there_and_back(name, options, backend):
-    case = next(case for case in RICHEST if case.name == name)
+    case = RICHEST_OF[name]
     param, twin = (leaf(torch.ones(6)) for _ in range(2))
     opts = [case.ours([p], **options) for p in (param, twin)]
     for opt, p in zip(opts, (param, twin), strict=True):

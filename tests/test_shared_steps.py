@@ -11,11 +11,11 @@ from collections import OrderedDict
 import pytest
 import seam
 import torch
-from cases import RICHEST, Case, assert_near, gradient_like, leaf
+from cases import COUNTING, RICHEST, STATELESS, Case, assert_near, gradient_like, leaf
 from torch import Tensor, nn
 
-cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
-counting = pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
+cases = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
+counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
 
 
 @pytest.fixture

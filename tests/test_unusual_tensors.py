@@ -10,7 +10,7 @@ import random
 import pytest
 import seam
 import torch
-from cases import NAMES, RICHEST, Case, draw, leaf, train
+from cases import COUNTING, NAMES, RICHEST, TABLES, Case, draw, leaf, train
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -198,7 +198,7 @@ def test_options_that_torch_lacks_do_not_go_with_them(layout, option, backend):
     assert not opt.state
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("name", [case.name for case in COUNTING])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_where_torch_cannot_nothing_is_written(name, layout, backend):
     """Also not into the parameter before it."""
@@ -206,9 +206,9 @@ def test_where_torch_cannot_nothing_is_written(name, layout, backend):
     try:
         stock = getattr(torch.optim, name)([param], foreach=False)
     except (RuntimeError, NotImplementedError):
-        assert name == "Adagrad"  # whose constructor makes its state
+        assert TABLES[name].makes_state_at_once
         with pytest.raises((RuntimeError, NotImplementedError)):
-            fusedopt.Adagrad([param])
+            getattr(fusedopt, name)([param])
         return
     first = leaf(torch.ones(3))
     twin = leaf(torch.ones(3))
@@ -479,7 +479,7 @@ def test_an_error_in_the_middle_changes_nothing(case, steps, backend, monkeypatc
     for at in range(steps):
         step(at)
     before = everything()
-    adds = case.name == "SGD" or "momentum" in case.options
+    adds = not case.table.counts_steps or "momentum" in case.options
     last = aten.add_.Tensor if adds else aten.addcdiv_.default
     with monkeypatch.context() as patch:
         patch.setattr(Failing, "fails", last)

@@ -110,7 +110,7 @@ every_class = pytest.mark.parametrize("derive", CLASSES, ids=lambda f: f.__name_
 
 
 def options_of(case):
-    more = {"RMSprop": {"eps_inside_sqrt": True}}.get(case.name, {})
+    more = dict.fromkeys(case.table.extras, True)
     return {**case.options, **OPTIONS, **more}
 
 

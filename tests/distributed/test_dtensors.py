@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import REQUIRED, RICHEST, bits, gradient_like, leaf
+from cases import RICHEST, bits, gradient_like, leaf
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -276,7 +276,7 @@ def _misplaced(value):
 @richest
 def test_misplaced_state(case, backend):
     run = Run(case, 2)
-    key = REQUIRED[case.name]
+    key = case.table.required
     good = run.opt.state[run.bad][key]
     for bad, words in _misplaced(good):
         run.opt.state[run.bad][key] = bad
@@ -290,7 +290,7 @@ def test_misplaced_state(case, backend):
 def test_loading_misplaced_state(case, backend):
     """Is found when it is loaded."""
     run = Run(case, 2)
-    key = REQUIRED[case.name]
+    key = case.table.required
     good = run.opt.state_dict()
     for bad, words in _misplaced(good["state"][1][key]):
         saved = copy.deepcopy(good)
