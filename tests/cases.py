@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from optimizers import Table
 from torch import Tensor, nn
@@ -87,6 +88,16 @@ def those_with(option: str) -> list[str]:
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+every_name = pytest.mark.parametrize("name", NAMES)
+every_sparse = pytest.mark.parametrize("name", SPARSE)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+richest_by_options = pytest.mark.parametrize("case", RICHEST, ids=str)
+richest_and_stateless = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
+counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+
 # (rtol, atol) against an exact run of a few steps on values around 1.
 TOLERANCE = {
     torch.float64: (1e-10, 1e-12),

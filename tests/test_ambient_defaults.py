@@ -11,24 +11,22 @@ import sys
 import pytest
 import torch
 from cases import (
-    COUNTING,
-    NAMES,
-    RICHEST,
-    SPARSE,
     Case,
     bits,
+    counting,
     draw,
+    every_name,
+    every_sparse,
     gradient_like,
     leaf,
+    richest,
     step_through,
 )
 from test_checkpoints import through_a_file
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 TENSOR_LR = Case("Adagrad", {"lr": torch.tensor(0.1), "lr_decay": 0.2})
-counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
 
 
 @contextlib.contextmanager
@@ -221,7 +219,7 @@ def test_complex_parameters(case, ambient, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@every_sparse
 @ambient
 def test_sparse_gradients(name, ambient, backend):
     table, grad = torch.randn(6, 3), torch.randn(2, 3)
@@ -237,7 +235,7 @@ def test_sparse_gradients(name, ambient, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 @ambient
 def test_a_learning_rate_that_is_an_integer(name, ambient, backend):
     values, grads = draw([(5,), ()], 3)
@@ -268,7 +266,7 @@ def test_clipping(ambient, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 @ambient
 def test_in_the_backward(name, ambient, backend):
     values, inputs = torch.randn(70, 71), torch.randn(3, 71)

@@ -15,16 +15,16 @@ import seam
 import torch
 import torch.distributed as dist
 from cases import (
-    CASES,
     LAYOUTS,
-    NAMES,
-    RICHEST,
     RICHEST_OF,
     Case,
     assert_trained_alike,
     bits,
+    every_case,
+    every_name,
     gradient_like,
     leaf,
+    richest,
     same_bits,
     snapshot,
 )
@@ -36,9 +36,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedopt
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 reentrant = pytest.mark.parametrize("reentrant", [False, True], ids=["replayed", "reentrant"])
 ADAMW = Case("AdamW", {"lr": 0.1})
 

@@ -11,20 +11,18 @@ import types
 import pytest
 import torch
 from cases import (
-    RICHEST,
     RICHEST_OF,
     assert_trained_alike,
     bits,
     draw,
     leaf,
+    richest,
     snapshot,
     states,
     step_through,
 )
 
 import fusedopt
-
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 class Tagged(dict):

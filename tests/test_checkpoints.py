@@ -10,7 +10,6 @@ import pytest
 import torch
 from cases import (
     CASES,
-    COUNTING,
     EXTRAS,
     RICHEST,
     RICHEST_OF,
@@ -18,9 +17,12 @@ from cases import (
     assert_near,
     assert_trained_alike,
     bits,
+    counting,
     draw,
+    every_case,
     gradient_like,
     leaf,
+    richest,
     snapshot,
     states,
     step_through,
@@ -28,9 +30,7 @@ from cases import (
     train,
 )
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 PLAIN = [case for case in CASES if not set(case.options) & set(EXTRAS)]
-counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
 SHAPES = [(5,), (17, 33), (), (0, 2)]
 
 
@@ -65,7 +65,7 @@ def test_moving_between_stock_and_ours(case, dtype, backend):
         assert_trained_alike(opt, params, reference, expected, narrow)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resuming_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 4, dtype)

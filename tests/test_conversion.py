@@ -26,7 +26,9 @@ from cases import (
     Case,
     bits,
     draw,
+    every_name,
     leaf,
+    richest,
     snapshot,
     step_through,
     those_with,
@@ -38,8 +40,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusedopt
 
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 convert_to = pytest.mark.parametrize("to", ["fusedopt", "torch"])
 
 DOUBLE = functools.partial(torch.tensor, dtype=torch.float64)

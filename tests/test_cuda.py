@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from cases import (
-    CASES,
     DTYPES,
     FLOWS,
     GRAD_LAYOUTS,
@@ -25,8 +24,11 @@ from cases import (
     Case,
     bits,
     draw,
+    every_case,
+    every_dtype,
     gradient_like,
     leaf,
+    richest,
     snapshot,
     states,
     those_with,
@@ -42,9 +44,6 @@ LONG = 600_000_000
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 PLAIN = [
     Case(name, {"lr": 0.1} if table.slots_of({}) else {"lr": 0.1, "momentum": 0.9})
     for name, table in TABLES.items()

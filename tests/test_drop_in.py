@@ -15,7 +15,6 @@ from cases import (
     CASES,
     EXTRAS,
     NAMES,
-    RICHEST,
     RICHEST_OF,
     TABLES,
     Case,
@@ -23,8 +22,11 @@ from cases import (
     assert_trained_alike,
     bits,
     draw,
+    every_name,
     gradient_like,
     leaf,
+    richest,
+    richest_by_options,
     snapshot,
     step_through,
     train,
@@ -38,8 +40,6 @@ from torch.optim.optimizer import (
 
 import fusedopt
 
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 PLAIN = [case for case in CASES if not set(case.options) & set(EXTRAS)]
 
 
@@ -607,7 +607,7 @@ def _one_step(build, p, grad, *state):
     return (p, *(opt.state[p][name] for name in names[: len(state)]))
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_differentiable_step_has_the_gradients_of_stock(case, backend):
     """With respect to the parameter, the gradient and each state tensor."""
     start = [torch.rand(6, dtype=torch.float64) for _ in range(2 + len(case.table.slots))]

@@ -7,20 +7,20 @@ import re
 import pytest
 import torch
 from cases import (
-    COUNTING,
     RICHEST,
     SPARSE,
     Case,
     assert_trained_alike,
     bits,
+    counting,
     draw,
     leaf,
+    richest,
     snapshot,
     step_through,
     those_with,
 )
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(6,), (3, 4), (5, 2), (4, 3)]
 
 
@@ -249,7 +249,7 @@ def test_state_resized_in_place(case, backend):
     run.goes_on()
 
 
-@pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+@counting
 @pytest.mark.parametrize("damage", STEP_DAMAGE)
 def test_corrupted_step(case, damage, backend):
     run = Run(case, 2)
@@ -260,7 +260,7 @@ def test_corrupted_step(case, damage, backend):
     run.goes_on()
 
 
-@pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+@counting
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_step_made_negative_in_place(case, value, backend):
     """The step tensor is still the one that the last step used."""

@@ -13,9 +13,7 @@ import warnings
 import pytest
 import torch
 from cases import (
-    CASES,
     COMPLEX_CASES,
-    DTYPES,
     FLOWS,
     GRAD_LAYOUTS,
     LAYOUTS,
@@ -28,8 +26,13 @@ from cases import (
     assert_trained_alike,
     bits,
     draw,
+    every_case,
+    every_dtype,
+    every_name,
+    every_sparse,
     gradient_like,
     leaf,
+    richest,
     snapshot,
     step_through,
     those_with,
@@ -39,9 +42,6 @@ from torch import nn
 
 import fusedopt
 
-every_name = pytest.mark.parametrize("name", NAMES)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(33,), (2, 3), (), (0,), (2049,)]
 INF, NAN = float("inf"), float("nan")
 
@@ -79,7 +79,7 @@ def clipped_and_stepped(opt, params, grads, max_norms):
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_clipping_is_that_of_torch(case, dtype, backend):
     if dtype.itemsize == 2 and "l1" in case.options:
         # Rounding may change the sign of a parameter, and so its gradient by 2 * l1.
@@ -187,7 +187,7 @@ def test_clipping_of_sparse_gradients(case, backend):
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_a_norm_below_the_limit_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 3, dtype)
     plain, without = train(case.ours, values, grads)
@@ -633,7 +633,7 @@ def scaled_step(opt, params, grads, scale, found_inf):
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_unscaling_by_a_power_of_two_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 3, dtype)
     grads[1][0] = None
@@ -825,7 +825,7 @@ def test_capturable_on_the_cpu(case, backend):
     assert_trained_alike(opt, params, stock, exact)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@every_sparse
 def test_capturable_is_in_no_group_unless_on(name, backend):
     """torch has no such option; one that is on travels through its checkpoints."""
     cls, stock_cls = getattr(fusedopt, name), getattr(torch.optim, name)

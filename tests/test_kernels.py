@@ -15,7 +15,18 @@ from unittest import mock
 import pytest
 import seam
 import torch
-from cases import CASES, DTYPES, NAMES, RICHEST, RICHEST_OF, TABLES, Case, bits, snapshot
+from cases import (
+    DTYPES,
+    RICHEST_OF,
+    TABLES,
+    Case,
+    bits,
+    every_case,
+    every_dtype,
+    every_name,
+    richest,
+    snapshot,
+)
 from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -25,8 +36,6 @@ from test_native import script
 import fusedopt
 
 pytestmark = pytest.mark.usefixtures("kernels")
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 relaxed = settings(
     deadline=None,
     max_examples=12,
@@ -503,7 +512,7 @@ def test_steps_that_the_kernel_counts(case, dtype, kernels):
     assert_same(kernels, run)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_groups_that_count_on_the_device_and_others(case, kernels):
     """One launch for each kind."""
 
@@ -545,7 +554,7 @@ def test_tickets_of_several_tables(amsgrad, kernels):
     assert_same(kernels, run)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
 @every_dtype
 def test_options_on_the_device_change_between_steps(name, kind, dtype, kernels):
@@ -601,7 +610,7 @@ def test_scaling_clipping_and_skipping(case, dtype, kernels):
     assert_same(kernels, run)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_late_parameters_in_a_skipped_step(case, kernels):
     """Their first step is the one that is not skipped."""
 

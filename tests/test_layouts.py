@@ -13,14 +13,15 @@ from cases import (
     DTYPES,
     GRAD_LAYOUTS,
     LAYOUTS,
-    RICHEST,
     Case,
     assert_near,
     assert_trained_alike,
     bits,
     draw,
+    every_case,
     gradient_like,
     leaf,
+    richest,
     same_bits,
     states,
     step_through,
@@ -29,9 +30,6 @@ from cases import (
 from torch import nn
 
 import fusedopt
-
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 def placed(layout, values):

@@ -20,12 +20,14 @@ import torch
 from cases import (
     CASES,
     DTYPES,
-    RICHEST,
     RICHEST_OF,
     assert_near,
     bits,
     draw,
+    every_case,
+    every_dtype,
     leaf,
+    richest,
     snapshot,
     step_through,
     train,
@@ -34,9 +36,6 @@ from cases import (
 import fusedopt
 
 pytestmark = pytest.mark.usefixtures("native")
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 
 

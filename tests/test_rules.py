@@ -13,17 +13,19 @@ from cases import (
     COMPLEX_CASES,
     COUNTING,
     DTYPES,
-    NAMES,
-    RICHEST,
     RICHEST_OF,
-    SPARSE,
     Case,
     assert_near,
     assert_trained_alike,
     bits,
     draw,
+    every_case,
+    every_dtype,
+    every_name,
+    every_sparse,
     gradient_like,
     leaf,
+    richest,
     same_bits,
     snapshot,
     states,
@@ -34,8 +36,6 @@ from cases import (
 import fusedopt
 
 SHAPES = [(), (1,), (5,), (17, 33), (0, 3), (4099,), (2, 3, 4, 5)]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 @every_case
@@ -170,7 +170,7 @@ def test_new_state_does_not_depend_on_memory(case, backend, monkeypatch):
     assert poisoned == plain
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_sgd_does_not_read_the_momentum_buffer_at_its_first_step(dtype, backend):
     case = Case("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True})
     values, grads = draw([(35,), (4, 4)], 3, dtype)
@@ -334,7 +334,7 @@ def test_l1_does_not_move_a_parameter_at_zero(case, backend):
     assert not param.detach().abs().max()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 @pytest.mark.parametrize("l1", [-1e-9, math.nan])
 def test_bad_l1_raises(name, l1):
     with pytest.raises(ValueError, match="Invalid l1 value"):
@@ -408,7 +408,7 @@ def test_sparse_gradients(case, dtype, backend):
             assert_near(state[key].to_dense(), expected[key].to_dense(), key, torch.float32)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@every_sparse
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sparse_gradients_of_fewer_bits(name, dtype, backend):
     """Their squares do not fit into float16; the update has the accuracy of the parameter."""

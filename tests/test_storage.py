@@ -26,17 +26,18 @@ import pytest
 import seam
 import torch
 from cases import (
-    CASES,
     LAYOUTS,
-    NAMES,
     RICHEST,
     RICHEST_OF,
     Case,
     assert_near,
     bits,
     draw,
+    every_case,
+    every_name,
     gradient_like,
     leaf,
+    richest,
     snapshot,
     step_through,
     train,
@@ -49,9 +50,6 @@ import fusedopt
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 INF, NAN = math.inf, math.nan
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 # A case for each number and meaning of state tensors, which is to say for each loop.
 LOOPS = [
     *RICHEST,

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import seam
 import torch
-from cases import CASES, RICHEST, RICHEST_OF, bits, draw, leaf, snapshot, train
+from cases import CASES, RICHEST_OF, bits, draw, leaf, richest, snapshot, train
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(300_000,), (7, 5), (2,), (90, 80)]
 
 

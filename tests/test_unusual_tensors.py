@@ -10,7 +10,17 @@ import random
 import pytest
 import seam
 import torch
-from cases import COUNTING, NAMES, RICHEST, TABLES, Case, draw, leaf, train
+from cases import (
+    COUNTING,
+    RICHEST,
+    TABLES,
+    Case,
+    draw,
+    every_name,
+    leaf,
+    richest_by_options,
+    train,
+)
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -390,7 +400,7 @@ def test_parameters_of_a_subclass(kind, case, backend):
     assert type(ours.state_dict()["state"]) is dict
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("what", ["grad", "state", "both"])
 def test_gradients_and_state_of_a_subclass(case, what, backend):
     """On an ordinary parameter: gradients in 8 bits, or the state of an optimizer in 8 bits."""
@@ -414,7 +424,7 @@ def test_gradients_and_state_of_a_subclass(case, what, backend):
         assert torch.equal(plain(ours.state[p][key]), plain(moment))
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("option", ["l1", "ema", "state_dtype"])
 def test_options_that_torch_lacks_on_a_subclass(case, option, backend):
     """As each of the two tensors alone."""
@@ -448,7 +458,7 @@ def test_what_a_subclass_cannot_do_is_said(options, backend):
     assert not opt.state
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_error_in_the_middle_changes_nothing(case, steps, backend, monkeypatch):
     """The last operator of the loop fails in the second of three parameters."""
@@ -494,7 +504,7 @@ def test_an_error_in_the_middle_changes_nothing(case, steps, backend, monkeypatc
     step(3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_masked_parameters_as_in_torch(name, backend):
     """torch's loops do not know how to update them: an error, and nothing has changed."""
     value = torch.randn(5)

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import RICHEST, bits, gradient_like, leaf
+from cases import RICHEST, bits, gradient_like, leaf, richest
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -29,7 +29,6 @@ from worlds import mesh, on_ranks
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(5, 4), (1, 3), (3, 6)]
 
 

@@ -9,7 +9,16 @@ import pytest
 import seam
 import torch
 import torch.distributed as dist
-from cases import CASES, NAMES, RICHEST, RICHEST_OF, TOLERANCE, bits, those_with
+from cases import (
+    CASES,
+    RICHEST,
+    RICHEST_OF,
+    TOLERANCE,
+    bits,
+    every_name,
+    richest,
+    those_with,
+)
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -36,7 +45,6 @@ from worlds import on_ranks
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
 # Every layout, and every optimizer, but not all of them crossed.
 layouts_and_cases = pytest.mark.parametrize(
@@ -87,7 +95,7 @@ def test_is_one_process(layout, case, native, device="cpu"):
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_all_options(name, backend):
     start, batches = net(), draw_batches(3)
     for case in CASES:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import RICHEST, RICHEST_OF
+from cases import RICHEST_OF, richest
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -32,8 +32,6 @@ from training import (
 from worlds import on_ranks, on_world
 
 import fusedopt
-
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 def groups(model):
