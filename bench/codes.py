@@ -21,7 +21,8 @@ from torch import nn
 import fusedopt
 from bench import report
 
-NUMEL = 64 * 256
+SCALE_ELEMENTS = 64
+NUMEL = SCALE_ELEMENTS * 256
 RATIOS = (1.0, 0.1, 0.01, 0.001, 0.0001)
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "Adam": ("exp_avg_sq", {"betas": (0.9, 0.999)}),
@@ -33,7 +34,7 @@ def measure(name: str, ratio: float, steps: int, seed: int) -> dict[str, float]:
     """Excess of second moments and of steps with 8-bit state, as shares."""
     key, arguments = RULES[name]
     cls = getattr(fusedopt, name)
-    small = torch.arange(NUMEL) % fusedopt.formats.SCALE_ELEMENTS != 0
+    small = torch.arange(NUMEL) % SCALE_ELEMENTS != 0
     scale = torch.where(small, ratio, 1.0)
     torch.manual_seed(seed)
     params = [nn.Parameter(torch.zeros(NUMEL)) for _ in range(2)]
@@ -48,8 +49,7 @@ def measure(name: str, ratio: float, steps: int, seed: int) -> dict[str, float]:
             optimizer.step()
         if step < steps // 2:  # second moments grow to where they stay
             continue
-        state = codes.state[params[0]]
-        decoded = fusedopt.formats.decode(state[key], state[f"{key}_scale"])
+        decoded = codes.state_dict(stock=True)["state"][0][key]
         moments = decoded, exact.state[params[1]][key]
         for i in range(2):
             sums[i, 0] += moments[i][small].double().mean()

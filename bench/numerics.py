@@ -22,13 +22,8 @@ from bench import optimizers, report
 
 NUMEL = 4096  # the smallest tensor that has 8-bit state
 NOISE, DRIFT = 0.1, 0.02  # of the gradients
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "adam": {"lr": 1e-3},
-    "adamw": {"lr": 1e-3},
-    "sgd": {"lr": 1e-3, "momentum": 0.9},
-    "rmsprop": {"lr": 1e-3},
-    "adagrad": {"lr": 1e-2},
-}
+# Beside a learning rate of 1e-3.
+ARGUMENTS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "adagrad": {"lr": 1e-2}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the options of docs/storage.md make of it, for each dtype of the parameters.
 FP32_STATE = {"state_dtype": torch.float32}
@@ -72,7 +67,7 @@ class Contender:
 
 
 def contenders(name: str, dtype: str, start: Tensor) -> dict[str, Contender]:
-    class_name, arguments = optimizers.NAMES[name], ARGUMENTS[name]
+    class_name, arguments = optimizers.NAMES[name], {"lr": 1e-3, **ARGUMENTS.get(name, {})}
     stock, ours = getattr(torch.optim, class_name), getattr(fusedopt, class_name)
     modes = optimizers.stock_modes(class_name)
     result = {

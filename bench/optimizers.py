@@ -7,7 +7,14 @@ import inspect
 
 import torch
 
-NAMES = {name.lower(): name for name in ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad")}
+import fusedopt
+
+# By the names of the command line: every class that fusedopt has.
+NAMES = {
+    name.lower(): name
+    for name in sorted(fusedopt.__all__)
+    if inspect.isclass(getattr(fusedopt, name))
+}
 
 
 def stock_modes(name: str) -> dict[str, dict[str, bool]]:

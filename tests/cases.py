@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from optimizers import Table
 from torch import Tensor, nn
 
 import fusedopt
 
+TABLES = {
+    table.name: table
+    for path in sorted((Path(__file__).parent / "optimizers").glob("[a-z]*.py"))
+    for table in (importlib.import_module(f"optimizers.{path.stem}").TABLE,)
+}
+NAMES = tuple(TABLES)
 # Options that torch.optim does not have; the oracle adds them by hand.
-EXTRAS = ("l1", "eps_inside_sqrt")
+EXTRAS = ("l1", *(option for table in TABLES.values() for option in table.extras))
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,17 +36,20 @@ class Case:
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
 
+    @property
+    def table(self) -> Table:
+        return TABLES[self.name]
+
     def ours(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         return getattr(fusedopt, self.name)(params, **{**copy.deepcopy(self.options), **more})
 
     def stock(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         """torch's for-loop, with the options that it lacks added around or inside it."""
         options = {k: v for k, v in copy.deepcopy(self.options).items() if k not in EXTRAS}
-        inside = self.options.get("eps_inside_sqrt")
-        cls = EpsInsideSqrt if inside else getattr(torch.optim, self.name)
+        cls = self.table.oracle(self.options) or self.table.stock
         opt = cls(params, **{"foreach": False, **options, **more})
         if l1 := self.options.get("l1"):
-            add_l1(opt, l1)
+            add_l1(opt, l1, self.table.is_decoupled)
         return opt
 
     def exact(self, params: Any) -> torch.optim.Optimizer:
@@ -48,79 +62,42 @@ class Case:
         return Case(self.name, {**self.options, **numbers}).stock(params)
 
 
-def _cases(name: str, *options: dict[str, Any]) -> list[Case]:
-    return [Case(name, o) for o in options]
-
-
-CASES = [
-    *_cases(
-        "SGD",
-        {},
-        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-        {"lr": 0.1, "momentum": 0.9},
-        {"lr": 0.1, "momentum": 0.5, "dampening": 0.3, "weight_decay": 0.1},
-        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
-        {"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": torch.tensor(0.1)},
-        {"lr": 0.1, "momentum": 0.9, "l1": 0.02, "maximize": True},
-    ),
-    *_cases(
-        "Adam",
-        {},
-        {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.1},
-        {"lr": 0.1, "betas": (0.3, 0.4), "maximize": True, "eps": 0.01},
-        {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1, "maximize": True},
-        {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1, "decoupled_weight_decay": True},
-        {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.8), torch.tensor(0.95))},
-        {"lr": 0.1, "l1": 0.02, "weight_decay": 0.1, "maximize": True},
-    ),
-    *_cases(
-        "AdamW",
-        {},
-        {"lr": 0.1, "weight_decay": 0.2, "amsgrad": True, "maximize": True},
-        {"lr": torch.tensor([0.1]), "weight_decay": 0.0},
-        {"lr": 0.1, "weight_decay": 0.1, "l1": 0.02},
-    ),
-    *_cases(
-        "RMSprop",
-        {},
-        {"lr": 0.1, "alpha": 0.4, "weight_decay": 0.1, "maximize": True},
-        {"lr": 0.05, "momentum": 0.9},
-        {"lr": 0.05, "centered": True, "alpha": 0.9},
-        {"lr": 0.05, "centered": True, "alpha": 0.5, "momentum": 0.5, "weight_decay": 0.1},
-        {"lr": torch.tensor(0.05), "centered": True, "momentum": 0.5, "maximize": True},
-        {"lr": 0.05, "l1": 0.02},
-        {"lr": 0.05, "eps": 0.01, "eps_inside_sqrt": True, "centered": True, "momentum": 0.5},
-    ),
-    *_cases(
-        "Adagrad",
-        {},
-        {"lr": 0.1, "lr_decay": 0.2, "initial_accumulator_value": 0.1},
-        {"lr": 0.1, "weight_decay": 0.1, "maximize": True, "eps": 0.01},
-        {"lr": torch.tensor(0.1), "lr_decay": 0.2},
-        {"lr": 0.1, "l1": 0.02},
-    ),
-]
+CASES = [Case(name, options) for name, table in TABLES.items() for options in table.cases]
 # torch has no complex rule to compare the extra options with.
 COMPLEX_CASES = [case for case in CASES if not set(case.options) & set(EXTRAS)]
-NAMES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
 # The case of each class that keeps the most state.
-RICHEST = [
-    Case("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    Case("Adam", {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
-    Case("AdamW", {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
-    Case("RMSprop", {"lr": 0.05, "centered": True, "momentum": 0.5, "weight_decay": 0.1}),
-    Case("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
+RICHEST_OF = {name: Case(name, table.richest) for name, table in TABLES.items()}
+RICHEST = [*RICHEST_OF.values()]
+COUNTING = [case for case in RICHEST if case.table.counts_steps]
+# One for each class that can do without any state.
+STATELESS = [
+    Case(name, {"lr": 0.1})
+    for name, table in TABLES.items()
+    if not table.counts_steps and not table.slots_of({})
 ]
-# A state tensor that each class cannot do without, once it has stepped. In SGD a missing buffer
-# means that there was no step yet.
-REQUIRED = {
-    "Adam": "exp_avg_sq",
-    "AdamW": "exp_avg_sq",
-    "RMSprop": "square_avg",
-    "Adagrad": "sum",
-    "SGD": "momentum_buffer",
-}
+SPARSE = [name for name, table in TABLES.items() if table.takes_sparse]
+
+
+def those_with(option: str) -> list[str]:
+    """The classes of which torch's has this option."""
+    return [
+        name
+        for name, table in TABLES.items()
+        if option in inspect.signature(table.stock).parameters
+    ]
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+every_name = pytest.mark.parametrize("name", NAMES)
+every_sparse = pytest.mark.parametrize("name", SPARSE)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+richest_by_options = pytest.mark.parametrize("case", RICHEST, ids=str)
+richest_and_stateless = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
+counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+
 # (rtol, atol) against an exact run of a few steps on values around 1.
 TOLERANCE = {
     torch.float64: (1e-10, 1e-12),
@@ -132,35 +109,8 @@ TOLERANCE = {
 }
 
 
-class EpsInsideSqrt(torch.optim.RMSprop):
-    """p -= lr * g / sqrt(v + eps), written out."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            alpha, sign = group["alpha"], -1 if group["maximize"] else 1
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                for key in ("square_avg", "grad_avg", "momentum_buffer"):
-                    state.setdefault(key, torch.zeros_like(p))
-                state.setdefault("step", torch.tensor(0.0)).add_(1)  # others may share it
-                g = sign * p.grad
-                if group["weight_decay"]:  # as torch: zero times infinity is no number
-                    g = g + group["weight_decay"] * p
-                v = state["square_avg"].mul_(alpha).add_((1 - alpha) * g * g)
-                if group["centered"]:
-                    a = state["grad_avg"].lerp_(g, 1 - alpha)
-                    v = v.addcmul(a, a, value=-1)  # as torch: the square does not overflow
-                g = g / (v + group["eps"]).sqrt()
-                if group["momentum"] > 0:
-                    g = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
-                p.sub_(group["lr"] * g)
-
-
-def add_l1(opt: torch.optim.Optimizer, l1: float) -> None:
-    """The penalty by hand: in the gradient, or for AdamW as p -= lr * l1 * sign(p)."""
+def add_l1(opt: torch.optim.Optimizer, l1: float, is_decoupled: bool) -> None:
+    """The penalty by hand: in the gradient, or decoupled as p -= lr * l1 * sign(p)."""
     signs: dict[Tensor, Tensor] = {}
 
     def before(*_: Any) -> None:
@@ -169,14 +119,14 @@ def add_l1(opt: torch.optim.Optimizer, l1: float) -> None:
                 if p.grad is None:
                     continue
                 signs[p] = p.detach().sign()
-                if not isinstance(opt, torch.optim.AdamW):
+                if not is_decoupled:
                     p.grad = p.grad + (-l1 if group["maximize"] else l1) * signs[p]
 
     @torch.no_grad()
     def after(*_: Any) -> None:
         for group in opt.param_groups:
             for p in group["params"]:
-                if p.grad is not None and isinstance(opt, torch.optim.AdamW):
+                if p.grad is not None and is_decoupled:
                     p.sub_(group["lr"] * l1 * signs[p])
 
     opt.register_step_pre_hook(before)

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 import fusedopt
-from fusedopt import formats, grad_norm, state, tensor_kinds
+from fusedopt import formats, grad_norm, rule, state, tensor_kinds
 
 __all__ = ["formats", "grad_norm"]
 
@@ -131,6 +131,11 @@ def initial_state_of(cls: type, value: float) -> contextlib.AbstractContextManag
     return mock.patch.object(
         state, "initial", lambda record, slot: torch.full_like(record.param, value)
     )
+
+
+def shared_options() -> frozenset[str]:
+    """Those that all classes have, and torch's do not."""
+    return frozenset(rule.Shared.__annotations__)
 
 
 def own_options(cls: Any) -> frozenset[str]:

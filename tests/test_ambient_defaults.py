@@ -10,13 +10,23 @@ import sys
 
 import pytest
 import torch
-from cases import COMPLEX_CASES, NAMES, RICHEST, bits, draw, gradient_like, leaf, step_through
+from cases import (
+    Case,
+    bits,
+    counting,
+    draw,
+    every_name,
+    every_sparse,
+    gradient_like,
+    leaf,
+    richest,
+    step_through,
+)
 from test_checkpoints import through_a_file
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
-counting = pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
+TENSOR_LR = Case("Adagrad", {"lr": torch.tensor(0.1), "lr_decay": 0.2})
 
 
 @contextlib.contextmanager
@@ -196,7 +206,7 @@ def test_a_count_that_its_dtype_cannot_continue(case, saved_as, backend):
         assert opt.state[param]["step"].item() == count
 
 
-@pytest.mark.parametrize("case", COMPLEX_CASES[-1:], ids=str)
+@pytest.mark.parametrize("case", [TENSOR_LR], ids=str)
 @ambient
 def test_complex_parameters(case, ambient, backend):
     values = [torch.randn(4, 5, dtype=torch.complex64)]
@@ -209,7 +219,7 @@ def test_complex_parameters(case, ambient, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@every_sparse
 @ambient
 def test_sparse_gradients(name, ambient, backend):
     table, grad = torch.randn(6, 3), torch.randn(2, 3)
@@ -225,7 +235,7 @@ def test_sparse_gradients(name, ambient, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 @ambient
 def test_a_learning_rate_that_is_an_integer(name, ambient, backend):
     values, grads = draw([(5,), ()], 3)
@@ -256,7 +266,7 @@ def test_clipping(ambient, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 @ambient
 def test_in_the_backward(name, ambient, backend):
     values, inputs = torch.randn(70, 71), torch.randn(3, 71)

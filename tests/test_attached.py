@@ -15,15 +15,16 @@ import seam
 import torch
 import torch.distributed as dist
 from cases import (
-    CASES,
     LAYOUTS,
-    NAMES,
-    RICHEST,
+    RICHEST_OF,
     Case,
     assert_trained_alike,
     bits,
+    every_case,
+    every_name,
     gradient_like,
     leaf,
+    richest,
     same_bits,
     snapshot,
 )
@@ -35,9 +36,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedopt
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 reentrant = pytest.mark.parametrize("reentrant", [False, True], ids=["replayed", "reentrant"])
 ADAMW = Case("AdamW", {"lr": 0.1})
 
@@ -152,7 +150,7 @@ def test_gradients_never_exist_all_at_once(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "column_block"])
 def test_layouts_and_dtypes(name, dtype, layout, backend):
-    case = next(case for case in RICHEST if case.name == name)
+    case = RICHEST_OF[name]
     values = torch.randn(3, 4, 2, 5).to(dtype)
     grads = [gradient_like(values) for _ in range(3)]
     runs = []
@@ -312,7 +310,7 @@ def test_parameters_without_a_gradient_in_a_step(case, backend):
             loss(model["ab"[at % 2]], inputs).backward()
             opt.step()
     assert_same(*here, *there)
-    assert not here[1].state.keys() & {*model["c"].parameters()} or case.name == "Adagrad"
+    assert not here[1].state.keys() & {*model["c"].parameters()} or case.table.makes_state_at_once
 
 
 @richest
@@ -728,8 +726,8 @@ def test_a_second_optimizer_on_a_parameter_is_an_error(backend):
 def test_two_optimizers_share_a_model(backend):
     """Of which each has parameters of its own."""
     (model, _), (twin, _) = both(ADAMW, network(), groups=lambda model: [leaf(torch.ones(1))])
-    opts = attach(ADAMW, model[0]), attach(RICHEST[0], model[2])
-    others = ADAMW.ours(twin[0].parameters()), RICHEST[0].ours(twin[2].parameters())
+    opts = attach(ADAMW, model[0]), attach(RICHEST_OF["SGD"], model[2])
+    others = ADAMW.ours(twin[0].parameters()), RICHEST_OF["SGD"].ours(twin[2].parameters())
     for inputs in batches(3):
         loss(model, inputs).backward()
         loss(twin, inputs).backward()
@@ -822,7 +820,7 @@ def test_an_error_in_the_backward(case, steps, backend):
     for inputs in batches(steps):
         step(model, opt, inputs)
     before = [*map(bits, model.parameters())]
-    key = getattr(fusedopt, case.name)._all_slots[0]
+    key = next(iter(case.table.slots))
     good = opt.state[model[0].bias].copy()
     opt.state[model[0].bias] = {"step": torch.tensor(2.0), **good, key: torch.ones(2, 2)}
     inputs = batches(1)[0]

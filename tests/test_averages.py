@@ -9,12 +9,10 @@ import pickle
 
 import pytest
 import torch
-from cases import RICHEST, bits, gradient_like
+from cases import RICHEST_OF, bits, gradient_like, richest
 from torch import nn
 
 import fusedopt
-
-every_case = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 def make_model(dtype=torch.float32):
@@ -85,7 +83,7 @@ MOVES = {
 }
 
 
-@every_case
+@richest
 @pytest.mark.parametrize("move", MOVES)
 def test_a_model_that_moves_while_it_holds_averages(case, move, backend):
     model = make_model()
@@ -98,7 +96,7 @@ def test_a_model_that_moves_while_it_holds_averages(case, move, backend):
         assert torch.equal(p.detach().to(weight.dtype), weight)
 
 
-@every_case
+@richest
 def test_training_goes_on_after_a_conversion(case, backend):
     model, twin = make_model(), make_model()
     twin.load_state_dict(model.state_dict())
@@ -119,7 +117,7 @@ def test_training_goes_on_after_a_conversion(case, backend):
 @pytest.mark.parametrize("options", [{"master_weights": "split"}, {"rounding": "stochastic"}, {}])
 def test_half_weights_through_float32(options, backend):
     model = make_model(torch.bfloat16)
-    opt = train(RICHEST[0], model, **options)
+    opt = train(RICHEST_OF["SGD"], model, **options)
     before = weights(model)
     with opt.swap_ema():
         model.float().bfloat16()
@@ -130,7 +128,7 @@ def test_half_weights_through_float32(options, backend):
 def test_a_conversion_that_stays(dtype, backend):
     """As the weights would have been converted."""
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     expected = [bits(p.detach().to(dtype)) for p in model.parameters()]
     with opt.swap_ema():
         model.to(dtype)
@@ -139,13 +137,13 @@ def test_a_conversion_that_stays(dtype, backend):
 
 def test_a_swap_in_inference_mode(backend):
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     with torch.inference_mode(), opt.swap_ema():
         model.double().float()
     assert weights(model) == before
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     with torch.inference_mode():
         context = opt.swap_ema()
@@ -185,7 +183,7 @@ def overlapping(p):
     p.data = torch.zeros(1).expand(p.shape)
 
 
-@every_case
+@richest
 @pytest.mark.parametrize(
     "change",
     [other_shape, meta, no_storage, short_storage, complex_numbers, integers, overlapping],
@@ -234,7 +232,7 @@ def test_autograd_notices(backend):
         loss.backward()
 
 
-@every_case
+@richest
 def test_groups_that_change_meanwhile(case, backend):
     params = [nn.Parameter(torch.randn(3)) for _ in range(3)]
     opt = case.ours([{"params": params[:1]}, {"params": params[1:]}], ema=0.5)
@@ -250,7 +248,7 @@ def test_groups_that_change_meanwhile(case, backend):
     assert [*map(bits, params)] == before and bits(new) == value
 
 
-@every_case
+@richest
 def test_a_checkpoint_loaded_meanwhile(case, backend):
     model = make_model()
     opt = train(case, model)
@@ -266,7 +264,7 @@ def test_a_checkpoint_loaded_meanwhile(case, backend):
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)], ids=str)
 def test_contexts_that_end_in_any_order(order, backend):
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     contexts = [opt.swap_ema() for _ in order]
     for context in contexts:
@@ -281,7 +279,7 @@ def test_contexts_that_end_in_any_order(order, backend):
 
 def test_a_context_that_is_dropped(backend):
     model = make_model()
-    opt = train(RICHEST[0], model)
+    opt = train(RICHEST_OF["SGD"], model)
     before = weights(model)
     context = opt.swap_ema()
     context.__enter__()
@@ -322,7 +320,7 @@ WRAPPERS = {"delegating": Delegating, "copy of __dict__": CopyOfDict, "copy.copy
 every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
 
-@every_case
+@richest
 @every_wrapper
 def test_swaps_through_a_wrapper(case, wrap, backend):
     model = make_model()
@@ -342,7 +340,7 @@ def test_swaps_through_a_wrapper(case, wrap, backend):
     assert weights(model) != before
 
 
-@every_case
+@richest
 @every_wrapper
 def test_options_through_a_wrapper(case, wrap, backend):
     p = nn.Parameter(torch.randn(3))
@@ -371,7 +369,7 @@ def test_options_through_a_wrapper(case, wrap, backend):
         assert not other.amp_fused and not hasattr(other, "_step_supports_amp_scaling")
 
 
-@every_case
+@richest
 @every_wrapper
 def test_a_scaler_through_a_wrapper(case, wrap, backend):
     """It leaves the scale on what it is given; the step must find it."""
@@ -412,7 +410,7 @@ def via_pickle(opt):
     return pickle.loads(pickle.dumps(opt))
 
 
-@every_case
+@richest
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, via_pickle])
 def test_copies_made_within_a_swap(case, duplicate, backend):
     """They are optimizers of the averages, and their own; of the original nothing changes."""
@@ -433,7 +431,7 @@ def test_copies_made_within_a_swap(case, duplicate, backend):
         opt.step()
 
 
-@every_case
+@richest
 def test_shallow_copies_step_the_same_parameters(case, backend):
     model = make_model()
     opt = train(case, model)
@@ -462,7 +460,7 @@ def test_no_conversion_within_a_swap(backend):
 # Parameters without a gradient ------------------------------------------------------------------
 
 
-@every_case
+@richest
 def test_averages_of_frozen_parameters(case, backend):
     """A parameter without a gradient is left alone, with its state. Until its first gradient its
     average is the parameter, and so it begins wherever that is."""
@@ -495,7 +493,7 @@ def average_the_idle(optimizer, *_):
                 average.lerp_(param.to(average.dtype), 1 - group["ema"])
 
 
-@every_case
+@richest
 def test_a_hook_that_averages_them_too(case, backend):
     """With it the averages are those that torch's AveragedModel keeps."""
     model = make_model()

@@ -10,11 +10,19 @@ import types
 
 import pytest
 import torch
-from cases import RICHEST, assert_trained_alike, bits, draw, leaf, snapshot, states, step_through
+from cases import (
+    RICHEST_OF,
+    assert_trained_alike,
+    bits,
+    draw,
+    leaf,
+    richest,
+    snapshot,
+    states,
+    step_through,
+)
 
 import fusedopt
-
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 class Tagged(dict):
@@ -305,7 +313,7 @@ def test_what_torch_refuses_too(case, change, backend):
 
 
 def test_a_pre_hook_may_return_another_mapping(backend):
-    (case,) = (case for case in RICHEST if case.name == "Adam")
+    case = RICHEST_OF["Adam"]
     params, saved = trained(case)
     params, opt = loaded(case.ours, params, saved)
     expected = snapshot(opt)

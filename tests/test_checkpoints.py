@@ -11,26 +11,26 @@ import torch
 from cases import (
     CASES,
     EXTRAS,
-    REQUIRED,
     RICHEST,
+    RICHEST_OF,
     Case,
     assert_near,
     assert_trained_alike,
     bits,
+    counting,
     draw,
+    every_case,
     gradient_like,
     leaf,
+    richest,
     snapshot,
     states,
     step_through,
+    those_with,
     train,
 )
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 PLAIN = [case for case in CASES if not set(case.options) & set(EXTRAS)]
-counting = pytest.mark.parametrize(
-    "case", [case for case in RICHEST if case.name != "SGD"], ids=lambda case: case.name
-)
 SHAPES = [(5,), (17, 33), (), (0, 2)]
 
 
@@ -65,7 +65,7 @@ def test_moving_between_stock_and_ours(case, dtype, backend):
         assert_trained_alike(opt, params, reference, expected, narrow)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resuming_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 4, dtype)
@@ -165,11 +165,11 @@ def test_options_switched_on_at_resume(before, after, saved_by, backend):
 
 
 SWITCHES = [
-    (RICHEST[1], {"amsgrad": False}),
-    (RICHEST[2], {"amsgrad": False}),
-    (RICHEST[3], {"centered": False}),
-    (RICHEST[3], {"momentum": 0.0}),
-    (RICHEST[0], {"momentum": 0.0, "nesterov": False}),
+    (RICHEST_OF["Adam"], {"amsgrad": False}),
+    (RICHEST_OF["AdamW"], {"amsgrad": False}),
+    (RICHEST_OF["RMSprop"], {"centered": False}),
+    (RICHEST_OF["RMSprop"], {"momentum": 0.0}),
+    (RICHEST_OF["SGD"], {"momentum": 0.0, "nesterov": False}),
 ]
 
 
@@ -397,7 +397,7 @@ def _trained(case):
 
 def _harmless(case, damage):
     """SGD counts no steps, its buffer may be missing, and that of sparse gradients is sparse."""
-    return case.name == "SGD" and any(w in damage for w in ("step", "required", "sparse"))
+    return not case.table.counts_steps and any(w in damage for w in ("step", "required", "sparse"))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_hostile_state_dicts(case, damage, backend):
     """A clear TypeError or ValueError, and the optimizer is what it was and goes on."""
     params, opt = _trained(case)
     _, source = _trained(case)
-    saved = HOSTILE[damage](copy.deepcopy(source.state_dict()), REQUIRED[case.name])
+    saved = HOSTILE[damage](copy.deepcopy(source.state_dict()), case.table.required)
     before = snapshot(opt)
     with pytest.raises((TypeError, ValueError)) as error:
         opt.load_state_dict(saved)
@@ -459,8 +459,8 @@ def test_a_load_hook_that_raises_changes_nothing(case, backend):
 
 @pytest.mark.parametrize(
     ("case", "flag"),
-    [(c, "fused") for c in RICHEST if c.name != "RMSprop"]
-    + [(c, "capturable") for c in RICHEST[1:4]],
+    [(c, "fused") for c in map(RICHEST_OF.get, those_with("fused"))]
+    + [(c, "capturable") for c in map(RICHEST_OF.get, those_with("capturable"))],
     ids=lambda v: v if isinstance(v, str) else v.name,
 )
 def test_a_stock_checkpoint_made_with_other_flags(case, flag, backend):

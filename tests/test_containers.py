@@ -8,11 +8,18 @@ from collections import OrderedDict, UserDict, UserList, defaultdict
 
 import pytest
 import torch
-from cases import RICHEST, Case, assert_near, gradient_like, leaf, snapshot
+from cases import (
+    NAMES,
+    Case,
+    assert_near,
+    gradient_like,
+    leaf,
+    richest_and_stateless,
+    richest_by_options,
+    snapshot,
+)
 from torch import Tensor, nn
 
-cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=str)
 SHAPES = [(3, 2), (5,), ()]
 
 
@@ -151,7 +158,7 @@ STATES = {
 }
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("after", [0, 2])
 def test_the_state_of_an_optimizer(case, kind, after, backend):
@@ -163,7 +170,7 @@ def test_the_state_of_an_optimizer(case, kind, after, backend):
     step_both(opts, both, 2)
     assert opts[0].state is replaced
     assert_same(opts, both)
-    if factory is not None and after == 0 and case.name != "Adagrad":
+    if factory is not None and after == 0 and not case.table.makes_state_at_once:
         assert {type(s) for s in replaced.values()} <= {factory}
         assert replaced.default_factory is factory
     if isinstance(replaced, OrderedDict):
@@ -196,7 +203,7 @@ ENTRIES = {
 }
 
 
-@richest
+@richest_by_options
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_the_state_of_a_parameter(case, kind, backend):
     opts, both = pair(case, lambda opt: None)
@@ -220,7 +227,7 @@ def test_the_state_of_a_parameter(case, kind, backend):
     assert_same(opts, both)
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("first", [False, True])
 def test_dicts_that_a_user_holds_stay_in_use(case, first, backend):
     opts, both = pair(case, lambda opt: None)
@@ -237,7 +244,7 @@ def test_dicts_that_a_user_holds_stay_in_use(case, first, backend):
     assert_same(opts, both)
 
 
-@richest
+@richest_by_options
 @pytest.mark.parametrize("kind", ["OrderedDict", "UserDict", "subclass with entries elsewhere"])
 @pytest.mark.parametrize(
     "options", [{"max_grad_norm": 0.5}, {"ema": 0.9}, {"state_dtype": "8bit"}], ids=str
@@ -303,7 +310,7 @@ CHANGES |= {
 }
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("after", [0, 2])
 def test_groups_of_other_classes(case, kind, after, backend):
@@ -333,7 +340,7 @@ def test_groups_of_other_classes(case, kind, after, backend):
 
 
 def test_an_option_that_a_group_computes_is_the_one_that_counts(backend):
-    for name in ("Adam", "SGD", "RMSprop", "Adagrad", "AdamW"):
+    for name in NAMES:
         opts, both = pair(Case(name, {"lr": 0.5}), regroup(Scheduled))
         for group in opts[1].param_groups:
             group["lr"] = 0.03
@@ -355,14 +362,14 @@ def test_a_group_that_only_reads(backend):
     assert_same(opts, both)
 
 
-@richest
+@richest_by_options
 def test_parameters_added_to_lists_of_other_classes(case, backend):
     opts, both = pair(case, with_params(UserList))
     step_both(opts, both, 2)
     late = leaf(torch.ones(4)), leaf(torch.ones(4))
     for opt, p in zip(opts, late, strict=True):
         opt.param_groups[1]["params"].append(p)
-    if case.name == "Adagrad":  # as its constructor would
+    if case.table.makes_state_at_once:  # as its constructor would
         for opt, p in zip(opts, late, strict=True):
             opt.state[p] = {"step": torch.tensor(0.0), "sum": torch.zeros(4)}
     both = [[*ps, p] for ps, p in zip(both, late, strict=True)]
@@ -382,7 +389,7 @@ FLAGS = [
 ]
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("after", [0, 2])
 def test_flags_that_are_none_are_off(case, flag, after, backend):
@@ -404,7 +411,7 @@ def test_flags_that_are_none_are_off(case, flag, after, backend):
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"ema": 0.9}], ids=str)
 def test_float8_gradients(case, dtype, options, backend):
@@ -427,7 +434,7 @@ def test_float8_gradients(case, dtype, options, backend):
             assert_near(value, opts[1].state[params[1]][key], key)
 
 
-@cases
+@richest_and_stateless
 def test_the_message_about_threads_is_for_threads(case, backend):
     """All at once: unusual containers with unusual tensors."""
     params = [leaf(torch.randn(4)), torch.randn(4, 4)[:, ::2].requires_grad_()]

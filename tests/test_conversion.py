@@ -16,7 +16,23 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, EXTRAS, NAMES, RICHEST, Amp, Case, bits, draw, leaf, snapshot, step_through
+from cases import (
+    CASES,
+    EXTRAS,
+    NAMES,
+    RICHEST,
+    RICHEST_OF,
+    Amp,
+    Case,
+    bits,
+    draw,
+    every_name,
+    leaf,
+    richest,
+    snapshot,
+    step_through,
+    those_with,
+)
 from conftest import skip_or_fail
 from torch import nn
 from torch.optim import lr_scheduler
@@ -24,8 +40,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusedopt
 
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 convert_to = pytest.mark.parametrize("to", ["fusedopt", "torch"])
 
 DOUBLE = functools.partial(torch.tensor, dtype=torch.float64)
@@ -172,7 +186,7 @@ def test_to_torch_is_what_torch_makes(case):
     assert getattr(opt, flag, None) == getattr(expected.opt, flag, None)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("name", those_with("capturable"))
 @convert_to
 def test_capturable(name, to):
     """Can be made on a CPU, and not be stepped there by either library."""
@@ -308,7 +322,7 @@ def test_schedulers_go_on(case, to, schedule, convert_at):
 
 @convert_to
 def test_a_scheduler_that_is_stepped_too_early_still_warns(to):
-    case = RICHEST[0]
+    case = RICHEST_OF["SGD"]
     opt = build(case, other(to), [torch.ones(2)])
     scheduler = lr_scheduler.StepLR(opt, 1)
     convert(opt, scheduler)
@@ -318,7 +332,7 @@ def test_a_scheduler_that_is_stepped_too_early_still_warns(to):
 
 @convert_to
 def test_schedulers_that_come_after_the_conversion(to):
-    opt = build(RICHEST[0], other(to), [torch.ones(2)])
+    opt = build(RICHEST_OF["SGD"], other(to), [torch.ones(2)])
     lr_scheduler.StepLR(opt, 1)
     convert(opt)
     convert(opt)
@@ -335,7 +349,7 @@ def test_schedulers_that_come_after_the_conversion(to):
 @convert_to
 def test_schedulers_make_no_cycle(to):
     """A converted optimizer is freed at once, with its state, as torch's are."""
-    opt = build(RICHEST[0], other(to), [torch.ones(2)])
+    opt = build(RICHEST_OF["SGD"], other(to), [torch.ones(2)])
     scheduler = lr_scheduler.StepLR(opt, 1)
     alive = weakref.ref(convert(opt, scheduler))
     gc.disable()
@@ -356,7 +370,7 @@ def test_hooks_stay(case, to, backend):
         return lambda *_: calls.append(name)
 
     opt = run.opt
-    if case.name != "SGD":
+    if case.table.counts_steps:
         lr_scheduler.StepLR(opt, 1)
     opt.register_step_pre_hook(log("step pre"))
     opt.register_step_post_hook(log("step post"))
@@ -384,7 +398,7 @@ UNUSED_CLASS = """
 import sys, torch, fusedopt
 to = sys.argv[1]
 origin, target = (torch.optim, fusedopt) if to == "fusedopt" else (fusedopt, torch.optim)
-for name in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad"):
+for name in sys.argv[2:]:
     p = torch.ones(3, requires_grad=True)
     opt = getattr(origin, name)([p], lr=0.1)
     calls = []
@@ -403,7 +417,7 @@ for name in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad"):
 @convert_to
 def test_a_class_that_nobody_has_used_yet(to):
     """torch makes ``step`` run hooks when the first optimizer of a class is constructed."""
-    command = [sys.executable, "-W", "error", "-c", UNUSED_CLASS, to]
+    command = [sys.executable, "-W", "error", "-c", UNUSED_CLASS, to, *NAMES]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -412,7 +426,10 @@ def test_a_class_that_nobody_has_used_yet(to):
     "case",
     [
         *RICHEST,
-        *(Case(c.name, {**c.options, "fused": True}) for c in RICHEST if c.name != "RMSprop"),
+        *(
+            Case(c.name, {**c.options, "fused": True})
+            for c in map(RICHEST_OF.get, those_with("fused"))
+        ),
     ],
     ids=str,
 )
@@ -606,7 +623,7 @@ def test_a_step_that_was_replaced(name, to, replace):
 
 @convert_to
 def test_schedulers_of_others(to):
-    opt, another = (build(RICHEST[0], other(to), [leaf(torch.ones(3))]) for _ in range(2))
+    opt, another = (build(RICHEST_OF["SGD"], other(to), [leaf(torch.ones(3))]) for _ in range(2))
     mine, foreign = (lr_scheduler.StepLR(each, 1) for each in (opt, another))
     plateau = lr_scheduler.ReduceLROnPlateau(another)
     for schedulers, name in [
@@ -773,7 +790,7 @@ def test_construction_while_patched(name, backend):
 @every_name
 def test_stock_optimizers_while_patched(name, backend):
     values, grads = drawn(6)
-    case = next(case for case in RICHEST if case.name == name)
+    case = RICHEST_OF[name]
     expected = Run(case, "torch", values).go(grads)
     run = Run(case, "torch", values).go(grads[:2])
     with fusedopt.patch():
@@ -793,7 +810,7 @@ def test_stock_optimizers_while_patched(name, backend):
 @every_name
 def test_what_is_made_while_patched_outlives_it(name, backend):
     values, grads = drawn(4)
-    case = next(case for case in RICHEST if case.name == name)
+    case = RICHEST_OF[name]
     expected = Run(case, "fusedopt", values).go(grads)
     with fusedopt.patch():
         run = Run(case, "torch", values).go(grads[:2])
@@ -828,7 +845,7 @@ def test_classes_that_inherit_while_patched(name, backend):
 def test_schedulers_and_checkpoints_while_patched(backend):
     """torch's own code asks for its base class only."""
     values, grads = drawn(6)
-    case = RICHEST[2]
+    case = RICHEST_OF["AdamW"]
     expected = Run(case, "torch", values)
     schedule = lr_scheduler.StepLR(expected.opt, 2, 0.5)
     with fusedopt.patch():

@@ -13,22 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 from cases import (
-    CASES,
     DTYPES,
     FLOWS,
     GRAD_LAYOUTS,
     LAYOUTS,
-    NAMES,
     RICHEST,
+    TABLES,
     TOLERANCE,
     Amp,
     Case,
     bits,
     draw,
+    every_case,
+    every_dtype,
     gradient_like,
     leaf,
+    richest,
     snapshot,
     states,
+    those_with,
 )
 from torch import nn
 
@@ -41,12 +44,9 @@ LONG = 600_000_000
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 PLAIN = [
-    Case("SGD", {"lr": 0.1, "momentum": 0.9}),
-    *(Case(name, {"lr": 0.1}) for name in NAMES[1:]),
+    Case(name, {"lr": 0.1} if table.slots_of({}) else {"lr": 0.1, "momentum": 0.9})
+    for name, table in TABLES.items()
 ]
 plain = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -268,7 +268,7 @@ def test_complex_and_sparse_take_the_python_rule(case):
     exact, _ = train_on(DEVICE, case.stock, values, grads)
     for p, q in zip(params, exact, strict=True):
         assert_near(torch.view_as_real(p.detach()), torch.view_as_real(q.detach()))
-    if case.name not in ("SGD", "Adagrad"):
+    if not case.table.takes_sparse:
         return
     rows = torch.sparse_coo_tensor([[0, 3, 0]], 1 + torch.rand(3, 2), (5, 2)).coalesce()
     values, grads = [torch.randn(5, 2), torch.randn(4)], [[rows, torch.randn(4)]] * 3
@@ -531,7 +531,7 @@ def captured(opt):
 def graph_case(case):
     """With the options that may be tensors on the device as such."""
     options = {**case.options, "lr": torch.tensor(0.1, device=DEVICE)}
-    if case.name.startswith("Adam"):
+    if "betas" in case.table.numbers:
         options["betas"] = tuple(torch.tensor(b, device=DEVICE) for b in (0.9, 0.99))
     return Case(case.name, options)
 
@@ -926,7 +926,7 @@ def test_checkpoints_between_devices(case, there, mapped):
 
 
 MODES = [
-    *((name, "capturable") for name in ("Adam", "AdamW", "RMSprop")),
+    *((name, "capturable") for name in those_with("capturable")),
     *((name, "fused") for name in ("Adam", "AdamW", "SGD")),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import RICHEST, Case, assert_near
+from cases import RICHEST, Case, assert_near, richest_by_options
 
 FEW = [
     *RICHEST,
@@ -64,7 +64,7 @@ def test_gradients_through_some_steps(case, backend):
         torch.testing.assert_close(here, there, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_float32_is_no_further_than_its_roundings(case, backend):
     """And the parameter, its gradients and the state keep their dtype."""
     start = torch.rand(6)

@@ -15,14 +15,18 @@ from cases import (
     CASES,
     EXTRAS,
     NAMES,
-    RICHEST,
+    RICHEST_OF,
+    TABLES,
     Case,
     assert_near,
     assert_trained_alike,
     bits,
     draw,
+    every_name,
     gradient_like,
     leaf,
+    richest,
+    richest_by_options,
     snapshot,
     step_through,
     train,
@@ -36,8 +40,6 @@ from torch.optim.optimizer import (
 
 import fusedopt
 
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 PLAIN = [case for case in CASES if not set(case.options) & set(EXTRAS)]
 
 
@@ -63,7 +65,7 @@ def outcome(build, *args, **kwargs):
 def test_signature(name):
     ours, stock = (inspect.signature(cls.__init__).parameters for cls in both(name))
     extras = {key for key in ours if key not in stock}
-    known = {*EXTRAS, *seam.formats.OPTIONS, "max_grad_norm", "amp_fused", "capturable"}
+    known = {*EXTRAS, *seam.shared_options(), "capturable"}
     assert extras <= known
     assert all(ours[key].kind is inspect.Parameter.KEYWORD_ONLY for key in extras)
     assert not any(ours[key].default for key in extras)
@@ -234,7 +236,7 @@ def test_groups_and_state_look_like_stock(case, dtype, backend):
 @richest
 def test_state_before_the_first_step(case):
     params = [leaf(torch.ones(2)), leaf(torch.ones(2, dtype=torch.complex64))]
-    more = {"initial_accumulator_value": 0.25} if case.name == "Adagrad" else {}
+    more = {"initial_accumulator_value": 0.25} if case.table.makes_state_at_once else {}
     ours, stock = case.ours(params, **more), case.stock(params, **more)
     assert len(ours.state) == len(stock.state)
     for p in params if stock.state else []:
@@ -245,7 +247,7 @@ def test_state_before_the_first_step(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 def test_state_of_parameters_that_came_later(case, dtype, backend):
     """By add_param_group; Adagrad makes the state of these in step(), not in the constructor."""
-    more = {"initial_accumulator_value": 0.25} if case.name == "Adagrad" else {}
+    more = {"initial_accumulator_value": 0.25} if case.table.makes_state_at_once else {}
     runs = []
     values = [torch.randn(5).to(dtype) for _ in range(2)]
     grads = [[gradient_like(v) for v in values] for _ in range(3)]
@@ -595,28 +597,20 @@ def _one_step(build, p, grad, *state):
     p = p.clone()
     opt = build([p], differentiable=True)
     p.grad = grad.clone()
-    names = STATE_NAMES[type(opt).__name__]
+    table = TABLES[type(opt).__name__]
+    names = [*table.slots]
     if state:
         opt.state[p] = {k: v.clone() for k, v in zip(names, state, strict=True)}
-        if type(opt).__name__ != "SGD":
+        if table.counts_steps:
             opt.state[p]["step"] = torch.tensor(3.0)
     opt.step()
     return (p, *(opt.state[p][name] for name in names[: len(state)]))
 
 
-STATE_NAMES = {
-    "SGD": ("momentum_buffer",),
-    "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    "AdamW": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    "RMSprop": ("square_avg", "grad_avg", "momentum_buffer"),
-    "Adagrad": ("sum",),
-}
-
-
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_differentiable_step_has_the_gradients_of_stock(case, backend):
     """With respect to the parameter, the gradient and each state tensor."""
-    start = [torch.rand(6, dtype=torch.float64) for _ in range(2 + len(STATE_NAMES[case.name]))]
+    start = [torch.rand(6, dtype=torch.float64) for _ in range(2 + len(case.table.slots))]
     results = []
     for build in (case.ours, case.stock):
         inputs = [t.clone().requires_grad_() for t in start]
@@ -631,7 +625,7 @@ def test_differentiable_first_step_of_momentum(backend):
     """Stock's first momentum buffer is a constant; so is ours."""
     start = [torch.rand(6, dtype=torch.float64) for _ in range(2)]
     results = []
-    for build in (RICHEST[0].ours, RICHEST[0].stock):
+    for build in (RICHEST_OF["SGD"].ours, RICHEST_OF["SGD"].stock):
         inputs = [t.clone().requires_grad_() for t in start]
         (p,) = _one_step(build, *inputs)
         results.append(torch.autograd.grad(p.square().sum(), inputs))

@@ -6,9 +6,21 @@ import re
 
 import pytest
 import torch
-from cases import RICHEST, Case, assert_trained_alike, bits, draw, leaf, snapshot, step_through
+from cases import (
+    RICHEST,
+    SPARSE,
+    Case,
+    assert_trained_alike,
+    bits,
+    counting,
+    draw,
+    leaf,
+    richest,
+    snapshot,
+    step_through,
+    those_with,
+)
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(6,), (3, 4), (5, 2), (4, 3)]
 
 
@@ -153,7 +165,7 @@ def test_sparse_gradient_in_the_last_parameter(case, steps, backend):
 
 
 def test_l1_with_sparse_gradients(backend):
-    for name in ("SGD", "Adagrad"):
+    for name in SPARSE:
         run = Run(Case(name, {"lr": 0.1, "l1": 0.1}), 1)
         run.bad.grad = _sparse_like(run.bad)
         run.fails(RuntimeError, "l1", "sparse", *where())
@@ -237,7 +249,7 @@ def test_state_resized_in_place(case, backend):
     run.goes_on()
 
 
-@pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
+@counting
 @pytest.mark.parametrize("damage", STEP_DAMAGE)
 def test_corrupted_step(case, damage, backend):
     run = Run(case, 2)
@@ -248,7 +260,7 @@ def test_corrupted_step(case, damage, backend):
     run.goes_on()
 
 
-@pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
+@counting
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_step_made_negative_in_place(case, value, backend):
     """The step tensor is still the one that the last step used."""
@@ -336,18 +348,9 @@ def test_inference_parameters(case, backend):
 
 # Group values ---------------------------------------------------------------------------------
 
-NUMBERS = {
-    "SGD": ("lr", "momentum", "dampening", "weight_decay"),
-    "Adam": ("lr", "betas", "eps", "weight_decay"),
-    "AdamW": ("lr", "betas", "eps", "weight_decay"),
-    "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum"),
-    "Adagrad": ("lr", "lr_decay", "eps", "weight_decay"),
-}
-
-
 every_number = pytest.mark.parametrize(
     ("case", "key"),
-    [(case, key) for case in RICHEST for key in NUMBERS[case.name]],
+    [(case, key) for case in RICHEST for key in case.table.numbers],
     ids=lambda v: v if isinstance(v, str) else v.name,
 )
 
@@ -374,7 +377,7 @@ def test_missing_group_values(case, key, steps, backend):
     run.goes_on()
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("name", those_with("capturable"))
 def test_capturable_on_the_cpu(name, backend):
     """As with stock, an error; and one that comes before anything is written."""
     if backend == "kernels":

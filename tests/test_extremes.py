@@ -4,60 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, leaf
+from cases import TABLES, TOLERANCE, Case, leaf
 from torch import Tensor
 
 SCALES = (0.0, 1e-45, 1e-38, 1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e18, 1e30, 1e38)
 STEPS = 4
 
-EXTREME = {
-    "SGD": [
-        {"lr": 1e10},
-        {"lr": 1e-30},
-        {"lr": 0.0, "momentum": 0.9},
-        {"lr": 1e10, "momentum": 0.99999, "nesterov": True},
-        {"lr": 0.1, "momentum": 0.9, "dampening": 1.0},
-        {"lr": 0.1, "weight_decay": 1e10},
-        {"lr": 1e-12, "l1": 1e10},
-    ],
-    "Adam": [
-        {"betas": (0.9, 0.99999)},
-        {"betas": (0.99999, 0.99999)},
-        {"betas": (0.0, 0.0)},
-        {"betas": (0.0, 0.99999), "amsgrad": True},
-        {"betas": (0.99999, 0.0)},
-        {"eps": 1e-30},
-        {"eps": 0.0},
-        {"eps": 1e10},
-        {"lr": 1e10},
-        {"lr": 1e-30},
-        {"lr": 1e10, "betas": (0.9, 0.99999), "eps": 1e-30, "weight_decay": 1e-10},
-    ],
-    "AdamW": [
-        {"betas": (0.9, 0.99999), "eps": 1e-30},
-        {"lr": 1e10},
-        {"lr": 1e10, "eps": 1e-30, "weight_decay": 1e10},
-        {"lr": 0.0, "weight_decay": 1e10},
-    ],
-    "RMSprop": [
-        {"alpha": 0.99999},
-        {"alpha": 0.0},
-        {"alpha": 1.0},
-        {"eps": 1e-30},
-        {"eps": 0.0},
-        {"eps": 1e-30, "eps_inside_sqrt": True},
-        {"lr": 1e10, "momentum": 0.99999},
-    ],
-    "Adagrad": [
-        {"lr": 1e10},
-        {"eps": 1e-30},
-        {"eps": 0.0},
-        {"lr_decay": 1e10},
-        {"initial_accumulator_value": 6e4},
-        {"initial_accumulator_value": 1e-30, "lr": 1e10},
-    ],
-}
-CASES = [Case(name, options) for name, all_options in EXTREME.items() for options in all_options]
+CASES = [Case(name, options) for name, table in TABLES.items() for options in table.extremes]
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

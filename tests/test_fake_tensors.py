@@ -8,7 +8,15 @@ import contextlib
 import pytest
 import seam
 import torch
-from cases import CASES, NAMES, RICHEST, Case
+from cases import (
+    COUNTING,
+    TABLES,
+    Case,
+    every_case,
+    every_name,
+    richest_by_options,
+    those_with,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -54,7 +62,7 @@ def assert_fake(opt, steps):
                     assert value.shape == param.shape
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize(
     ("options", "made", "stepped"),
     [
@@ -65,7 +73,7 @@ def assert_fake(opt, steps):
     ],
 )
 def test_two_steps_and_a_checkpoint(case, options, made, stepped, backend):
-    if case.name == "RMSprop" and options in ("fused", "foreach"):
+    if case.name not in those_with("fused") and options in ("fused", "foreach"):
         pytest.skip("RMSprop has no fused=")
     mode = FakeTensorMode()
 
@@ -98,7 +106,7 @@ def test_two_steps_and_a_checkpoint(case, options, made, stepped, backend):
     assert (opt.grad_norm is not None) is ("max_grad_norm" in OPTIONS[options])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_options_of_torch(case, backend):
     with FakeTensorMode():
         model = _model()
@@ -117,7 +125,7 @@ def test_options_of_torch(case, backend):
     assert_fake(opt, 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_a_learning_rate_with_data(name, backend):
     """A tensor from outside of the mode."""
     mode = FakeTensorMode()
@@ -131,12 +139,12 @@ def test_a_learning_rate_with_data(name, backend):
     assert type(opt.param_groups[0]["lr"]) is torch.Tensor
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_complex_sparse_and_half_parameters(name, backend):
     with FakeTensorMode():
         params = [nn.Parameter(torch.randn(5, dtype=d)) for d in (torch.complex64, torch.float16)]
         params[0].grad, params[1].grad = torch.randn_like(params[0]), torch.randn_like(params[1])
-        if name in ("SGD", "Adagrad"):
+        if TABLES[name].takes_sparse:
             table = nn.Parameter(torch.randn(5, 3))
             if name == "SGD":
                 table.grad = torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 3), (5, 3))
@@ -147,7 +155,7 @@ def test_complex_sparse_and_half_parameters(name, backend):
     assert_fake(opt, 2)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("name", [case.name for case in COUNTING])
 def test_a_count_without_a_value(name, backend):
     """As torch's fused optimizers make it, and RMSprop always."""
     with FakeTensorMode():
@@ -163,7 +171,7 @@ def test_a_count_without_a_value(name, backend):
     assert all(isinstance(s["step"], FakeTensor) for s in opt.state.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_an_error_is_said_and_changes_no_count(name, backend):
     with FakeTensorMode():
         param = nn.Parameter(torch.randn(3))
@@ -208,7 +216,7 @@ def test_the_estimate_is_not_above_that_of_torch(backend):
     assert 0 < peak(fusedopt) <= 1.01 * peak(torch.optim)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_a_real_optimizer_is_as_before_after_a_fake_one(name, backend):
     """What a step in the mode sets aside does not stay for later steps with data."""
     values = [torch.randn(9) for _ in range(3)]
@@ -264,7 +272,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_step_inside_a_transformation(case, transform, backend):
     if transform == "vmap":  # knows no maximum(out=)
@@ -276,7 +284,7 @@ def test_a_step_inside_a_transformation(case, transform, backend):
 
 
 @pytest.mark.parametrize("options", ["l1", "ema", "8 bit", "bfloat16 state", "clipping"])
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_options_that_torch_lacks_inside_functionalize(case, options, backend, monkeypatch):
     value, grad = torch.randn(80, 64), torch.randn(80, 64)
     # The norm is measured in another order, of which a variance near zero would make much.
@@ -289,7 +297,7 @@ def test_options_that_torch_lacks_inside_functionalize(case, options, backend, m
     torch.testing.assert_close(result, run(value, grad), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_a_gradient_through_the_step(case, backend):
     value, scale = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
 
@@ -306,7 +314,7 @@ def test_a_gradient_through_the_step(case, backend):
     torch.testing.assert_close(through(case.ours), through(case.stock))
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("transform", [torch.func.functionalize, torch.func.vmap])
 def test_parameters_from_outside_of_a_transformation(case, transform, backend):
     """And before and after it the same optimizer."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import bits
 from conftest import SEED, require_native
+from fuzz import kept
 from fuzz.choices import NATIVE, choose_backend, random_case, random_storage, random_values
 from fuzz.gradient_moves import GradientMoves
 from fuzz.lockstep import Lockstep
@@ -22,7 +23,6 @@ from fuzz.setting_moves import SettingMoves
 from fuzz.tensor_moves import TensorMoves
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from seam import formats
 
 import fusedopt
 
@@ -75,9 +75,9 @@ def single_step(number: int) -> None:
             for key, value in run.ours.state.get(p, {}).items():
                 if key == "step":
                     value.fill_(rng.choice((0, 1, 2, 30, 1000, 10**6)))
-                elif key in run.ours._all_slots and not formats.is_code(value):
+                elif key in run.table.slots and not kept.is_code(value):
                     fresh = random_values(rng, p.shape, value.dtype)
-                    if key in run.ours._unsigned_slots:
+                    if key in run.table.unsigned:
                         fresh = (fresh.abs() if not fresh.is_complex() else fresh) + 1
                     value.copy_(fresh)
     run.set_gradients(rng)

@@ -13,33 +13,35 @@ import warnings
 import pytest
 import torch
 from cases import (
-    CASES,
     COMPLEX_CASES,
-    DTYPES,
     FLOWS,
     GRAD_LAYOUTS,
     LAYOUTS,
     NAMES,
     RICHEST,
+    SPARSE,
     Amp,
     Case,
     assert_near,
     assert_trained_alike,
     bits,
     draw,
+    every_case,
+    every_dtype,
+    every_name,
+    every_sparse,
     gradient_like,
     leaf,
+    richest,
     snapshot,
     step_through,
+    those_with,
     train,
 )
 from torch import nn
 
 import fusedopt
 
-every_name = pytest.mark.parametrize("name", NAMES)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(33,), (2, 3), (), (0,), (2049,)]
 INF, NAN = float("inf"), float("nan")
 
@@ -77,7 +79,7 @@ def clipped_and_stepped(opt, params, grads, max_norms):
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_clipping_is_that_of_torch(case, dtype, backend):
     if dtype.itemsize == 2 and "l1" in case.options:
         # Rounding may change the sign of a parameter, and so its gradient by 2 * l1.
@@ -185,7 +187,7 @@ def test_clipping_of_sparse_gradients(case, backend):
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_a_norm_below_the_limit_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 3, dtype)
     plain, without = train(case.ours, values, grads)
@@ -631,7 +633,7 @@ def scaled_step(opt, params, grads, scale, found_inf):
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_unscaling_by_a_power_of_two_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 3, dtype)
     grads[1][0] = None
@@ -691,7 +693,7 @@ def test_a_norm_that_is_not_finite_skips(case, backend):
 
 
 def test_sparse_gradients_and_grad_scaler(backend):
-    for name in ("SGD", "Adagrad"):
+    for name in SPARSE:
         runs = []
         for module in (fusedopt, torch.optim):
             p, q = leaf(torch.linspace(0, 1, 12).view(6, 2)), leaf(torch.ones(3))
@@ -766,7 +768,7 @@ def test_the_options_are_not_in_checkpoints(name, backend):
         (name, more)
         for name in NAMES
         for more in ({}, {"fused": True})
-        if name != "RMSprop" or not more
+        if not more or name in those_with("fused")
     ],
     ids=str,
 )
@@ -782,7 +784,7 @@ def test_the_scaler_unscales_by_default(name, more):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+@pytest.mark.parametrize("name", those_with("fused"))
 def test_an_unfused_checkpoint_in_a_fused_optimizer(name, amp, backend):
     """Where torch turns fusing off, but goes on telling the scaler that it is on."""
     case = Case(name, {"lr": 0.01})
@@ -823,7 +825,7 @@ def test_capturable_on_the_cpu(case, backend):
     assert_trained_alike(opt, params, stock, exact)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@every_sparse
 def test_capturable_is_in_no_group_unless_on(name, backend):
     """torch has no such option; one that is on travels through its checkpoints."""
     cls, stock_cls = getattr(fusedopt, name), getattr(torch.optim, name)
@@ -847,7 +849,7 @@ def test_capturable_is_in_no_group_unless_on(name, backend):
     assert off.param_groups[0]["capturable"] is True
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("name", those_with("capturable"))
 def test_a_capturable_checkpoint_of_stock(name, backend):
     case = Case(name, {"lr": 0.1})
     values, grads = draw([(5,)], 3)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RICHEST, Case, leaf, snapshot
+from cases import RICHEST, RICHEST_OF, Case, counting, leaf, richest, snapshot
 from conftest import SEED, require_kernels, require_native
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -323,7 +323,7 @@ def with_other_pickle(rng: random.Random, raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("count", [math.inf, 2.0**53, 1e308])
-@pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
+@counting
 def test_a_step_that_cannot_be_counted_on(case, count, backend):
     params, opt = trained(case, {}, SEED)
     saved = copy.deepcopy(opt.state_dict())
@@ -335,13 +335,13 @@ def test_a_step_that_cannot_be_counted_on(case, count, backend):
 
 @pytest.mark.parametrize("count", [10**400, 2**63])
 def test_a_step_that_is_a_large_integer(count, backend):
-    _, opt = trained(RICHEST[1], {}, SEED)
+    _, opt = trained(RICHEST_OF["Adam"], {}, SEED)
     saved = copy.deepcopy(opt.state_dict())
     saved["state"][0]["step"] = count
     assert "'step'" in refused(lambda: opt.load_state_dict(saved), opt)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 @pytest.mark.parametrize("entry", [1, None, "x", torch.ones(3)], ids=repr)
 def test_state_of_nobody(case, entry, backend):
     _, opt = trained(case, {}, SEED)
@@ -351,7 +351,7 @@ def test_state_of_nobody(case, entry, backend):
     opt.step()
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_state_of_a_program_before_that_of_parameters(case, backend):
     """torch takes the first entry for that of a parameter."""
     _, opt = trained(case, {}, SEED)
@@ -365,7 +365,7 @@ def test_state_of_a_program_before_that_of_parameters(case, backend):
         opt.step()
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_state_whose_name_is_none(case, backend):
     params, opt = trained(case, {}, SEED)
     for p in params:
@@ -376,7 +376,7 @@ def test_state_whose_name_is_none(case, backend):
         assert (opt.state[p][None] == 7).all()
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_options_of_one_element(case, backend):
     """Also for a 0-dim parameter."""
     params, opt = trained(case, {}, SEED)
@@ -389,7 +389,7 @@ def test_options_of_one_element(case, backend):
 
 
 def test_scales_that_are_sparse_or_share_memory(backend):
-    params, opt = trained(RICHEST[1], {"state_dtype": "8bit"}, SEED)
+    params, opt = trained(RICHEST_OF["Adam"], {"state_dtype": "8bit"}, SEED)
     state = opt.state[params[1]]
     good = state["exp_avg_scale"]
     for bad in (good.to_sparse(), good[:1].expand(good.shape)):
@@ -401,8 +401,8 @@ def test_scales_that_are_sparse_or_share_memory(backend):
 
 @pytest.mark.parametrize("value", [None, "deleted"])
 def test_an_option_of_fusedopt_that_is_gone_is_off(value, backend):
-    params, opt = trained(RICHEST[1], {"l1": 0.01}, SEED)
-    others, other = trained(RICHEST[1], {"l1": 0.01}, SEED)
+    params, opt = trained(RICHEST_OF["Adam"], {"l1": 0.01}, SEED)
+    others, other = trained(RICHEST_OF["Adam"], {"l1": 0.01}, SEED)
     for group, expected in zip(opt.param_groups, other.param_groups, strict=True):
         expected["l1"] = 0.0
         group["l1"] = None
@@ -413,7 +413,7 @@ def test_an_option_of_fusedopt_that_is_gone_is_off(value, backend):
     agree(opt, other, 1e-6)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_an_option_without_data(case, backend):
     """Before anything is written: in the second group, of a class that broadcasts it."""
     for shape in ((), (3,)):
@@ -436,7 +436,7 @@ class Refusing(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_an_error_after_a_differentiable_group(case, backend):
     """What one group has written is taken back, whatever is recorded of it."""
     params = [leaf(torch.randn(5)), torch.randn(4).as_subclass(Refusing).requires_grad_()]

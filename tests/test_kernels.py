@@ -15,7 +15,18 @@ from unittest import mock
 import pytest
 import seam
 import torch
-from cases import CASES, DTYPES, RICHEST, Case, bits, snapshot
+from cases import (
+    DTYPES,
+    RICHEST_OF,
+    TABLES,
+    Case,
+    bits,
+    every_case,
+    every_dtype,
+    every_name,
+    richest,
+    snapshot,
+)
 from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -25,8 +36,6 @@ from test_native import script
 import fusedopt
 
 pytestmark = pytest.mark.usefixtures("kernels")
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 relaxed = settings(
     deadline=None,
     max_examples=12,
@@ -49,10 +58,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BY_SLOTS = {
     "2": (Case("SGD", {"lr": 0.1, "weight_decay": 0.1}), 2, (32, 64, 64)),
     "3": (Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}), 3, (32, 64, 64)),
-    "3 and count": (RICHEST[4], 3, (32, 48, 64)),
+    "3 and count": (RICHEST_OF["Adagrad"], 3, (32, 48, 64)),
     "4 and count": (Case("Adam", {"lr": 0.1, "weight_decay": 0.1}), 4, (48, 96, 112)),
-    "5 and count": (RICHEST[1], 5, (48, 96, 112)),
-    "5, centered": (RICHEST[3], 5, (48, 80, 80)),
+    "5 and count": (RICHEST_OF["Adam"], 5, (48, 96, 112)),
+    "5, centered": (RICHEST_OF["RMSprop"], 5, (48, 80, 80)),
 }
 by_slots = pytest.mark.parametrize("slots", BY_SLOTS)
 
@@ -249,11 +258,11 @@ def test_gradients_are_only_read(case, dtype, kernels):
 def test_loaded_float32_moments_of_half_parameters(kernels):
     def run(_):
         wide = params_of(TAILS + AROUND_BLOCKS, torch.float32)
-        first = RICHEST[1].ours(wide)
+        first = RICHEST_OF["Adam"].ours(wide)
         set_grads(wide)
         first.step()
         params = [p.detach().to(torch.bfloat16).requires_grad_() for p in wide]
-        opt = RICHEST[1].ours(params)
+        opt = RICHEST_OF["Adam"].ours(params)
         opt.load_state_dict(first.state_dict())
         for _ in range(2):
             set_grads(params)
@@ -296,7 +305,7 @@ def test_the_tickets_suffice_for_any_table(kernels):
 def test_as_many_tensors_as_a_table_holds(slots, shared, kind, kernels):
     """And one more; and one more than two tables hold."""
     case, num_pointers, sizes = BY_SLOTS[slots]
-    pointers = num_pointers + (kind == "capturable" and case.name != "SGD")
+    pointers = num_pointers + (kind == "capturable" and case.table.counts_steps)
     update_bytes = sizes[("float32", "float64", "capturable").index(kind)]
     dtype = torch.float64 if kind == "float64" else torch.float32
 
@@ -503,7 +512,7 @@ def test_steps_that_the_kernel_counts(case, dtype, kernels):
     assert_same(kernels, run)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_groups_that_count_on_the_device_and_others(case, kernels):
     """One launch for each kind."""
 
@@ -545,7 +554,7 @@ def test_tickets_of_several_tables(amsgrad, kernels):
     assert_same(kernels, run)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+@every_name
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
 @every_dtype
 def test_options_on_the_device_change_between_steps(name, kind, dtype, kernels):
@@ -554,9 +563,9 @@ def test_options_on_the_device_change_between_steps(name, kind, dtype, kernels):
     def run(on_kernels):
         params = params_of([5, BLOCK + 3, 1], dtype)
         more = {"betas": (torch.tensor(0.9, dtype=kind), torch.tensor(0.95, dtype=kind))}
-        more = more if name.startswith("Adam") else {}
+        more = more if "betas" in TABLES[name].numbers else {}
         lr = torch.tensor(0.1, dtype=kind)
-        more |= {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+        more |= {"momentum": 0.9} if "momentum" in TABLES[name].numbers else {}
         opt = getattr(fusedopt, name)(params, lr=lr, capturable=on_kernels, **more)
         with seam.new_plans(opt) as plans:
             for at in range(5):
@@ -601,7 +610,7 @@ def test_scaling_clipping_and_skipping(case, dtype, kernels):
     assert_same(kernels, run)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_late_parameters_in_a_skipped_step(case, kernels):
     """Their first step is the one that is not skipped."""
 

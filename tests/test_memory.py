@@ -9,12 +9,22 @@ import random
 import pytest
 import seam
 import torch
-from cases import COMPLEX_CASES, NAMES, RICHEST, Case, assert_near, bits, leaf, snapshot
+from cases import (
+    COMPLEX_CASES,
+    Case,
+    assert_near,
+    bits,
+    every_name,
+    every_sparse,
+    leaf,
+    richest_and_stateless,
+    richest_by_options,
+    snapshot,
+)
 from torch import Tensor, nn
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
 # Options and the dtype of the parameter.
 STORED = {
     "plain": ({}, torch.float32),
@@ -39,7 +49,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # Zeros without memory ---------------------------------------------------------------------------
 
 
-@richest
+@richest_and_stateless
 def test_a_zero_gradient_of_a_backward_as_in_torch(case, backend):
     """At the first step or later, beside parameters with gradients."""
     at = random.randrange(3)
@@ -65,7 +75,7 @@ def test_a_zero_gradient_of_a_backward_as_in_torch(case, backend):
                 assert_near(opts[0].state[p][key], value, key)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @stored
 def test_a_zero_gradient_is_a_gradient_of_zeros(case, stored, backend):
     """Bit for bit, with every option."""
@@ -108,7 +118,7 @@ def test_zero_gradients_of_other_dtypes(case, dtype, backend):
     assert snapshot(opts[0]) == snapshot(opts[1])
 
 
-@richest
+@richest_and_stateless
 def test_zero_gradients_in_another_layout(case, backend):
     """Expanded, transposed, and of a parameter that is no ordinary memory block."""
     params = [leaf(torch.ones(4, 6).t()), torch.ones(4, 6)[:, ::2].requires_grad_()]
@@ -127,7 +137,7 @@ def test_zero_gradients_in_another_layout(case, backend):
         assert_near(p, q)
 
 
-@richest
+@richest_and_stateless
 @pytest.mark.parametrize("what", ["parameter", "state"])
 def test_zero_gradients_where_something_else_has_changed(case, what, backend):
     """A layout or a dtype, since the step before: nothing turns out in the middle of a step."""
@@ -147,7 +157,7 @@ def test_zero_gradients_where_something_else_has_changed(case, what, backend):
     assert_near(*params)
 
 
-@pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
+@richest_and_stateless
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 def test_zero_gradients_beside_one_that_is_not_finite(case, dtype, backend):
     """The norm is not, and its product with zero is no number, as of zeros in memory."""
@@ -160,7 +170,7 @@ def test_zero_gradients_beside_one_that_is_not_finite(case, dtype, backend):
         assert p.isnan().all() and q.isnan().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_zero_gradients_of_differentiable_steps(name, backend):
     def through(cls, **more):
         scale = torch.ones(5, requires_grad=True)
@@ -175,7 +185,7 @@ def test_zero_gradients_of_differentiable_steps(name, backend):
     assert_near(through(getattr(fusedopt, name)), expected)
 
 
-@richest
+@richest_and_stateless
 @pytest.mark.parametrize("clipped", [None, 0.5])
 def test_zero_gradients_that_the_step_unscales(case, clipped, backend):
     """And in a step that is skipped. (torch's GradScaler refuses them, and its bookkeeping is done
@@ -190,7 +200,7 @@ def test_zero_gradients_that_the_step_unscales(case, clipped, backend):
     assert snapshot(opts[0]) == snapshot(opts[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_zero_gradients_in_the_backward(name, backend):
     cls = getattr(fusedopt, name)
     params, expected = [leaf(torch.ones(6)) for _ in range(2)], leaf(torch.ones(6))
@@ -230,7 +240,7 @@ def test_scaling_tensors_without_memory(backend):
     assert bits(params[0]) == bits(params[1])
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @stored
 def test_parameters_and_state_without_memory_cannot_be_written(case, stored, backend):
     options, dtype = STORED[stored]
@@ -258,7 +268,7 @@ def test_parameters_and_state_without_memory_cannot_be_written(case, stored, bac
     assert snapshot(opt) == before
 
 
-@richest
+@richest_and_stateless
 def test_a_learning_rate_without_memory_is_zero(case, backend):
     param = leaf(torch.ones(4))
     opt = case.ours([param], lr=zeros())
@@ -284,7 +294,7 @@ def tensors_of(opt, param: Tensor) -> dict[str, Tensor]:
     return own | {f"state['{key}']": value for key, value in opt.state.get(param, {}).items()}
 
 
-@pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
+@richest_and_stateless
 @stored
 def test_storages_cut_short_between_steps(case, stored, backend):
     """Each in turn, emptied or by a byte; resized back, the optimizer goes on as if nothing had
@@ -329,7 +339,7 @@ def test_storages_cut_short_between_steps(case, stored, backend):
 ESCAPED = str.maketrans({"[": r"\[", "]": r"\]"})
 
 
-@richest
+@richest_and_stateless
 @pytest.mark.parametrize("what", ["parameter", "grad"])
 @pytest.mark.parametrize("left", [0, 7])
 def test_storages_cut_short_before_the_first_step(case, what, left, backend):
@@ -350,7 +360,7 @@ def test_storages_cut_short_before_the_first_step(case, what, left, backend):
     assert bits(params[0]) == bits(params[1])
 
 
-@richest
+@richest_and_stateless
 @stored
 def test_what_a_step_does_not_touch_may_be_gone(case, stored, backend):
     """Weights and state that are set free while their layer is not trained."""
@@ -371,7 +381,7 @@ def test_what_a_step_does_not_touch_may_be_gone(case, stored, backend):
     assert bits(params[1]) != before
 
 
-@richest
+@richest_and_stateless
 @pytest.mark.parametrize("role", ["grad", "parameter"])
 def test_views_in_a_storage_that_is_cut_behind_them(case, role, backend):
     """Near its end, strided, expanded and without elements: what counts is what they span."""
@@ -420,7 +430,7 @@ def test_views_in_a_storage_that_is_cut_behind_them(case, role, backend):
         assert_near(param, expected)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@every_sparse
 def test_sparse_gradients_whose_values_are_cut_short(name, backend):
     case = Case(name, {"lr": 0.1})
     param = leaf(torch.ones(5, 2))
@@ -472,12 +482,12 @@ def test_scaling_tensors_that_are_cut_short(name, clipped, backend):
         assert snapshot(opt) == before
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("steps", [0, 2])
 def test_options_that_are_cut_short(case, steps, backend):
     """Tensors among the options; the message does not print what cannot be read."""
     param = leaf(torch.ones(4))
-    names = ["lr", "weight_decay", *(["betas"] if "Adam" in case.name else [])]
+    names = ["lr", "weight_decay", *(["betas"] if "betas" in case.table.numbers else [])]
     for name in names:
         value = torch.tensor(0.5)
         opt = case.ours([param], **{name: (value, value.clone()) if name == "betas" else value})
@@ -495,7 +505,7 @@ def test_options_that_are_cut_short(case, steps, backend):
         opt.step()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_a_storage_cut_short_in_the_backward(name, backend):
     param = leaf(torch.ones(16))
     opt = fusedopt.attach([param], getattr(fusedopt, name), lr=0.1)
@@ -518,7 +528,7 @@ def test_a_storage_cut_short_in_the_backward(name, backend):
 # Inside of transformations ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("role", ["grad", "step", "state"])
 def test_one_functional_tensor_among_others(case, role, backend):
     """torch lets it not be written into others: where its loop raises, nothing is written."""
@@ -550,7 +560,7 @@ def test_one_functional_tensor_among_others(case, role, backend):
     opt.step()
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
 def test_functional_scaling_tensors(case, name, backend):
     params = [leaf(torch.ones(4)) for _ in range(2)]
@@ -574,7 +584,7 @@ def test_functional_scaling_tensors(case, name, backend):
     assert_near(*params)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("transform", [torch.func.functionalize, torch.func.vmap])
 def test_a_norm_measured_inside_of_a_transformation_leaves_nothing_behind(case, transform, backend):
     params = [leaf(torch.ones(4)) for _ in range(2)]
@@ -609,7 +619,7 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_shards_without_memory(case, backend, one_rank):
     from torch.distributed.tensor import DTensor, Shard
 

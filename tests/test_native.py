@@ -20,11 +20,14 @@ import torch
 from cases import (
     CASES,
     DTYPES,
-    RICHEST,
+    RICHEST_OF,
     assert_near,
     bits,
     draw,
+    every_case,
+    every_dtype,
     leaf,
+    richest,
     snapshot,
     step_through,
     train,
@@ -33,9 +36,6 @@ from cases import (
 import fusedopt
 
 pytestmark = pytest.mark.usefixtures("native")
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 
 
@@ -183,11 +183,11 @@ def test_the_interpreter_lock_is_released(step_threads):
 
 def test_optimizers_step_in_several_threads_at_once():
     values, grads = draw([(500_000,), (7,)], 3)
-    expected = snapshot(train(RICHEST[1].ours, values, grads)[1])
+    expected = snapshot(train(RICHEST_OF["Adam"].ours, values, grads)[1])
     results = [None] * 6
 
     def work(i):
-        results[i] = snapshot(train(RICHEST[1].ours, values, grads)[1])
+        results[i] = snapshot(train(RICHEST_OF["Adam"].ours, values, grads)[1])
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
     for worker in workers:
@@ -206,10 +206,10 @@ from cases import *
 warnings.simplefilter("ignore")
 torch.set_num_threads(4)
 values, grads = draw([(300_000,), (5,)], 1)
-params, opt = train(RICHEST[1].ours, values, grads)
-twin_params, twin = train(RICHEST[1].ours, values, grads)
+params, opt = train(RICHEST_OF["Adam"].ours, values, grads)
+twin_params, twin = train(RICHEST_OF["Adam"].ours, values, grads)
 opt.step()
-small, late = train(RICHEST[1].ours, values[1:], [])
+small, late = train(RICHEST_OF["Adam"].ours, values[1:], [])
 small[0].grad = params[1].grad
 child = os.fork()
 if child == 0:  # torch's own large operators would hang here, so there are none
@@ -254,7 +254,7 @@ count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(1)
 values, grads = draw([(500_000,)], 1)
 before = count()
-params, opt = train(RICHEST[1].ours, values, grads)
+params, opt = train(RICHEST_OF["Adam"].ours, values, grads)
 alone = count()
 torch.set_num_threads(4)
 opt.step()
@@ -306,7 +306,7 @@ def test_fresh_gradients_and_moved_parameters_stay_on_the_fast_path(case):
 
 def test_optimizers_and_their_tensors_are_released():
     """Nothing that was stepped is kept alive by a plan."""
-    params, opt = train(RICHEST[1].ours, *draw([(5,), (500_000,)], 2))
+    params, opt = train(RICHEST_OF["Adam"].ours, *draw([(5,), (500_000,)], 2))
     watched = [weakref.ref(opt), *map(weakref.ref, params)]
     watched += [weakref.ref(v) for s in opt.state.values() for v in s.values()]
     watched += [weakref.ref(p.grad) for p in params]
@@ -316,7 +316,7 @@ def test_optimizers_and_their_tensors_are_released():
 
 
 def test_replaced_gradients_are_not_kept():
-    params, opt = train(RICHEST[1].ours, *draw([(5,)], 2))
+    params, opt = train(RICHEST_OF["Adam"].ours, *draw([(5,)], 2))
     old = weakref.ref(params[0].grad)
     params[0].grad = None
     assert old() is None
@@ -339,16 +339,16 @@ def test_many_counts_of_steps_in_one_call(dtype):
     for at, now in enumerate(grads):
         for i in range(12):
             now[i] = now[i] if i <= at else None
-    params, opt = train(RICHEST[1].ours, values, grads)
+    params, opt = train(RICHEST_OF["Adam"].ours, values, grads)
     assert sorted(int(opt.state[p]["step"]) for p in params) == [*range(1, 13)]
     for i, p in enumerate(params):
-        (q,), _ = train(RICHEST[1].ours, [values[i]], [[now[i]] for now in grads[i:]])
+        (q,), _ = train(RICHEST_OF["Adam"].ours, [values[i]], [[now[i]] for now in grads[i:]])
         assert bits(p) == bits(q)
         assert_near(p, q)
 
 
 def test_the_plan_is_not_part_of_a_pickle():
-    _, opt = train(RICHEST[1].ours, *draw([(5,)], 2))
+    _, opt = train(RICHEST_OF["Adam"].ours, *draw([(5,)], 2))
     assert set(opt.__getstate__()) == {"defaults", "state", "param_groups"}
 
 

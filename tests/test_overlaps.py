@@ -7,12 +7,19 @@ import random
 
 import pytest
 import torch
-from cases import NAMES, RICHEST, Case, assert_near, bits, gradient_like
+from cases import (
+    Case,
+    assert_near,
+    bits,
+    every_name,
+    every_sparse,
+    gradient_like,
+    richest_and_stateless,
+    richest_by_options,
+)
 from torch import Tensor
 
 import fusedopt
-
-cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
 
 
 def rand(*shape, dtype=torch.float64) -> Tensor:
@@ -89,7 +96,7 @@ COMPLEX = {
 }
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("kind", COMPLEX)
 def test_complex_beside_real_views_of_it(case, kind, size, backend):
     def build():
@@ -114,7 +121,7 @@ INSIDE = {
 }
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("kind", INSIDE)
 @pytest.mark.parametrize("later", [False, True], ids=["listed before", "listed after"])
 def test_a_gradient_inside_of_a_parameter(case, kind, later, size, backend, step_threads):
@@ -134,7 +141,7 @@ def test_a_gradient_inside_of_a_parameter(case, kind, later, size, backend, step
     compare(case, build)
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_gradients_inside_of_parameters_of_every_dtype(case, later, dtype, size, backend):
@@ -156,7 +163,7 @@ def test_gradients_inside_of_parameters_of_every_dtype(case, later, dtype, size,
         assert_near(p, q)
 
 
-@cases
+@richest_and_stateless
 def test_conjugates_beside_what_they_are_of(case, backend):
     """One optimizer takes the steps of two. (torch's loop of most classes refuses conjugates.)"""
     results = []
@@ -178,7 +185,7 @@ def test_conjugates_beside_what_they_are_of(case, backend):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@every_sparse
 @pytest.mark.parametrize("later", [False, True])
 def test_sparse_gradients_with_values_inside_of_a_parameter(name, later, size, backend):
     case = Case(name, {"lr": 0.1})
@@ -198,7 +205,7 @@ def test_sparse_gradients_with_values_inside_of_a_parameter(name, later, size, b
     compare(case, build)
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]], ids=str)
 def test_gradients_that_are_the_next_parameter(case, order, size, backend):
     """A chain, and a ring."""
@@ -216,7 +223,7 @@ def test_gradients_that_are_the_next_parameter(case, order, size, backend):
         compare(case, build)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("later", [False, True])
 def test_a_gradient_that_is_the_state_of_another(case, later, size, backend):
     made = []
@@ -240,7 +247,7 @@ def test_a_gradient_that_is_the_state_of_another(case, later, size, backend):
             assert_near(p, q, key)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_a_gradient_that_is_its_own_state(case, backend):
     made = []
     for build in (case.ours, case.stock):
@@ -279,7 +286,7 @@ PARAMETERS = {
 }
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_parameters_that_overlap(case, kind, size, backend):
     def build():
@@ -290,7 +297,7 @@ def test_parameters_that_overlap(case, kind, size, backend):
     compare(case, build)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("way", ["of two parameters", "shifted", "the parameter of another"])
 def test_state_that_overlaps(case, size, way, backend):
     made = []
@@ -325,7 +332,7 @@ def test_state_that_overlaps(case, size, way, backend):
 # Every run is the same --------------------------------------------------------------------------
 
 
-@cases
+@richest_and_stateless
 def test_neither_threads_nor_runs_matter(case, backend, step_threads):
     results = []
     kind = random.choice(["a part", "expanded", "every other element"])
@@ -349,7 +356,7 @@ def test_neither_threads_nor_runs_matter(case, backend, step_threads):
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 @pytest.mark.parametrize("options", [{"ema": 0.9}, {"state_dtype": "8bit"}, {"l1": 0.01}], ids=str)
 def test_with_options_that_torch_lacks(name, options, backend):
     """One optimizer takes the steps that one for each parameter takes in the same order."""
@@ -373,7 +380,7 @@ def test_with_options_that_torch_lacks(name, options, backend):
 # Bits that are not in memory --------------------------------------------------------------------
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
 )
@@ -392,7 +399,7 @@ def test_negative_views_as_gradients(case, dtype, backend):
     assert [*map(bits, both[0])] == [*map(bits, both[1])]
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_imaginary_parts_of_conjugates_as_gradients(case, size, backend):
     def build():
@@ -408,7 +415,7 @@ def test_imaginary_parts_of_conjugates_as_gradients(case, size, backend):
     compare(case, build)
 
 
-@cases
+@richest_and_stateless
 def test_a_negative_view_that_comes_and_goes(case, backend):
     """Not only at the first step, and at the same place in memory."""
     params = [leaf_of(torch.randn(5)) for _ in range(2)]
@@ -441,7 +448,7 @@ def test_norms_of_negative_views(backend):
         assert torch.allclose(p - b, torch.full((4,), 0.5 / 8**0.5), atol=1e-4)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_state_and_parameters_that_are_negative_views(case, backend):
     made = []
     for build in (case.ours, case.stock):

@@ -11,13 +11,20 @@ import weakref
 import pytest
 import seam
 import torch
-from cases import NAMES, RICHEST, Case, assert_near, bits, leaf, snapshot
+from cases import (
+    NAMES,
+    RICHEST_OF,
+    assert_near,
+    bits,
+    every_name,
+    leaf,
+    richest_and_stateless,
+    snapshot,
+)
 from torch import Tensor, nn
 
 import fusedopt
 
-cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
-every_name = pytest.mark.parametrize("name", NAMES)
 OPTIONS = {
     "plain": {},
     "average": {"ema": 0.9},
@@ -37,7 +44,7 @@ def train(opt, loss, steps: int = 2) -> None:
 # Parameters that change under autograd ----------------------------------------------------------
 
 
-@cases
+@richest_and_stateless
 @with_options
 def test_another_shape_through_data(case, options, backend):
     """The next backward makes a gradient of the new shape."""
@@ -57,7 +64,9 @@ def test_another_shape_through_data(case, options, backend):
     fresh = case.ours([leaf(param)], **options)
     fresh.param_groups[0]["params"][0].grad = weights.clone()
     for each in (opt, stock, fresh):
-        if each is opt and case.name == "Adagrad":  # which makes its state in the constructor
+        if (
+            each is opt and case.table.makes_state_at_once
+        ):  # which makes its state in the constructor
             opt.state = case.ours([param], **options).state
         each.step()
     assert bits(param) == bits(fresh.param_groups[0]["params"][0])
@@ -65,14 +74,14 @@ def test_another_shape_through_data(case, options, backend):
         assert_near(param, expected)
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 def test_another_dtype_through_data(case, dtype, backend):
     param = leaf(torch.randn(4))
     opt = case.ours([param])
     train(opt, lambda: (param * 2).sum())
     param.data = param.data.to(dtype)
-    if case.name == "Adagrad":
+    if case.table.makes_state_at_once:
         opt.state = case.ours([param]).state
     else:
         opt.state.clear()
@@ -88,7 +97,7 @@ def test_another_dtype_through_data(case, dtype, backend):
     assert_near(param, expected)
 
 
-@cases
+@richest_and_stateless
 @with_options
 def test_parameters_swapped_there_and_back(case, options, backend):
     """As modules do under torch.__future__.set_swap_module_params_on_conversion."""
@@ -114,7 +123,7 @@ def test_parameters_swapped_there_and_back(case, options, backend):
 @every_name
 @with_options
 def test_state_swapped_there_and_back(name, options, backend):
-    case = next(case for case in RICHEST if case.name == name)
+    case = RICHEST_OF[name]
     param, twin = (leaf(torch.ones(6)) for _ in range(2))
     opts = [case.ours([p], **options) for p in (param, twin)]
     for opt, p in zip(opts, (param, twin), strict=True):
@@ -133,7 +142,7 @@ def test_state_swapped_there_and_back(name, options, backend):
     assert bits(param) == bits(twin)
 
 
-@cases
+@richest_and_stateless
 def test_modules_converted_by_swapping(case, backend):
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -158,7 +167,7 @@ def test_modules_converted_by_swapping(case, backend):
 # What is kept alive -----------------------------------------------------------------------------
 
 
-@cases
+@richest_and_stateless
 @with_options
 def test_no_references_are_kept(case, options, backend):
     """Neither objects nor storages nor nodes of autograd have more owners after a step."""
@@ -186,7 +195,7 @@ def storage_users(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-@cases
+@richest_and_stateless
 def test_accumulate_grad_nodes_are_not_kept_alive(case, backend):
     """The node that sums into a leaf dies with the graph; the next backward has a new one."""
     param = leaf(torch.ones(3))
@@ -329,7 +338,7 @@ def _with_saved_tensor_hooks(step):
         step()
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
 def test_a_step_in_a_mode(case, mode, first, backend):
@@ -363,7 +372,7 @@ def test_a_step_in_a_mode(case, mode, first, backend):
         assert p.grad.shape == p.shape
 
 
-@cases
+@richest_and_stateless
 def test_training_in_inference_mode_after_steps_without(case, backend):
     """All steps from some point on; what autograd saved before notices them."""
     param = leaf(torch.ones(3))

@@ -14,6 +14,8 @@ from cases import (
     EXTRAS,
     GRAD_LAYOUTS,
     LAYOUTS,
+    NAMES,
+    TABLES,
     Case,
     assert_near,
     assert_trained_alike,
@@ -24,6 +26,7 @@ from cases import (
 from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from optimizers import Between
 
 import fusedopt
 
@@ -35,35 +38,30 @@ relaxed = settings(
 )
 
 shapes = st.lists(st.integers(0, 7), min_size=4, max_size=4).map(tuple)
-unit = st.floats(0, 0.95)
 small = st.one_of(st.just(0.0), st.floats(0.01, 0.3))
 lr = st.floats(0.001, 0.2)
 flag = st.booleans()
 
 
+def strategy(choice):
+    if isinstance(choice, list):
+        return st.tuples(*map(strategy, choice))
+    if isinstance(choice, Between):
+        floats = st.floats(choice.low, choice.high)
+        return st.just(0.0) | floats if choice.or_zero else floats
+    return st.sampled_from(choice)
+
+
 @st.composite
 def options(draw):
     """Any valid options of any class. What makes a rule ill-conditioned is left to test_rules."""
-    name = draw(st.sampled_from(["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]))
+    name = draw(st.sampled_from(NAMES))
     chosen = {"lr": draw(lr), "weight_decay": draw(small), "maximize": draw(flag)}
     if draw(flag):
         chosen["l1"] = draw(st.floats(0.01, 0.1))
-    if name == "SGD":
-        chosen["momentum"] = draw(st.one_of(st.just(0.0), unit))
-        chosen["nesterov"] = draw(flag) and chosen["momentum"] > 0
-        chosen["dampening"] = 0 if chosen["nesterov"] else draw(unit)
-    elif name in ("Adam", "AdamW"):
-        chosen["betas"] = (draw(unit), draw(unit))
-        chosen["amsgrad"] = draw(flag)
-    elif name == "RMSprop":
-        chosen["alpha"] = draw(st.floats(0.6, 0.99))
-        chosen["centered"] = draw(flag)
-        chosen["momentum"] = draw(st.one_of(st.just(0.0), unit))
-        if draw(flag) and not set(chosen) & {"l1"}:
-            chosen |= {"eps_inside_sqrt": True, "eps": 1e-3}
-    else:
-        chosen["lr_decay"] = draw(small)
-        chosen["initial_accumulator_value"] = draw(small)
+    for option, choice in TABLES[name].mild.items():
+        chosen[option] = draw(strategy(choice))
+    TABLES[name].settle(chosen)
     return Case(name, chosen)
 
 

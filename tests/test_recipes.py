@@ -267,6 +267,9 @@ class Malicious:
     def __reduce__(self):
         return print, ("this must not run",)
 
+    def __repr__(self):  # in the name of a test, which is the same in every process
+        return "Malicious()"
+
 
 @pytest.mark.parametrize(
     ("bad", "reason"),

@@ -11,15 +11,21 @@ import torch
 from cases import (
     CASES,
     COMPLEX_CASES,
+    COUNTING,
     DTYPES,
-    RICHEST,
+    RICHEST_OF,
     Case,
     assert_near,
     assert_trained_alike,
     bits,
     draw,
+    every_case,
+    every_dtype,
+    every_name,
+    every_sparse,
     gradient_like,
     leaf,
+    richest,
     same_bits,
     snapshot,
     states,
@@ -30,8 +36,6 @@ from cases import (
 import fusedopt
 
 SHAPES = [(), (1,), (5,), (17, 33), (0, 3), (4099,), (2, 3, 4, 5)]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 @every_case
@@ -166,7 +170,7 @@ def test_new_state_does_not_depend_on_memory(case, backend, monkeypatch):
     assert poisoned == plain
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_sgd_does_not_read_the_momentum_buffer_at_its_first_step(dtype, backend):
     case = Case("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True})
     values, grads = draw([(35,), (4, 4)], 3, dtype)
@@ -208,7 +212,7 @@ def test_step_leaves_gradients_alone(case, backend):
 # Steps and group values -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in RICHEST if c.name != "SGD"], ids=str)
+@pytest.mark.parametrize("case", COUNTING, ids=str)
 def test_step_counts_beyond_float32(case, backend):
     values, grads = draw([(19,)], 1)
     (param,), opt = train(case.ours, values, grads)
@@ -220,7 +224,7 @@ def test_step_counts_beyond_float32(case, backend):
     assert counts == [2**24, 2**24 + 1, 2**24 + 2]
 
 
-@pytest.mark.parametrize("case", [c for c in RICHEST if c.name != "SGD"], ids=str)
+@pytest.mark.parametrize("case", COUNTING, ids=str)
 def test_a_late_step_has_the_bias_correction_of_its_count(case, backend):
     values, grads = draw([(19,)], 3)
     runs = []
@@ -244,17 +248,17 @@ def test_beta_limits(betas, backend):
 @pytest.mark.parametrize(
     ("case", "changes"),
     [
-        (RICHEST[0], {"lr": 0.5, "momentum": 0.2, "weight_decay": 0.3, "maximize": True}),
-        (RICHEST[0], {"nesterov": False, "dampening": 0.4}),
-        (RICHEST[0], {"momentum": 0.0, "nesterov": False}),
-        (RICHEST[1], {"lr": 0.5, "betas": (0.2, 0.3), "eps": 0.1, "maximize": True}),
-        (RICHEST[1], {"amsgrad": False, "weight_decay": 0.0}),
-        (RICHEST[1], {"decoupled_weight_decay": True}),
-        (RICHEST[2], {"betas": [0.2, 0.3], "weight_decay": 0.5}),
-        (RICHEST[3], {"lr": 0.5, "alpha": 0.7, "eps": 0.1, "maximize": True}),
-        (RICHEST[3], {"centered": False, "momentum": 0.1}),
-        (RICHEST[3], {"momentum": 0.0}),
-        (RICHEST[4], {"lr": 0.5, "lr_decay": 0.5, "eps": 0.1, "maximize": True}),
+        (RICHEST_OF["SGD"], {"lr": 0.5, "momentum": 0.2, "weight_decay": 0.3, "maximize": True}),
+        (RICHEST_OF["SGD"], {"nesterov": False, "dampening": 0.4}),
+        (RICHEST_OF["SGD"], {"momentum": 0.0, "nesterov": False}),
+        (RICHEST_OF["Adam"], {"lr": 0.5, "betas": (0.2, 0.3), "eps": 0.1, "maximize": True}),
+        (RICHEST_OF["Adam"], {"amsgrad": False, "weight_decay": 0.0}),
+        (RICHEST_OF["Adam"], {"decoupled_weight_decay": True}),
+        (RICHEST_OF["AdamW"], {"betas": [0.2, 0.3], "weight_decay": 0.5}),
+        (RICHEST_OF["RMSprop"], {"lr": 0.5, "alpha": 0.7, "eps": 0.1, "maximize": True}),
+        (RICHEST_OF["RMSprop"], {"centered": False, "momentum": 0.1}),
+        (RICHEST_OF["RMSprop"], {"momentum": 0.0}),
+        (RICHEST_OF["Adagrad"], {"lr": 0.5, "lr_decay": 0.5, "eps": 0.1, "maximize": True}),
     ],
     ids=str,
 )
@@ -330,7 +334,7 @@ def test_l1_does_not_move_a_parameter_at_zero(case, backend):
     assert not param.detach().abs().max()
 
 
-@pytest.mark.parametrize("name", [case.name for case in RICHEST])
+@every_name
 @pytest.mark.parametrize("l1", [-1e-9, math.nan])
 def test_bad_l1_raises(name, l1):
     with pytest.raises(ValueError, match="Invalid l1 value"):
@@ -404,7 +408,7 @@ def test_sparse_gradients(case, dtype, backend):
             assert_near(state[key].to_dense(), expected[key].to_dense(), key, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@every_sparse
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sparse_gradients_of_fewer_bits(name, dtype, backend):
     """Their squares do not fit into float16; the update has the accuracy of the parameter."""
@@ -460,7 +464,7 @@ def test_sparse_gradients_of_a_view(case, shape, backend):
     assert (around == 7).all()
 
 
-@pytest.mark.parametrize("case", [RICHEST[0], RICHEST[4]], ids=str)
+@pytest.mark.parametrize("case", [RICHEST_OF["SGD"], RICHEST_OF["Adagrad"]], ids=str)
 def test_sparse_and_dense_gradients_take_turns(case, backend):
     """An embedding whose gradient is dense, then sparse, as stock's SGD and Adagrad allow."""
     case = Case(case.name, {**case.options, "weight_decay": 0})

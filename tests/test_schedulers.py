@@ -9,14 +9,13 @@ import warnings
 
 import pytest
 import torch
-from cases import RICHEST, Case, assert_near, assert_trained_alike, bits, snapshot
+from cases import Case, assert_near, assert_trained_alike, bits, richest, snapshot
 from torch import nn
 from torch.optim import lr_scheduler as sched
 from torch.optim import swa_utils
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 as_tensor = functools.partial(torch.tensor, dtype=torch.float64)
 every_lr = pytest.mark.parametrize("lr_type", [float, as_tensor], ids=["float", "tensor"])
 

@@ -11,11 +11,15 @@ from collections import OrderedDict
 import pytest
 import seam
 import torch
-from cases import RICHEST, Case, assert_near, gradient_like, leaf
+from cases import (
+    Case,
+    assert_near,
+    counting,
+    gradient_like,
+    leaf,
+    richest_and_stateless,
+)
 from torch import Tensor, nn
-
-cases = pytest.mark.parametrize("case", [*RICHEST, Case("SGD", {"lr": 0.1})], ids=str)
-counting = pytest.mark.parametrize("case", RICHEST[1:], ids=lambda case: case.name)
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ UNUSUAL = {
 }
 
 
-@cases
+@richest_and_stateless
 @pytest.mark.parametrize("kind", UNUSUAL)
 @pytest.mark.parametrize("whose", ["parameter", "state"])
 def test_an_ordinary_tensor_again(case, kind, whose, native, watch):
@@ -102,7 +106,7 @@ def test_an_ordinary_tensor_again(case, kind, whose, native, watch):
     assert_alike(both)
 
 
-@cases
+@richest_and_stateless
 def test_parameters_that_no_longer_overlap(case, native, watch):
     base = torch.randn(12)
     params = [base[:7].requires_grad_(), base[5:].detach().requires_grad_(), leaf(torch.randn(3))]
@@ -121,7 +125,7 @@ def test_parameters_that_no_longer_overlap(case, native, watch):
         assert len(plans) <= 1
 
 
-@cases
+@richest_and_stateless
 def test_a_plan_is_not_made_for_ever_new_memory(case, native, watch):
     """What moves and stays unusual, or stays ordinary, needs no other plan."""
     opts, both = pair(case, [torch.randn(4, 3), torch.randn(5)])

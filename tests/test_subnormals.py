@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import RICHEST, bits, leaf, states, step_through
+from cases import RICHEST, bits, leaf, richest_by_options, states, step_through
 from conftest import SEED
 from test_native import script
 from test_storage import WAYS
@@ -69,7 +69,7 @@ def test_the_flag_changes_nothing_in_float16(case, options, dtype, backend):
     assert steps(case, options, dtype, True) == steps(case, options, dtype, False)
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_weights_without_a_gradient_stay(case, backend):
     """All float16 but NaN, whole and as the tail of a vector."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(F16)
@@ -110,7 +110,7 @@ def test_on_every_instruction_set():
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 def test_all_threads_do_as_the_caller(case, flush, step_threads):
     """Those of the pool were there before the flag was set. Stock's one thread is the model."""
     values = torch.randn(400_000) * 1e-38

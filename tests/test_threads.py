@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import seam
 import torch
-from cases import CASES, RICHEST, bits, draw, leaf, snapshot, train
+from cases import CASES, RICHEST_OF, bits, draw, leaf, richest, snapshot, train
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(300_000,), (7, 5), (2,), (90, 80)]
 
 
@@ -140,7 +139,7 @@ def test_attached_to_backwards_in_several_threads(backend):
 
 
 def test_the_number_of_threads_may_change_at_any_time(native):
-    opt = ready(RICHEST[1])
+    opt = ready(RICHEST_OF["Adam"])
     alone = copy.deepcopy(opt)
     several_steps(alone, 12)
     stop = threading.Event()
@@ -164,7 +163,7 @@ def test_the_number_of_threads_may_change_at_any_time(native):
 
 def test_the_turn_is_not_copied(backend):
     """Except with a shallow copy, which steps the same parameters."""
-    opt = ready(RICHEST[1], 1)
+    opt = ready(RICHEST_OF["Adam"], 1)
     assert seam.share_turns(copy.copy(opt), opt)
     with seam.in_turn(opt):
         copies = [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import NAMES, RICHEST, bits, gradient_like, leaf, snapshot
+from cases import bits, every_name, gradient_like, leaf, richest, snapshot
 from conftest import require_kernels
 
 import fusedopt
@@ -114,7 +114,7 @@ FORGOTTEN = pytest.mark.parametrize("forgotten", [("memory",), ("negative",), WH
 
 
 @FORGOTTEN
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_the_same_steps_without(module, case, forgotten):
     """Bit for bit, with everything that is read: storages, negative bits, overlaps."""
 
@@ -141,7 +141,7 @@ def test_the_same_steps_without(module, case, forgotten):
 
 
 @FORGOTTEN
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_storages_cut_short_without(module, name, forgotten):
     for what in forgotten:
         module.forget_layout(what)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import NAMES, assert_trained_alike, gradient_like, leaf, step_through
+from cases import NAMES, assert_trained_alike, every_name, gradient_like, leaf, step_through
 
 import fusedopt
 
@@ -78,7 +78,7 @@ def test_error_inputs(name, index):
     assert re.search(error.error_regex, str(raised.value))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_its_schedulers(name, backend):
     for i, constructors in enumerate(TABLE[name].scheduler_inputs):
         runs = []

@@ -10,7 +10,17 @@ import random
 import pytest
 import seam
 import torch
-from cases import NAMES, RICHEST, Case, draw, leaf, train
+from cases import (
+    COUNTING,
+    RICHEST,
+    TABLES,
+    Case,
+    draw,
+    every_name,
+    leaf,
+    richest_by_options,
+    train,
+)
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -198,7 +208,7 @@ def test_options_that_torch_lacks_do_not_go_with_them(layout, option, backend):
     assert not opt.state
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("name", [case.name for case in COUNTING])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_where_torch_cannot_nothing_is_written(name, layout, backend):
     """Also not into the parameter before it."""
@@ -206,9 +216,9 @@ def test_where_torch_cannot_nothing_is_written(name, layout, backend):
     try:
         stock = getattr(torch.optim, name)([param], foreach=False)
     except (RuntimeError, NotImplementedError):
-        assert name == "Adagrad"  # whose constructor makes its state
+        assert TABLES[name].makes_state_at_once
         with pytest.raises((RuntimeError, NotImplementedError)):
-            fusedopt.Adagrad([param])
+            getattr(fusedopt, name)([param])
         return
     first = leaf(torch.ones(3))
     twin = leaf(torch.ones(3))
@@ -390,7 +400,7 @@ def test_parameters_of_a_subclass(kind, case, backend):
     assert type(ours.state_dict()["state"]) is dict
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("what", ["grad", "state", "both"])
 def test_gradients_and_state_of_a_subclass(case, what, backend):
     """On an ordinary parameter: gradients in 8 bits, or the state of an optimizer in 8 bits."""
@@ -414,7 +424,7 @@ def test_gradients_and_state_of_a_subclass(case, what, backend):
         assert torch.equal(plain(ours.state[p][key]), plain(moment))
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("option", ["l1", "ema", "state_dtype"])
 def test_options_that_torch_lacks_on_a_subclass(case, option, backend):
     """As each of the two tensors alone."""
@@ -448,7 +458,7 @@ def test_what_a_subclass_cannot_do_is_said(options, backend):
     assert not opt.state
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=str)
+@richest_by_options
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_error_in_the_middle_changes_nothing(case, steps, backend, monkeypatch):
     """The last operator of the loop fails in the second of three parameters."""
@@ -479,7 +489,7 @@ def test_an_error_in_the_middle_changes_nothing(case, steps, backend, monkeypatc
     for at in range(steps):
         step(at)
     before = everything()
-    adds = case.name == "SGD" or "momentum" in case.options
+    adds = not case.table.counts_steps or "momentum" in case.options
     last = aten.add_.Tensor if adds else aten.addcdiv_.default
     with monkeypatch.context() as patch:
         patch.setattr(Failing, "fails", last)
@@ -494,7 +504,7 @@ def test_an_error_in_the_middle_changes_nothing(case, steps, backend, monkeypatc
     step(3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_name
 def test_masked_parameters_as_in_torch(name, backend):
     """torch's loops do not know how to update them: an error, and nothing has changed."""
     value = torch.randn(5)

@@ -9,12 +9,19 @@ import inspect
 import pytest
 import seam
 import torch
-from cases import NAMES, RICHEST, bits, draw, gradient_like, leaf, snapshot, step_through
+from cases import (
+    bits,
+    draw,
+    every_name,
+    gradient_like,
+    leaf,
+    richest,
+    snapshot,
+    step_through,
+)
 
 import fusedopt
 
-every_name = pytest.mark.parametrize("name", NAMES)
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 # Every option that torch lacks; capturable needs an accelerator to step.
 OPTIONS = {"l1": 0.01, "state_dtype": torch.float16, "master_weights": "fp32", "ema": 0.9}
 
@@ -110,7 +117,7 @@ every_class = pytest.mark.parametrize("derive", CLASSES, ids=lambda f: f.__name_
 
 
 def options_of(case):
-    more = {"RMSprop": {"eps_inside_sqrt": True}}.get(case.name, {})
+    more = dict.fromkeys(case.table.extras, True)
     return {**case.options, **OPTIONS, **more}
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import RICHEST
+from cases import richest
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import (
@@ -24,8 +24,6 @@ from training import (
 from worlds import on_ranks
 
 import fusedopt
-
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 def parallel(model, **options):

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import REQUIRED, RICHEST, bits, gradient_like, leaf
+from cases import RICHEST, bits, gradient_like, leaf, richest
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -29,7 +29,6 @@ from worlds import mesh, on_ranks
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 SHAPES = [(5, 4), (1, 3), (3, 6)]
 
 
@@ -276,7 +275,7 @@ def _misplaced(value):
 @richest
 def test_misplaced_state(case, backend):
     run = Run(case, 2)
-    key = REQUIRED[case.name]
+    key = case.table.required
     good = run.opt.state[run.bad][key]
     for bad, words in _misplaced(good):
         run.opt.state[run.bad][key] = bad
@@ -290,7 +289,7 @@ def test_misplaced_state(case, backend):
 def test_loading_misplaced_state(case, backend):
     """Is found when it is loaded."""
     run = Run(case, 2)
-    key = REQUIRED[case.name]
+    key = case.table.required
     good = run.opt.state_dict()
     for bad, words in _misplaced(good["state"][1][key]):
         saved = copy.deepcopy(good)

@@ -9,11 +9,10 @@ import test_ddp as ddp
 import test_fsdp as fsdp
 import test_zero as zero
 import torch
-from cases import RICHEST
+from cases import richest
 from worlds import on_world
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 both = pytest.mark.parametrize("switch", [False, True])
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import RICHEST
+from cases import RICHEST_OF, richest
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -19,8 +19,6 @@ from training import draw_batches, fit, local, net, sharded, square_mesh, world_
 from worlds import mesh, on_ranks
 
 import fusedopt
-
-every_case = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 
 
 def parameter(values, on, placements):
@@ -35,7 +33,7 @@ def agreed(value):
     return value
 
 
-def measured(params, *, case=RICHEST[0]):
+def measured(params, *, case=RICHEST_OF["SGD"]):
     """The norm by clip_grad_norm_ and by a step, which all ranks agree on."""
     opt = case.ours(params, max_grad_norm=0.5)
     opt.step()
@@ -85,7 +83,7 @@ MISSING = [
 
 
 @on_ranks(2)
-@every_case
+@richest
 @pytest.mark.parametrize("missing", MISSING, ids=str)
 def test_gradients_that_are_missing_on_a_rank(case, missing, backend):
     """Of two process groups. A rank without any gradient takes part, too."""
@@ -123,7 +121,7 @@ def test_frozen_parameters(frozen, backend):
 
 
 @on_ranks(2)
-@every_case
+@richest
 def test_plain_tensors_beside_them(case, backend):
     params, grads = shards()
     plain = nn.Parameter(torch.randn(5, dtype=torch.float64))
@@ -154,7 +152,7 @@ def test_replicated_parameters_that_differ(backend):
 
 
 @on_ranks(4)
-@every_case
+@richest
 def test_meshes_within_meshes(case, backend):
     """Parameters on both dimensions, on one of them, replicated, and on none."""
     on = square_mesh("cpu")
@@ -178,7 +176,7 @@ def test_meshes_within_meshes(case, backend):
 
 
 @on_ranks(2)
-@every_case
+@richest
 def test_ranks_that_hold_nothing(case, backend):
     """(1, 3) in two shards: the second is empty."""
     on, other = two_meshes()

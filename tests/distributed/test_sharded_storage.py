@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import RICHEST, bits
+from cases import RICHEST, bits, richest
 from seam import formats
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -177,7 +177,7 @@ def load_elsewhere(case, way, folder):
         assert states(opt) == before
 
 
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 @pytest.mark.parametrize("way", [way for way in WAYS if "8-bit" in way])
 def test_checkpoints(case, way, tmp_path, native):
     arguments = {"case": case, "way": way, "folder": str(tmp_path)}
@@ -186,7 +186,7 @@ def test_checkpoints(case, way, tmp_path, native):
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+@richest
 def test_stock_state_dict(case, native):
     """Has whole tensors of numbers, for stock on any other number of ranks."""
     start, batches = run()

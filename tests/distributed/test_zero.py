@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import RICHEST
+from cases import richest
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, assert_ranks_agree, draw_batches, fit, net, share
@@ -15,7 +15,6 @@ from worlds import on_ranks
 
 import fusedopt
 
-richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 views = pytest.mark.parametrize("bucket_view", [False, True])
 
 

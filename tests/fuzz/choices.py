@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from cases import NAMES, Case
+from cases import NAMES, TABLES, Case
 from conftest import require_kernels
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,28 +36,9 @@ def random_case(rng: random.Random) -> Case:
     }
     if rng.random() < 0.2:
         chosen["l1"] = rng.choice((0.02, 0.3))
-    if name == "SGD":
-        chosen["momentum"] = rng.choice((0.0, 0.9, 0.3))
-        chosen["nesterov"] = chosen["momentum"] > 0 and rng.random() < 0.5
-        chosen["dampening"] = 0.0 if chosen["nesterov"] else rng.choice((0.0, 0.4))
-    elif name in ("Adam", "AdamW"):
-        chosen["betas"] = (rng.choice((0.9, 0.5, 0.3, 0.0)), rng.choice((0.999, 0.9, 0.5)))
-        chosen["eps"] = rng.choice((1e-8, 1e-3, 1e-30))
-        chosen["amsgrad"] = rng.random() < 0.4
-        if name == "Adam":
-            chosen["decoupled_weight_decay"] = rng.random() < 0.3
-        if chosen.get("decoupled_weight_decay"):
-            chosen.pop("l1", None)  # the oracle adds the penalty to the gradient
-    elif name == "RMSprop":
-        chosen["alpha"] = rng.choice((0.99, 0.9, 0.5))
-        chosen["eps"] = rng.choice((1e-8, 1e-3))
-        chosen["centered"] = rng.random() < 0.4
-        chosen["momentum"] = rng.choice((0.0, 0.9))
-        if "l1" not in chosen and rng.random() < 0.2:
-            chosen |= {"eps_inside_sqrt": True, "eps": 1e-3}
-    else:
-        chosen["lr_decay"] = rng.choice((0.0, 0.1))
-        chosen["initial_accumulator_value"] = rng.choice((0.0, 0.125))
+    for option, values in TABLES[name].drawn.items():
+        chosen[option] = rng.choice(values)
+    TABLES[name].settle(chosen)
     return Case(name, chosen)
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import seam
 import torch
 from cases import GRAD_LAYOUTS, LAYOUTS, Case, bits
-from seam import formats
 from torch import Tensor, nn
 
+from . import kept
 from .choices import (
     COMPLEX,
     REAL,
@@ -40,7 +40,7 @@ class Lockstep:
     """fusedopt's optimizer, and torch's beside it."""
 
     def __init__(self, rng: random.Random, case: Case, stored: dict[str, Any]):
-        self.case, self.stored = case, stored
+        self.case, self.table, self.stored = case, case.table, stored
         self.around: list[tuple[Tensor, tuple]] = []
         # Gradients that lie inside of another parameter: which, in the other, and where in it.
         self.inside: dict[Tensor, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
@@ -119,9 +119,9 @@ class Lockstep:
         state = self.ours.state.get(param, {})
         dtype = opmath(param.dtype)
         value = param.detach().to(dtype, copy=True)
-        master = formats.extras(group, param)[0]
+        master = kept.master(group, param)
         if master == "master_remainder" and master in state:
-            value = formats.join(param.detach(), state[master])
+            value = kept.join(param.detach(), state[master])
         elif master == "master" and master in state:
             rounded = state[master].to(param.dtype)
             value = torch.where(rounded == param.detach(), state[master], value)
@@ -129,9 +129,9 @@ class Lockstep:
         for key, slot in state.items():
             if key == "step":
                 rule[key] = slot.clone()
-            elif key in self.ours._all_slots and slot is not None:
-                if formats.is_code(slot):
-                    slot = formats.decode(slot, state[f"{key}_scale"])
+            elif key in self.table.slots and slot is not None:
+                if kept.is_code(slot):
+                    slot = kept.decode(slot, state[f"{key}_scale"])
                 rule[key] = slot.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return value.contiguous(), rule
 
@@ -157,20 +157,22 @@ class Lockstep:
             if not state or p.grad is None or p.grad.is_sparse:
                 continue
             held = self.ours.state[p]
-            if self.ours._has_step:
+            if self.table.counts_steps:
                 state.setdefault("step", torch.tensor(0.0))
-            for slot, key in enumerate(self.ours._slots(group)):
-                if key not in state and self.case.name != "SGD":
+            for slot, key in enumerate(self.table.slots_of(group)):
+                if key not in state and self.table.counts_steps:
                     initial = self.ours.defaults.get("initial_accumulator_value", 0.0)
                     initial = complex(initial, initial) if q.is_complex() else initial
                     state[key] = torch.full_like(q.detach(), initial)
-                elif held.get(key) is not None and not self.ours._is_stored(group, p, key):
-                    dtype = self.ours._state_dtype(group, p, key) or held[key].dtype
+                elif held.get(key) is not None and not kept.is_kept(
+                    self.table, group, p, key, held[key]
+                ):
+                    dtype = kept.dtype_of(self.table, group, p, key) or held[key].dtype
                     value = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key]).detach()
                     if dtype.is_floating_point:
                         value = value.to(dtype)
                     else:
-                        value = formats.decode(*formats.encode(value, dtype, 0, slot))
+                        value = kept.decode(*kept.encode(value, dtype, 0, slot))
                     state[key].copy_(value)
 
     # One step -------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ class Lockstep:
             # Minus the square of an average that was rounded to infinity, torch's variance is NaN.
             stored = group.get("state_dtype")
             stored = stored if isinstance(stored, torch.dtype) else p.dtype
-            held = (self.ours.state.get(p, {}).get(key) for key in self.ours._all_slots)
+            held = (self.ours.state.get(p, {}).get(key) for key in self.table.slots)
             stored = [stored, *(slot.dtype for slot in held if slot is not None)]
             top = min(torch.finfo(d).max for d in stored if d.is_floating_point) / 8
             grad = torch.where(grad.abs() > top, grad.sgn() * top, grad)
@@ -223,7 +225,7 @@ class Lockstep:
 
     def takes_sparse(self, group: dict[str, Any], p: Tensor) -> bool:
         return (
-            self.case.name in ("SGD", "Adagrad")
+            self.table.takes_sparse
             and p.dim() > 0
             and p.dtype in (torch.float32, torch.float64)
             and not (self.stored or group.get("l1") or group["weight_decay"])
@@ -290,7 +292,7 @@ class Lockstep:
                         clipped = name == "grad" and self.ours.max_grad_norm is not None
                         move = ROUNDINGS * (max(unit, 2.0**-23) if clipped else unit)
                         moved[name] = moved[name] * (1 + move)
-                    if name in self.ours._all_slots:
+                    if name in self.table.slots:
                         moved[name] += 8 * smallest(q.dtype)
                     leaf = moved.pop("param").clone().requires_grad_()
                     leaf.grad = moved.pop("grad").clone()
@@ -330,7 +332,7 @@ class Lockstep:
                 else:
                     inputs = {"param": leaf.detach(), "grad": leaf.grad, **twin.state.get(leaf, {})}
                     inputs[name].mul_(1 + ROUNDINGS * unit)
-                    if name in self.ours._all_slots:
+                    if name in self.table.slots:
                         inputs[name].add_(8 * smallest(q.dtype))
                 twin.step()
                 for a, b in places:
@@ -385,34 +387,34 @@ class Lockstep:
 
     def compare(self, group, p, q, runs, witness, average, count) -> None:
         state, other = self.ours.state.get(p, {}), self.twin.state.get(q, {})
-        extras = formats.extras(group, p)
+        master = kept.master(group, p)
         where = f"{self.case}, {self.stored}, parameter {tuple(p.shape)}, {p.dtype}"
-        known = {k for k, v in state.items() if v is not None} & {"step", *self.ours._all_slots}
+        known = {k for k, v in state.items() if v is not None} & {"step", *self.table.slots}
         if not group.get("eps_inside_sqrt"):  # that oracle keeps what it does not need
             assert known == {k for k, v in other.items() if v is not None}, where
         unit = max(unit for _, unit in runs)
         moved = [leaf.detach() for leaf, _ in runs]
         spread = spread_of(q.detach(), moved)
         value = p.detach()
-        if extras[0]:
+        if master:
             value, _ = self.numbers(group, p)
-            if extras[0] == "master":
+            if master == "master":
                 value = state["master"]
                 check_close(p.detach(), value, torch.zeros_like(value), unit, f"{where} of master")
-        check_close(value, q.detach(), spread, unit, where, bool(extras[1]))
+        check_close(value, q.detach(), spread, unit, where, kept.is_rounded_at_random(group, p))
         if average is not None and not self.is_entangled:
             weight = 1 - group["ema"]
             expected = average + weight * (q.detach() - average)
             size = real(average).abs() + real(q.detach()).abs()
             off = weight * spread + ROUNDINGS * unit * size
             check_close(state["ema"], expected, off, unit, f"{where}: ema")
-        for slot, key in enumerate(self.ours._slots(group)):
+        for slot, key in enumerate(self.table.slots_of(group)):
             if key not in other:
                 continue
             at = f"{where}: {key}"
             moved = [witness.state[leaf][key] for leaf, _ in runs]
             spread = spread_of(other[key], moved)
-            if formats.is_code(state[key]):
+            if kept.is_code(state[key]):
                 self.compare_codes(state, key, other, p, slot, count, at)
             else:
                 check_close(state[key], other[key], spread, unit, at)
@@ -422,23 +424,23 @@ class Lockstep:
     def compare_codes(self, state, key, other, p, slot, count, where) -> None:
         dense = torch.empty_like(state[key], dtype=torch.float32).copy_(other[key])
         step = count if "step" in other else 0
-        codes, scales = formats.encode(dense, state[key].dtype, step, slot)
+        codes, scales = kept.encode(dense, state[key].dtype, step, slot)
         ok = scales.isfinite()
         torch.testing.assert_close(
             state[f"{key}_scale"][ok], scales[ok], rtol=1e-4, atol=1e-37, msg=where
         )
-        flat = [formats._in_memory(t).int() for t in (state[key], codes)]
+        flat = [kept.in_memory(t).int() for t in (state[key], codes)]
         near = (flat[0] - flat[1]).abs() <= 1
-        blocks = ok.repeat_interleave(formats.SCALE_ELEMENTS)[: len(near)]
+        blocks = ok.repeat_interleave(kept.ELEMENTS_OF_A_SCALE)[: len(near)]
         assert (near | ~blocks).all(), where
 
     def average(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
         """The average before the step, which starts as the parameter."""
         if group.get("ema") is None:
             return None
-        kept = self.ours.state.get(p, {}).get("ema")
+        ema = self.ours.state.get(p, {}).get("ema")
         # A new average starts as the parameter that is seen, not as its master.
-        return (p.detach() if kept is None else kept).to(opmath(p.dtype), copy=True).contiguous()
+        return (p.detach() if ema is None else ema).to(opmath(p.dtype), copy=True).contiguous()
 
     # Exact masters --------------------------------------------------------------------------
 
@@ -456,17 +458,17 @@ class Lockstep:
                     leaf.grad_dtype = None
                 leaf.grad = p.grad
                 state = self.ours.state.get(p, {})
-                kept = {
+                copies = {
                     k: v.clone()
                     for k, v in state.items()
-                    if isinstance(v, Tensor) and k not in formats.EXTRAS
+                    if isinstance(v, Tensor) and k not in kept.EXTRAS
                 }
-                if "step" in kept:
-                    kept["step"] = counts.setdefault(state["step"].data_ptr(), kept["step"])
+                if "step" in copies:
+                    copies["step"] = counts.setdefault(state["step"].data_ptr(), copies["step"])
                 if "ema" in state:
-                    kept["ema"] = state["ema"].clone()
-                if kept:
-                    states[leaf] = kept
+                    copies["ema"] = state["ema"].clone()
+                if copies:
+                    states[leaf] = copies
                 leaves.append(leaf)
                 pairs.append((p, leaf))
             options = {k: group[k] for k in group if k not in ("params", "master_weights")}
@@ -490,10 +492,10 @@ class Lockstep:
             # One of them may take the Python rule alone, because of its memory.
             if p.grad is None or ((g, i) in by_python) != ((g, i) in self.by_python):
                 continue
-            state, keys = self.ours.state[p], self.ours._slots(group)
+            state, keys = self.ours.state[p], self.table.slots_of(group)
             if not group.get("state_dtype") and any(state[k].dtype != p.dtype for k in keys):
                 continue  # loaded, or swapped
-            master = formats.join(p.detach(), state["master_remainder"])
+            master = kept.join(p.detach(), state["master_remainder"])
             assert same_numbers(master, leaf.detach()), (self.case, self.stored)
             for key in keys:
                 for name in (key, f"{key}_scale", "ema"):

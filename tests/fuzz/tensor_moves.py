@@ -10,12 +10,12 @@ import pytest
 import torch
 from cases import LAYOUTS, bits, snapshot
 from hypothesis.stateful import rule
-from seam import formats
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
 import fusedopt
 
+from . import kept
 from .choices import in_layout, random_shape, random_values, randoms
 from .closeness import real
 from .lockstep import place_of
@@ -37,7 +37,7 @@ class TensorMoves(Training):
 
     def fresh_like(self, rng: random.Random, key: str, shape: Any, dtype: torch.dtype) -> Tensor:
         values = random_values(rng, shape, dtype)
-        if key in self.run.ours._unsigned_slots:
+        if key in self.run.table.unsigned:
             real(values).abs_().add_(25)  # more than the square of a centered average
         values, around = in_layout(LAYOUTS, rng, values)
         self.run.around += [(memory, bits(memory)) for memory in around]
@@ -54,13 +54,13 @@ class TensorMoves(Training):
         q.data = torch.zeros(shape, dtype=q.dtype)
         self.backward(rng, p)
         state = run.ours.state.get(p, {})
-        shaped = [k for k in run.ours._all_slots if state.get(k) is not None]
-        if shape != old and any(key in shaped for key in run.ours._slots(group)):
+        shaped = [k for k in run.table.slots if state.get(k) is not None]
+        if shape != old and any(key in shaped for key in run.table.slots_of(group)):
             before = snapshot(run.ours)
             with pytest.raises((ValueError, RuntimeError)):
                 run.ours.step()
             assert snapshot(run.ours) == before
-        if rng.random() < 0.3 or formats.is_on(group) or any(map(formats.is_code, state.values())):
+        if rng.random() < 0.3 or kept.is_on(group) or any(map(kept.is_code, state.values())):
             run.ours.state.pop(p, None)
         else:
             for key in shaped:
@@ -103,8 +103,8 @@ class TensorMoves(Training):
         if not found:
             return
         state, key = rng.choice(found)
-        is_known = formats.is_code(state[key]) or "grad_avg" in state  # one goes with the other
-        if key in run.ours._all_slots and not is_known:
+        is_known = kept.is_code(state[key]) or "grad_avg" in state  # one goes with the other
+        if key in run.table.slots and not is_known:
             other = self.fresh_like(rng, key, state[key].shape, state[key].dtype)
         else:
             other = state[key].clone()
@@ -124,9 +124,9 @@ class TensorMoves(Training):
             if p.grad is None or p.grad.is_sparse:
                 continue
             state = run.ours.state.get(p, {})
-            keys = [*run.ours._slots(group), *formats.extras(group, p)]
-            keys += [f"{key}_scale" for key in keys if formats.is_code(state.get(key))]
-            keys += ["step"] * run.ours._has_step
+            keys = [*run.table.slots_of(group), *kept.extras(group, p)]
+            keys += [f"{key}_scale" for key in keys if kept.is_code(state.get(key))]
+            keys += ["step"] * run.table.counts_steps
             found += [p, p.grad, *(state[key] for key in keys if key and key in state)]
         found = [
             tensor
@@ -184,8 +184,8 @@ class TensorMoves(Training):
         state = run.ours.state[p] if run.ours.state.get(p) else {}
         dense = {"memory_format": torch.contiguous_format}
         p.data = p.detach().clone(**dense)
-        for key in run.ours._all_slots:
-            if isinstance(state.get(key), Tensor) and not formats.is_code(state[key]):
+        for key in run.table.slots:
+            if isinstance(state.get(key), Tensor) and not kept.is_code(state[key]):
                 state[key] = state[key].clone(**dense)
         self.backward(rng, p)
         run.step()
@@ -198,7 +198,7 @@ class TensorMoves(Training):
     def is_ordinary(self, group: dict[str, Any], p: Tensor) -> bool:
         """Whether there is nothing about it that the native side leaves to Python."""
         state = self.run.ours.state.get(p, {})
-        slots = [state.get(key) for key in self.run.ours._slots(group)]
+        slots = [state.get(key) for key in self.run.table.slots_of(group)]
         counts = [s["step"].data_ptr() for s in self.run.ours.state.values() if "step" in s]
         return (
             p.numel() > 0

@@ -19,11 +19,11 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from seam import formats
 from torch import Tensor, nn
 
 import fusedopt
 
+from . import kept
 from .choices import (
     HALF,
     NATIVE,
@@ -148,10 +148,10 @@ class Training(RuleBasedStateMachine):
     @rule(rng=randoms)
     def swap_state(self, rng):
         ours = self.run.ours
-        kept = [p for p in self.run.params if ours.state.get(p)]
-        if not kept:
+        stepped = [p for p in self.run.params if ours.state.get(p)]
+        if not stepped:
             return
-        p = rng.choice(kept)
+        p = rng.choice(stepped)
         state, kind = ours.state[p], rng.random()
         if kind < 0.2:
             del ours.state[p]
@@ -163,8 +163,8 @@ class Training(RuleBasedStateMachine):
             ours.state.clear()
             ours.state.update(items)
         else:
-            slots = [k for k in ours._all_slots if state.get(k) is not None]
-            key = rng.choice([k for k in slots if not formats.is_code(state[k])] or ["note"])
+            slots = [k for k in self.run.table.slots if state.get(k) is not None]
+            key = rng.choice([k for k in slots if not kept.is_code(state[k])] or ["note"])
             value = state.get(key)
             if not isinstance(value, Tensor):
                 state[key] = "of the program"

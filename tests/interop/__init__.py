@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RICHEST, Case, assert_near, leaf
+from cases import RICHEST, RICHEST_OF, Case, assert_near, leaf
 from conftest import skip_or_fail
 from torch import Tensor, nn
 
 Build = Callable[..., torch.optim.Optimizer]
 
-SGD, ADAMW = (next(case for case in RICHEST if case.name == name) for name in ("SGD", "AdamW"))
+SGD, ADAMW = (RICHEST_OF[name] for name in ("SGD", "AdamW"))
 every_case = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 two_cases = pytest.mark.parametrize("case", [SGD, ADAMW], ids=lambda case: case.name)
 
