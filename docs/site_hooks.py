@@ -25,6 +25,28 @@ RECIPES = ROOT / "bench" / "recipes"
 RESULTS = ROOT / "bench" / "results"
 
 
+# Pages of optimizers ----------------------------------------------------------------
+
+
+def _optimizers() -> dict[str, str]:
+    """The page of each optimizer, by its title."""
+    pages = sorted((ROOT / "docs" / "optimizers").glob("*.md"))
+    return {
+        page.read_text().split("\n", 1)[0].removeprefix("# "): f"optimizers/{page.name}"
+        for page in pages
+    }
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    pages = [{title: page} for title, page in _optimizers().items()]
+    next(part for part in config.nav if "Optimizers" in part)["Optimizers"] = pages
+    return config
+
+
+def _links_to_optimizers() -> str:
+    return ", ".join(f"[{title}]({page})" for title, page in _optimizers().items())
+
+
 # Formulas ---------------------------------------------------------------------------
 
 FORMULA = re.compile(r'(?s)<(span|div) class="arithmatex">\\[([](.*?)\\[])]</\1>')
@@ -191,6 +213,7 @@ INCLUDED = {
     "storage steps": _storage_steps,
     "errors": _errors,
     "figures": _figures,
+    "optimizers": _links_to_optimizers,
     "plots": partial(_plots, of_recipes=False),
     "variables": _variables,
     "recipes": _recipes,
