@@ -321,7 +321,7 @@ struct Entry {
   bool for_memory = false;        // only because it shares memory with another entry
   bool in_order = false;          // in this step, because its gradient is what another entry writes
   std::int64_t shares_step = -1;  // its step count is that of all in Plan::shared_steps_[this]
-  bool first_step = false;        // its state is new; rules without a step count want to know
+  bool first_step = false;        // its state is new: see Scalars::step
   bool device_step = false;       // its step count is on its device
   bool needs_state = false;       // whatever its rule needs
   int device = kCpu;
@@ -1076,8 +1076,9 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
   const bool needs_state =
       rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
   if (needs_state && entry.layout < 0) {
-    // A sparse update makes its state itself.
-    return is_dense || rule_.has_step ? Verdict::kStale : leave_to_python(seen);
+    // State that the first step fills is made by a sparse step itself.
+    const bool makes_state = !is_dense && rule_.first_step_fills;
+    return makes_state ? leave_to_python(seen) : Verdict::kStale;
   }
   if (!is_where_expected(entry.param, entry, &entry.data)) return Verdict::kStale;
   for (int s = 0; s < kMaxStates; ++s) {
@@ -1755,6 +1756,25 @@ std::string describe() {
   return text;
 }
 
+// What each rule keeps of a tensor, by the rule's name.
+py::dict rules() {
+  py::dict all;
+  for (const RuleEntry& rule : all_rules()) {
+    py::list slots, unsigned_slots, scalars;
+    for (const Slot& slot : rule.slots) {
+      slots.append(slot.name);
+      if (slot.is_unsigned) unsigned_slots.append(slot.name);
+    }
+    for (const std::string& scalar : rule.scalars) scalars.append(scalar);
+    py::dict kept;
+    kept["slots"] = slots;
+    kept["unsigned"] = unsigned_slots;
+    kept["scalars"] = scalars;
+    all[rule.name.c_str()] = kept;
+  }
+  return all;
+}
+
 // A plain in-place loop with the memory traffic of a step, for benchmarks.
 void memory_floor_of(const py::list& reads, const py::list& writes, int num_threads) {
   std::vector<void*> arrays;
@@ -1801,6 +1821,7 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.attr("KERNEL_DEVICE") = kHasCuda ? "cuda" : "";
 #endif
   module.def("grad_norm", &grad_norm_of);
+  module.def("rules", &rules);
   module.attr("NUM_TICKETS") = kMaxTableTensors;
   module.attr("SCALE_ELEMENTS") = kScaleElements;
   module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
