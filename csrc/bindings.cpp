@@ -24,12 +24,9 @@
 #include "multi_tensor/parallel.h"
 #include "multi_tensor/tensor_lists.h"
 #include "plan/written_memory.h"
+#include "rules/registry.h"
 #include "storage/blockwise8.h"
 #include "torch_layout.h"
-#include "update_rules/adagrad.h"
-#include "update_rules/adam.h"
-#include "update_rules/rmsprop.h"
-#include "update_rules/sgd.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -198,8 +195,7 @@ bool has_negative_bit(PyObject* tensor) {
   return py::cast<bool>(py::handle(tensor).attr("is_neg")());
 }
 
-// Options of one param group, read by name for a rule.
-class Options {
+class Options final : public OptionReader {
  public:
   Options(PyObject* group, std::string where) : group_(group), where_(std::move(where)) {
     capturable_ = flag("capturable", false);
@@ -209,25 +205,23 @@ class Options {
   // The device of the numbers that the kernel reads for itself, or kCpu if there are none.
   int device() const { return device_; }
 
-  double operator()(const char* name) const { return host_number(name, find(name)); }
+  double operator()(const char* name) const override { return host_number(name, find(name)); }
 
-  double get(const char* name, double otherwise) const {
+  double get(const char* name, double otherwise) const override {
     PyObject* value = PyDict_GetItemString(group_, name);
     return value == nullptr || value == Py_None ? otherwise : host_number(name, value);
   }
 
   // Whatever Python takes for true; None is off.
-  bool flag(const char* name) const { return is_true(find(name)); }
-  bool flag(const char* name, bool otherwise) const {
+  bool flag(const char* name) const override { return is_true(find(name)); }
+  bool flag(const char* name, bool otherwise) const override {
     PyObject* value = PyDict_GetItemString(group_, name);
     return value == nullptr ? otherwise : is_true(value);
   }
 
-  // One that may be a tensor on the device, which a capturable step leaves there.
-  Number number(const char* name) const { return device_number(name, find(name)); }
+  Number number(const char* name) const override { return device_number(name, find(name)); }
 
-  // One item of a pair of such.
-  Number number(const char* name, Py_ssize_t item) const {
+  Number number(const char* name, int item) const override {
     PyObject* pair = find(name);
     if (!PySequence_Check(pair) || PySequence_Size(pair) != 2)
       fail(name, "a pair of numbers", pair);
@@ -293,58 +287,6 @@ class Options {
   mutable int device_ = kCpu;
 };
 
-// A rule with the options of one group; what the plan needs to know of an algorithm.
-class GroupRule {
- public:
-  virtual ~GroupRule() = default;
-  virtual unsigned state_mask() const = 0;
-  virtual bool is_defined(double step, double largest) const = 0;
-  virtual PreparedUpdate prepare(double step, const StoredAs& stored, Where where) const = 0;
-};
-
-template <typename Rule>
-class GroupRuleOf : public GroupRule {
- public:
-  explicit GroupRuleOf(const Options& options) : rule_(Rule::from(options)) {}
-  unsigned state_mask() const override { return rule_.state_mask(); }
-  bool is_defined(double step, double largest) const override {
-    return rule_.is_defined(step, largest);
-  }
-  PreparedUpdate prepare(double step, const StoredAs& stored, Where where) const override {
-    return fusedopt::prepare(rule_, step, stored, where);
-  }
-
- private:
-  Rule rule_;
-};
-
-struct RuleEntry {
-  const char* name;
-  bool has_step;
-  std::unique_ptr<GroupRule> (*read)(const Options&);
-};
-
-template <typename Rule>
-RuleEntry entry(const char* name) {
-  return {name, Rule::kHasStep, [](const Options& options) -> std::unique_ptr<GroupRule> {
-            return std::make_unique<GroupRuleOf<Rule>>(options);
-          }};
-}
-
-const RuleEntry kRules[] = {
-    entry<Adam>("adam"),
-    entry<Adagrad>("adagrad"),
-    entry<RMSprop>("rmsprop"),
-    entry<SGD>("sgd"),
-};
-
-const RuleEntry& find_rule(const std::string& name) {
-  for (const RuleEntry& rule : kRules) {
-    if (name == rule.name) return rule;
-  }
-  throw py::value_error("no rule '" + name + "'");
-}
-
 // What a tensor was when the plan was made. The step compares it with what the tensor is now.
 struct Expected {
   void* data = nullptr;
@@ -379,7 +321,7 @@ struct Entry {
   bool for_memory = false;        // only because it shares memory with another entry
   bool in_order = false;          // in this step, because its gradient is what another entry writes
   std::int64_t shares_step = -1;  // its step count is that of all in Plan::shared_steps_[this]
-  bool first_step = false;        // its state is new; rules without a step count want to know
+  bool first_step = false;        // its state is new: see Scalars::step
   bool device_step = false;       // its step count is on its device
   bool needs_state = false;       // whatever its rule needs
   int device = kCpu;
@@ -1134,8 +1076,9 @@ Plan::Verdict Plan::check(const Seen& seen, const py::dict& state) {
   const bool needs_state =
       rule_.has_step || groups_[entry.group].state_mask != 0 || entry.needs_state;
   if (needs_state && entry.layout < 0) {
-    // A sparse update makes its state itself.
-    return is_dense || rule_.has_step ? Verdict::kStale : leave_to_python(seen);
+    // State that the first step fills is made by a sparse step itself.
+    const bool makes_state = !is_dense && rule_.first_step_fills;
+    return makes_state ? leave_to_python(seen) : Verdict::kStale;
   }
   if (!is_where_expected(entry.param, entry, &entry.data)) return Verdict::kStale;
   for (int s = 0; s < kMaxStates; ++s) {
@@ -1813,6 +1756,25 @@ std::string describe() {
   return text;
 }
 
+// What each rule keeps of a tensor, by the rule's name.
+py::dict rules() {
+  py::dict all;
+  for (const RuleEntry& rule : all_rules()) {
+    py::list slots, unsigned_slots, scalars;
+    for (const Slot& slot : rule.slots) {
+      slots.append(slot.name);
+      if (slot.is_unsigned) unsigned_slots.append(slot.name);
+    }
+    for (const std::string& scalar : rule.scalars) scalars.append(scalar);
+    py::dict kept;
+    kept["slots"] = slots;
+    kept["unsigned"] = unsigned_slots;
+    kept["scalars"] = scalars;
+    all[rule.name.c_str()] = kept;
+  }
+  return all;
+}
+
 // A plain in-place loop with the memory traffic of a step, for benchmarks.
 void memory_floor_of(const py::list& reads, const py::list& writes, int num_threads) {
   std::vector<void*> arrays;
@@ -1859,6 +1821,7 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   module.attr("KERNEL_DEVICE") = kHasCuda ? "cuda" : "";
 #endif
   module.def("grad_norm", &grad_norm_of);
+  module.def("rules", &rules);
   module.attr("NUM_TICKETS") = kMaxTableTensors;
   module.attr("SCALE_ELEMENTS") = kScaleElements;
   module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),

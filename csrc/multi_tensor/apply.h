@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../update_rules/rule.h"
 #include "launch_table.h"
 #include "tensor_view.h"
 
@@ -18,8 +19,8 @@ using ChunkKernel = void (*)(const PreparedUpdate& update, void* const* slots, s
 
 // A kernel on the device: there is one for each update of each rule, in float and in double.
 struct DeviceKernel {
-  int num_slots;  // pointers of a tensor
-  bool has_step;
+  int num_slots;    // pointers of a tensor
+  int num_scalars;  // that a tensor has on the device if the kernel prepares
   bool is_plain;
   void (*launch)(const LaunchTable& table, void* stream);
 };
@@ -50,7 +51,8 @@ struct TensorTask {
   bool first_step;
   std::int64_t numel;
   void* slots[kMaxSlots] = {};
-  void* step;                // its count, if that lives on the device
+  void* step;                // its count, if that lives on the device, and with it
+  void* second = nullptr;    // the second of its scalars, if the rule has one
   std::int64_t extras = -1;  // where its pointers begin in Step::extras, if it has extras
 };
 
@@ -82,32 +84,35 @@ const char* name(Isa isa);
 
 // Defined in apply_cpu.h; ops/ instantiates it for every rule and level.
 template <Isa isa, typename Rule>
-PreparedUpdate prepare_cpu(const Rule& rule, double step, const StoredAs& stored);
+PreparedUpdate prepare_cpu(const Rule& rule, const Scalars& scalars, const StoredAs& stored);
 
 // Defined in apply_cuda.cuh; ops/ instantiates it for every rule.
 template <typename Rule>
-PreparedUpdate prepare_cuda(const Rule& rule, double step, const StoredAs& stored, bool on_device);
+PreparedUpdate prepare_cuda(const Rule& rule, const Scalars& scalars, const StoredAs& stored,
+                            bool on_device);
 
 enum class Where { kCpu, kGpu, kGpuPrepares };
 
 template <typename Rule>
-PreparedUpdate prepare(const Rule& rule, double step, const StoredAs& stored, Where where) {
+PreparedUpdate prepare(const Rule& rule, const Scalars& scalars, const StoredAs& stored,
+                       Where where) {
 #if FUSEDOPT_HAS_CUDA
-  if (where != Where::kCpu) return prepare_cuda(rule, step, stored, where == Where::kGpuPrepares);
+  if (where != Where::kCpu)
+    return prepare_cuda(rule, scalars, stored, where == Where::kGpuPrepares);
 #else
   static_cast<void>(where);
 #endif
   switch (cpu_isa()) {
 #if FUSEDOPT_HAS_AVX512
     case Isa::avx512:
-      return prepare_cpu<Isa::avx512>(rule, step, stored);
+      return prepare_cpu<Isa::avx512>(rule, scalars, stored);
 #endif
 #if FUSEDOPT_HAS_AVX2
     case Isa::avx2:
-      return prepare_cpu<Isa::avx2>(rule, step, stored);
+      return prepare_cpu<Isa::avx2>(rule, scalars, stored);
 #endif
     default:
-      return prepare_cpu<Isa::baseline>(rule, step, stored);
+      return prepare_cpu<Isa::baseline>(rule, scalars, stored);
   }
 }
 

@@ -133,11 +133,11 @@ void scale_grads(PreparedUpdate* prepared, double factor) {
 }
 
 template <Isa isa, typename Rule>
-PreparedUpdate prepare_cpu(const Rule& rule, double step, const StoredAs& stored) {
+PreparedUpdate prepare_cpu(const Rule& rule, const Scalars& scalars, const StoredAs& stored) {
   const SlotDtypes& dtypes = stored.dtypes;
   PreparedUpdate prepared;
   prepared.stored = stored;
-  prepared.stored.step = step;
+  prepared.stored.step = scalars.step;
   const auto use = [&](ChunkKernel kernel, const auto& update) {
     static_assert(sizeof(update) <= kMaxCoefficientBytes);
     using Update = std::decay_t<decltype(update)>;
@@ -146,11 +146,11 @@ PreparedUpdate prepare_cpu(const Rule& rule, double step, const StoredAs& stored
     std::memcpy(prepared.coefficients, &update, sizeof(update));
   };
   if (dtypes.all(Dtype::kFloat64)) {
-    rule.template prepare<double>(step, [&](const auto& update) {
+    rule.template prepare<double>(scalars, [&](const auto& update) {
       use(plain_kernel<isa, double, std::decay_t<decltype(update)>>, update);
     });
   } else {
-    rule.template prepare<float>(step, [&](const auto& update) {
+    rule.template prepare<float>(scalars, [&](const auto& update) {
       using Update = std::decay_t<decltype(update)>;
       use(!dtypes.is_plain()             ? stored_kernel<isa, Update>
           : dtypes.all(Dtype::kFloat32)  ? plain_kernel<isa, float, Update>

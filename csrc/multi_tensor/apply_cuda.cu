@@ -47,9 +47,10 @@ Access access_of(const TensorTask& task, const SlotDtypes& dtypes, void* const* 
 // the device; as many per launch as one table holds.
 void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, std::size_t bytes,
                 void* stream, std::uint32_t* tickets, const DeviceGuard& guard) {
-  const bool counts = on_device && kernel.has_step;
-  const bool needs_tickets = counts || !kernel.is_plain;  // which may count what it rounds with
-  TablePacker packer(kernel.num_slots + counts, bytes);
+  const int num_scalars = on_device ? kernel.num_scalars : 0;
+  const bool needs_tickets =
+      num_scalars != 0 || !kernel.is_plain;  // which may count what it rounds with
+  TablePacker packer(kernel.num_slots + num_scalars, bytes);
   std::vector<std::int64_t> index(step.updates.size(), -1);  // of an update in the table, or -1
   LaunchTable table;
   const auto flush = [&] {
@@ -75,6 +76,7 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
     void* const* const pointers = step.pointers(task);
     for (int p = 0; p < kernel.num_slots; ++p) tensor.pointers[p] = pointers[p];
     tensor.pointers[kernel.num_slots] = task.step;
+    tensor.pointers[kernel.num_slots + 1] = task.second;
     if (!packer.fits(tensor.num_chunks, index[task.update] < 0)) flush();
     if (index[task.update] < 0) index[task.update] = packer.add_update(update.coefficients);
     tensor.info = TensorInfo::pack(static_cast<std::uint32_t>(index[task.update]),

@@ -72,19 +72,20 @@ void launch(const LaunchTable& table, void*) {
 #endif
 
 template <typename T, typename Rule, typename Update>
-const DeviceKernel kDeviceKernel = {2 + Update::kNumStates, Rule::kHasStep, true,
+const DeviceKernel kDeviceKernel = {2 + Update::kNumStates, kNumScalars<Rule>, true,
                                     launch<T, Rule, Update>};
 
 template <typename Rule, typename Update>
-const DeviceKernel kStoredKernel = {kMaxPointers, Rule::kHasStep, false,
+const DeviceKernel kStoredKernel = {kMaxPointers, kNumScalars<Rule>, false,
                                     launch_stored<Rule, Update>};
 
 template <typename Rule>
-PreparedUpdate prepare_cuda(const Rule& rule, double step, const StoredAs& stored, bool on_device) {
+PreparedUpdate prepare_cuda(const Rule& rule, const Scalars& scalars, const StoredAs& stored,
+                            bool on_device) {
   const SlotDtypes& dtypes = stored.dtypes;
   PreparedUpdate prepared;
   prepared.stored = stored;
-  prepared.stored.step = step;
+  prepared.stored.step = scalars.step;
   prepared.on_device = on_device;
   const auto use = [&](const DeviceKernel& kernel, const auto& update) {
     prepared.device_kernel = &kernel;
@@ -105,11 +106,11 @@ PreparedUpdate prepare_cuda(const Rule& rule, double step, const StoredAs& store
   };
   // What the device prepares is prepared here too, for its type alone.
   if (dtypes.all(Dtype::kFloat64)) {
-    rule.template prepare<double>(step, [&](const auto& update) {
+    rule.template prepare<double>(scalars, [&](const auto& update) {
       use(kDeviceKernel<double, Rule, std::decay_t<decltype(update)>>, update);
     });
   } else {
-    rule.template prepare<float>(step, [&](const auto& update) {
+    rule.template prepare<float>(scalars, [&](const auto& update) {
       using Update = std::decay_t<decltype(update)>;
       use(dtypes.is_plain() ? kDeviceKernel<float, Rule, Update> : kStoredKernel<Rule, Update>,
           update);

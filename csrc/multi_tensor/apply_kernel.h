@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../update_rules/host_device.h"
+#include "device_scalars.h"
 #include "half.h"
 #include "launch_table.h"
 #include "tuning.h"
@@ -241,34 +242,22 @@ struct BlockTask {
   Update update;
 };
 
-// Adds one to a count that goes back to zero after `last`, and returns what it was.
-FUSEDOPT_HD std::uint32_t take_ticket(std::uint32_t* tickets, std::uint32_t last) {
-#if defined(__CUDA_ARCH__)
-  __threadfence();
-  return atomicInc(tickets, last);
-#else
-  const std::uint32_t ticket = *tickets;
-  *tickets = ticket == last ? 0 : ticket + 1;
-  return ticket;
-#endif
-}
-
-// Prepares the update from the step count on the device. The block of the tensor that is the last
-// to have read the count moves it on.
+// Prepares the update from the scalars on the device. The block of the tensor that is the last to
+// have read them moves them on.
 template <typename T, typename Rule, typename Update>
 FUSEDOPT_HD void prepare_on_device(const LaunchTable& table, std::uint32_t t,
                                    BlockTask<Update>* task) {
-  double step = task->info.first_step() ? 1 : 2;
-  if constexpr (Rule::kHasStep) {
-    float* const count = static_cast<float*>(table.pointers(t)[Update::kNumStates + 2]);
-    step = static_cast<double>(*static_cast<volatile float*>(count)) + 1;
+  const Rule& rule = *static_cast<const Rule*>(table.update(task->info.update()));
+  Scalars scalars = task->info.first_step() ? 1 : 2;
+  if constexpr (kNumScalars<Rule> > 0) {
+    void* const* const pointers = table.pointers(t) + BlockTask<Update>::kSlots;
+    scalars = read_scalars(rule, pointers);
     const std::uint32_t last = table.first_chunk(t + 1) - table.first_chunk(t) - 1;
     if (take_ticket(&table.tickets[t], last) == last && !task->skip) {
-      *count = static_cast<float>(step);
+      write_scalars<Rule>(scalars, pointers);
     }
   }
-  const Rule& rule = *static_cast<const Rule*>(table.update(task->info.update()));
-  rule.template prepare<T>(step, [&](const auto& update) {
+  rule.template prepare<T>(scalars, [&](const auto& update) {
     if constexpr (std::is_same_v<std::decay_t<decltype(update)>, Update>) task->update = update;
   });
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../update_rules/host_device.h"
+#include "../update_rules/rule.h"
 #include "tensor_view.h"
 #include "tuning.h"
 
@@ -46,7 +47,7 @@ struct StepScaling {
 struct alignas(16) LaunchTable {
   std::uint32_t num_tensors;
   std::uint32_t num_chunks;
-  std::uint32_t num_pointers;  // of each tensor: its slots, and with `tickets` its step count
+  std::uint32_t num_pointers;  // of each tensor: its slots, and with `on_device` its scalars
   std::uint32_t update_bytes;
   StepScaling scaling;
   // Set if the updates are rules, which the kernel prepares. With it come the step counts: one zero
@@ -114,7 +115,7 @@ struct TensorInfo {
 
 // What goes into a table for one tensor.
 struct TableTensor {
-  void* pointers[kMaxPointers + 1];
+  void* pointers[kMaxPointers + Scalars::kMost];
   std::int64_t numel;
   std::uint32_t num_chunks;
   TensorInfo info;  // its update counts in the updates of this table

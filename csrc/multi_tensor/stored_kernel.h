@@ -56,31 +56,35 @@ FUSEDOPT_HD void begin_block(const LaunchTable& table, std::uint32_t block,
   const void* const what = table.update(info.update());
   task->as = table.on_device ? static_cast<const Stored<Rule>*>(what)->as
                              : static_cast<const Stored<Update>*>(what)->as;
-  const bool counts = table.on_device && Rule::kHasStep;
-  auto* const count = counts ? static_cast<float*>(pointers[kMaxPointers]) : nullptr;
+  const bool counts = table.on_device && kNumScalars<Rule> != 0;
   auto* const rounding =
       task->as.dtypes.stochastic ? static_cast<std::uint64_t*>(pointers[kRounding]) : nullptr;
-  task->step = info.first_step() ? 1 : 2;
-  if (count != nullptr) {
-    task->step = static_cast<double>(*static_cast<volatile float*>(count)) + 1;
-  } else if (!table.on_device) {
-    task->step = task->as.step;
+  Scalars scalars = info.first_step() ? 1 : 2;
+  if (!table.on_device) scalars = task->as.step;
+  if constexpr (kNumScalars<Rule> != 0) {
+    if (counts) {
+      const Rule& rule = static_cast<const Stored<Rule>*>(what)->what;
+      scalars = read_scalars(rule, pointers + kMaxPointers);
+    }
   }
+  task->step = scalars.step;
   if (rounding != nullptr) {
     task->rounding[0] = rounding[0];
     task->rounding[1] = *static_cast<volatile std::uint64_t*>(rounding + 1);
   }
   // The block of the tensor that is the last to have read the counts moves them on.
-  if (count != nullptr || rounding != nullptr) {
+  if (counts || rounding != nullptr) {
     const std::uint32_t last = table.first_chunk(t + 1) - table.first_chunk(t) - 1;
     if (take_ticket(&table.tickets[t], last) == last && !task->skip) {
-      if (count != nullptr) *count = static_cast<float>(task->step);
+      if constexpr (kNumScalars<Rule> != 0) {
+        if (counts) write_scalars<Rule>(scalars, pointers + kMaxPointers);
+      }
       if (rounding != nullptr) rounding[1] = task->rounding[1] + 1;
     }
   }
   if (table.on_device) {
     static_cast<const Stored<Rule>*>(what)->what.template prepare<T>(
-        task->step, [&](const auto& update) {
+        scalars, [&](const auto& update) {
           if constexpr (std::is_same_v<std::decay_t<decltype(update)>, Update>) {
             task->update = update;
           }

@@ -9,6 +9,7 @@
 #include "host_device.h"
 #include "number.h"
 #include "penalized_grad.h"
+#include "rule.h"
 
 namespace fusedopt {
 
@@ -42,7 +43,9 @@ struct Adagrad {
             options("weight_decay"), options.get("l1", 0.0), options.flag("maximize")};
   }
 
-  static constexpr bool kHasStep = true;
+  static constexpr Slot kSlots[] = {{"sum", kUnsigned}};
+  static constexpr Scalars::Names kScalars = {"step"};
+  static constexpr bool kFirstStepFills = false;
   unsigned state_mask() const { return 0b1u; }
 
   // See Adam::is_defined.

@@ -10,6 +10,7 @@
 #include "host_device.h"
 #include "number.h"
 #include "penalized_grad.h"
+#include "rule.h"
 
 namespace fusedopt {
 
@@ -83,7 +84,10 @@ struct Adam {
             options.flag("decoupled_weight_decay")};
   }
 
-  static constexpr bool kHasStep = true;
+  static constexpr Slot kSlots[] = {
+      {"exp_avg"}, {"exp_avg_sq", kUnsigned}, {"max_exp_avg_sq", kUnsigned}};
+  static constexpr Scalars::Names kScalars = {"step"};
+  static constexpr bool kFirstStepFills = false;
   unsigned state_mask() const { return amsgrad ? 0b111u : 0b011u; }
 
   // Whether the numbers of step t are defined and of the dtype: fusedopt.Adam._numbers says what is

@@ -11,6 +11,7 @@
 #include "host_device.h"
 #include "number.h"
 #include "penalized_grad.h"
+#include "rule.h"
 
 namespace fusedopt {
 
@@ -77,7 +78,9 @@ struct RMSprop {
         options.flag("centered"), options.flag("maximize"), options.flag("eps_inside_sqrt", false)};
   }
 
-  static constexpr bool kHasStep = true;
+  static constexpr Slot kSlots[] = {{"square_avg", kUnsigned}, {"grad_avg"}, {"momentum_buffer"}};
+  static constexpr Scalars::Names kScalars = {"step"};
+  static constexpr bool kFirstStepFills = false;
   unsigned state_mask() const { return 0b001u | centered * 0b010u | (momentum > 0) * 0b100u; }
 
   // See Adam::is_defined.

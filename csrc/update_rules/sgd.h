@@ -8,6 +8,7 @@
 #include "host_device.h"
 #include "number.h"
 #include "penalized_grad.h"
+#include "rule.h"
 
 namespace fusedopt {
 
@@ -51,7 +52,9 @@ struct SGD {
             options.flag("maximize")};
   }
 
-  static constexpr bool kHasStep = false;  // prepare gets 1 at a tensor's first step, then 2
+  static constexpr Slot kSlots[] = {{"momentum_buffer"}};
+  static constexpr Scalars::Names kScalars = {};
+  static constexpr bool kFirstStepFills = true;
   unsigned state_mask() const { return momentum != 0 ? 0b1u : 0b0u; }
 
   // See Adam::is_defined.

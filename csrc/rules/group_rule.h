@@ -1,0 +1,19 @@
+#pragma once
+
+#include "../multi_tensor/apply.h"
+
+namespace fusedopt {
+
+// A rule with the options of one group; what the plan needs to know of an algorithm. See
+// update_rules/rule.h.
+class GroupRule {
+ public:
+  virtual ~GroupRule() = default;
+  virtual unsigned state_mask() const = 0;
+  virtual Scalars advanced(const Scalars& before) const = 0;
+  virtual bool is_defined(const Scalars& scalars, double largest) const = 0;
+  virtual PreparedUpdate prepare(const Scalars& scalars, const StoredAs& stored,
+                                 Where where) const = 0;
+};
+
+}  // namespace fusedopt
