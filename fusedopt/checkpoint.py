@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checks, formats, options, state, tensor_kinds
 from .problem import Problem
 from .record import Members, Record, plain_groups
-from .rule import Group, storage_is_on
+from .rule import STEP, Group, Scalar, storage_is_on
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -43,10 +43,10 @@ def stock_state_dict(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> d
 def as_stock(record: Record, entries: dict[str, Any]) -> dict[str, Any]:
     """The state of one parameter as torch's class has it."""
     if not entries and record.rule.stock_starts_with_state:
-        count = state.new_count(record)
+        step = state.new_scalar(record, STEP)
         made = {slot.name: state.initial(record, slot) for slot in record.slots}
         return {
-            "step": count.to(record.param.device if record.group.get("fused") else "cpu"),
+            "step": step.to(record.param.device if record.group.get("fused") else "cpu"),
             **made,
         }
     codes = [key for key in record.rule.by_name if formats.is_code(entries.get(key))]
@@ -150,12 +150,12 @@ def _loaded_entries(record: Record, saved_group: Group, saved: Any) -> dict[str,
     if not rule.counts_steps and "step" in saved:
         raise Problem(ValueError, f"there is a 'step' (among {sorted(map(str, saved))})")
     dtype, shape, device = param.dtype, None if record.is_lazy else param.shape, param.device
-    extras = record.extras.names
+    extras, scalars = record.extras.names, {scalar.name: scalar for scalar in rule.scalars}
     is_plain = shape is not None and not record.is_sharded
     loaded = {}
     for key, value in saved.items():
-        if key == "step" and rule.counts_steps:
-            value = _loaded_step(record, saved_group, value)
+        if key in scalars:
+            value = _loaded_scalar(record, scalars[key], saved_group, value)
         elif isinstance(value, Tensor):
             # What needs no check and no conversion is most of a checkpoint.
             if not (
@@ -192,19 +192,21 @@ def _check_tensor(
         raise Problem(ValueError, f"state[{key!r}] is on the meta device, without data")
 
 
-def _loaded_step(record: Record, saved_group: Group, step: Any) -> Tensor:
+def _loaded_scalar(record: Record, scalar: Scalar, saved_group: Group, value: Any) -> Tensor:
+    is_fake = tensor_kinds.is_fake(value)
     try:
-        count = float(step) if not tensor_kinds.is_fake(step) else tensor_kinds.number(step) or 0.0
+        number = float(value) if not is_fake else tensor_kinds.number(value) or 0.0
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise Problem(TypeError, f"state['step'] is {step!r}, not a number") from error
-    checks.check_count(count)
-    if not isinstance(step, Tensor):
-        new = state.new_count(record)
-        return torch.tensor(count, dtype=new.dtype, device=new.device)
+        raise Problem(TypeError, f"state[{scalar.name!r}] is {value!r}, not a number") from error
+    if scalar is STEP:
+        checks.check_count(number)
+    if not isinstance(value, Tensor):
+        new = state.new_scalar(record, scalar)
+        return torch.tensor(number, dtype=new.dtype, device=new.device)
     if saved_group.get("fused") or saved_group.get("capturable"):
-        return step.to(dtype=torch.float32, device=record.param.device)
+        return value.to(dtype=torch.float32, device=record.param.device)
     # torch makes some on the default device, where neither the CPU nor the parameter's may be.
-    return step if step.device == record.param.device else step.cpu()
+    return value if value.device == record.param.device else value.cpu()
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import backend, dtensor, formats, memory, options, stock_step, tensor_kinds
 from .problem import Problem
 from .record import Record
-from .rule import STORAGE_OPTIONS, Slot
+from .rule import STEP, STORAGE_OPTIONS, Scalar, Slot
 
 # Steps are counted up to here: adding 1 no longer changes a float64.
 LAST_STEP = 2**53
@@ -124,8 +124,8 @@ def check_state(record: Record, state: dict[str, Any], left_to_torch: bool) -> N
     for key, value in state.items():
         if isinstance(value, Tensor) and (problem := memory.problem(value)) is not None:
             raise Problem(RuntimeError, f"state[{key!r}] {problem}")
-    if record.rule.counts_steps:
-        _check_step_tensor(record, state.get("step"))
+    for scalar in record.rule.scalars:
+        _check_scalar(record, scalar, state.get(scalar.name))
     for slot in record.slots:
         value = state.get(slot.name)
         if value is None:
@@ -234,17 +234,18 @@ def _check_device(record: Record, key: str, value: Tensor) -> None:
         )
 
 
-def _check_step_tensor(record: Record, step: Any) -> None:
-    if not isinstance(step, Tensor) or step.numel() != 1 or step.is_complex():
-        raise Problem(TypeError, f"state['step'] must be a tensor of one number, got {step!r}")
-    if step.device.type != "cpu" and step.device != record.param.device:
-        raise Problem(ValueError, f"state['step'] is on {step.device}; move it to the CPU")
-    if record.group.get("differentiable") and step.requires_grad:
+def _check_scalar(record: Record, scalar: Scalar, value: Any) -> None:
+    key = scalar.name
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        raise Problem(TypeError, f"state[{key!r}] must be a tensor of one number, got {value!r}")
+    if value.device.type != "cpu" and value.device != record.param.device:
+        raise Problem(ValueError, f"state[{key!r}] is on {value.device}; move it to the CPU")
+    if record.group.get("differentiable") and value.requires_grad:
         raise Problem(
-            RuntimeError, "`requires_grad` is not supported for `step` in differentiable mode"
+            RuntimeError, f"`requires_grad` is not supported for `{key}` in differentiable mode"
         )
-    if step.device.type == "cpu":
-        check_count(tensor_kinds.number(step))
+    if scalar is STEP and value.device.type == "cpu":
+        check_count(tensor_kinds.number(value))
 
 
 def check_count(count: float | None) -> None:

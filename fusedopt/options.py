@@ -139,7 +139,7 @@ def check_numbers(record: Record) -> None:
 
 
 def _known_step(record: Record) -> float | None:
-    """The number of the next step, see Record.next_step; None if only the device knows it."""
+    """The number of the next step, see Record.next_scalars; None if only the device knows it."""
     state = record.state if isinstance(record.state, dict) else {}
     if not record.rule.counts_steps:
         return 1.0 if any(state.get(key) is None for key in record.keys) else 2.0

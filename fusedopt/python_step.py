@@ -49,20 +49,21 @@ def _take_of_ordinary(record: Record, group: Group, factor: Tensor | None) -> No
         grad = grad.to(torch.promote_types(grad.dtype, record.param.dtype))
         update(group, record.param, grad if factor is None else grad * factor, record.entries)
         return
-    _Step(record, group, record.next_step()).take(grad, factor)
+    _Step(record, group).take(grad, factor)
 
 
 class _Step:
     """The values of one parameter on their way from memory through the rule and back."""
 
-    def __init__(self, record: Record, group: Group, step: float | Tensor) -> None:
-        self.record, self.group, self.step = record, group, step
+    def __init__(self, record: Record, group: Group) -> None:
+        self.record, self.group = record, numbers_as_scalars(group)
         self.entries = record.entries
         self.is_differentiable = bool(group["differentiable"])
         # Autograd goes through the DTensors themselves.
         self.held: Tensor = record.param if self.is_differentiable else record.held
         self.tensors: list[Tensor] = []  # to be written, and
         self.values: list[Tensor] = []
+        self.kept_scalars, self.scalars = record.next_scalars(self.group)
 
     def take(self, grad: Tensor, factor: Tensor | None) -> None:
         record = self.record
@@ -73,7 +74,7 @@ class _Step:
             grad = dtensor.local(dtensor.placed_like(grad, record.param))
         grad = _as_real(grad).to(param.dtype)
         grad = grad if factor is None else (grad * factor).to(param.dtype)
-        values = record.rule.update(numbers_as_scalars(self.group), self.step, param, grad, *slots)
+        values = record.rule.update(self.group, *self.scalars, param, grad, *slots)
         if record.param.is_complex():
             values = tuple(torch.view_as_complex(value.contiguous()) for value in values)
         self._store(*values)
@@ -103,13 +104,13 @@ class _Step:
 
     def _store(self, param: Tensor, *slots: Tensor) -> None:
         record, entries = self.record, self.entries
-        if record.rule.counts_steps:
-            self._add(entries["step"], entries["step"] + 1)
+        for scalar, kept in zip(record.rule.scalars, self.kept_scalars, strict=True):
+            self._add(entries[scalar.name], kept)
         for at, (key, value) in enumerate(zip(record.keys, slots, strict=True)):
             target = entries[key] if self.is_differentiable else dtensor.local(entries[key])
             if formats.is_code(target):
                 value = torch.empty_like(target, dtype=value.dtype).copy_(value)  # for its strides
-                codes, scales = formats.encode(value, target.dtype, float(self.step), at)
+                codes, scales = formats.encode(value, target.dtype, float(self.scalars[0]), at)
                 kept = dtensor.local(entries[f"{key}_scale"]).view(-1)[: scales.numel()]
                 self._add(target, codes)
                 self._add(kept, scales)

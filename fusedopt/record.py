@@ -209,9 +209,12 @@ class Record:
         if type(entries) is not dict or (counts and entries and entries.get("step") is None):
             return False
         slots = [entries[key] for key in self.keys if entries.get(key) is not None]
-        step = entries.get("step") if counts else None
-        answer: bool = backend.native.is_ordinary([self.param, self.grad, *slots], step)
-        return answer
+        step, *others = [entries.get(s.name) for s in self.rule.scalars] if counts else [None]
+        is_ordinary = backend.native.is_ordinary
+        return bool(
+            is_ordinary([self.param, self.grad, *slots], step)
+            and all(is_ordinary([], other) for other in others)
+        )
 
     # Steps ----------------------------------------------------------------------------------------
 
@@ -227,18 +230,23 @@ class Record:
         on = self.group.get("capturable") or self.members.optimizer.amp_fused
         return bool(on) and backend.is_accelerator(self.param.device)
 
-    def next_step(self) -> float | Tensor:
-        """The number of this step. Rules that do not count get 1 at the first one, then 2."""
+    def next_scalars(self, group: Group) -> tuple[list[Tensor], list[float | Tensor]]:
+        """The scalars of this step: as they will be kept, and as the rule takes them."""
         if not self.rule.counts_steps:
-            return 1.0 if self.is_first_step else 2.0
-        step: Tensor = self.entries["step"] + 1
-        if step.device.type == "mps":
-            return step  # it has no float64
+            return [], [1.0 if self.is_first_step else 2.0]
+        step, *others = (self.entries[scalar.name] for scalar in self.rule.scalars)
+        kept = [step + 1]
+        kept += self.rule.advance(group, self._number(kept[0]), *others)
+        return kept, [*map(self._number, kept)]
+
+    def _number(self, scalar: Tensor) -> float | Tensor:
+        if scalar.device.type == "mps":
+            return scalar  # it has no float64
         # A power of the count is needed more exactly than float32 has it.
-        if self.group["differentiable"] or not (step.is_cpu or tensor_kinds.is_fake(step)):
-            return step.double()
-        count = tensor_kinds.number(step)
-        return 1.0 if count is None else count  # a fake tensor without a value: any number will do
+        if self.group["differentiable"] or not (scalar.is_cpu or tensor_kinds.is_fake(scalar)):
+            return scalar.double()
+        value = tensor_kinds.number(scalar)
+        return 1.0 if value is None else value  # a fake tensor without a value: any number will do
 
 
 def is_plain_dict(mapping: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dtensor, formats, stock_step, tensor_kinds
 from .record import Record
-from .rule import Slot
+from .rule import STEP, Scalar, Slot
 
 
 def missing(record: Record) -> list[str]:
@@ -17,12 +17,11 @@ def missing(record: Record) -> list[str]:
     step count that its dtype cannot continue is missing, too."""
     rule, entries = record.rule, record.state or {}
     if record.is_lazy:  # of what shape it will be is not known yet
-        return ["step", *record.keys]
+        return [*(scalar.name for scalar in rule.scalars), *record.keys]
     if rule.first_step_fills_state and record.has_sparse_grad:
         return [key for key in record.keys if entries.get(key) is None]
-    keys = [slot.name for slot in record.slots if not _is_stored(record, slot)]
-    if rule.counts_steps and not _can_count(record, entries.get("step")):
-        keys.insert(0, "step")
+    keys = [scalar.name for scalar in rule.scalars if not _can_go_on(record, scalar)]
+    keys += [slot.name for slot in record.slots if not _is_stored(record, slot)]
     return keys + [key for key in record.extras.names if entries.get(key) is None]
 
 
@@ -39,10 +38,11 @@ def complete(record: Record) -> None:
     entries = created[record.param] = record.copied_entries()
     if _is_made_by_update(record):
         return
+    scalars = {scalar.name: scalar for scalar in record.rule.scalars}
     with record.explained():
         for key in keys:
-            if key == "step":
-                entries[key] = _next_count(record, entries.get(key))
+            if key in scalars:
+                entries[key] = _continued(record, scalars[key], entries.get(key))
             elif key in record.extras:
                 entries[key] = _new_extra(key, record.param)
             else:
@@ -91,41 +91,48 @@ def match_layout(record: Record) -> None:
                 value.data = copy.copy_(value)
 
 
-def new_count(record: Record) -> Tensor:
-    """The count of a parameter that no step has updated."""
+def new_scalar(record: Record, scalar: Scalar) -> Tensor:
+    """A number of a parameter that no step has updated."""
     fused = record.group.get("fused")
     double = torch.get_default_dtype() == torch.float64 and not fused
-    # torch.zeros would make one that does not know its value in FakeTensorMode.
+    # torch.full would make one that does not know its value in FakeTensorMode.
     return torch.tensor(
-        0.0,
+        scalar.initial,
         dtype=torch.float64 if double else torch.float32,
         device=record.param.device if fused or record.counts_on_device else "cpu",
     )
 
 
-def _next_count(record: Record, count: Tensor | None) -> Tensor:
-    """The same count, where and as it can go on."""
-    if count is None:
-        return new_count(record)
-    if tensor_kinds.is_fake(record.param) and not tensor_kinds.is_fake(count):
-        number = tensor_kinds.number(count)
-        return torch.tensor(number, dtype=count.dtype, device=count.device)
+def _continued(record: Record, scalar: Scalar, value: Tensor | None) -> Tensor:
+    """The same number, where and as it can go on."""
+    if value is None:
+        return new_scalar(record, scalar)
+    if tensor_kinds.is_fake(record.param) and not tensor_kinds.is_fake(value):
+        number = tensor_kinds.number(value)
+        return torch.tensor(number, dtype=value.dtype, device=value.device)
     if record.counts_on_device:
-        return count.to(dtype=torch.float32, device=record.param.device)
-    return count.double()
+        return value.to(dtype=torch.float32, device=record.param.device)
+    if scalar is not STEP:
+        return value.to(device=record.entries["step"].device)
+    return value.double()
 
 
-def _can_count(record: Record, count: Tensor | None) -> bool:
-    if count is None:
+def _can_go_on(record: Record, scalar: Scalar) -> bool:
+    entries = record.state or {}
+    value = entries.get(scalar.name)
+    if value is None:
         return False
     if record.counts_on_device:
-        return bool(count.device == record.param.device)
-    if tensor_kinds.is_fake(record.param) and not tensor_kinds.is_fake(count):
+        return bool(value.device == record.param.device)
+    if tensor_kinds.is_fake(record.param) and not tensor_kinds.is_fake(value):
         return False
-    if count.device.type != "cpu" or count.dtype == torch.float64:
+    if scalar is not STEP:
+        step = entries.get("step")
+        return step is None or bool(value.device == step.device)
+    if value.device.type != "cpu" or value.dtype == torch.float64:
         return True
-    number = tensor_kinds.number(count)
-    return number is None or bool(number < _last_count(count.dtype))
+    count = tensor_kinds.number(value)
+    return count is None or bool(count < _last_count(value.dtype))
 
 
 @functools.cache
