@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 import fusedopt
-from fusedopt import formats, grad_norm, rule, state, tensor_kinds
+from fusedopt import formats, grad_norm, optimizer, rule, state, tensor_kinds
 
 __all__ = ["formats", "grad_norm"]
 
@@ -131,6 +131,15 @@ def initial_state_of(cls: type, value: float) -> contextlib.AbstractContextManag
     return mock.patch.object(
         state, "initial", lambda record, slot: torch.full_like(record.param, value)
     )
+
+
+def classes() -> dict[str, type]:
+    """fusedopt's, as it finds them itself."""
+    return optimizer.CLASSES
+
+
+def rule_of(cls: Any) -> rule.Rule:
+    return cls._rule
 
 
 def shared_options() -> frozenset[str]:
