@@ -30,8 +30,9 @@ on_host: build
 	  cmake -S csrc -B build/on_host -G Ninja -DFUSEDOPT_CUDA=on_host \
 	    -DPython_EXECUTABLE='$(abspath $(PY))' >/dev/null && ninja -C build/on_host --quiet; }
 
+# WORKERS=N in N processes, by pytest-xdist, all tests of a file in one.
 test: on_host
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(if $(WORKERS),--dist=loadfile -n $(WORKERS)) $(ARGS)
 
 # N random programs, 200 N random single steps and 5 N hostile checkpoints, of fresh inputs.
 N ?= 5000

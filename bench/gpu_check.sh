@@ -202,7 +202,7 @@ sanitize initcheck
 # --- everything else ---------------------------------------------------------------------------
 # But for what runs the kernels on the CPU: that needs no GPU.
 others=()
-for file in tests/test_*.py; do
+for file in tests/test_*.py tests/storage/test_*.py; do
   if [[ $file == */test_cuda.py || $file == */test_kernels.py ]]; then
     continue
   elif grep -qE '^(from|import) hypothesis' "$file" && ! has hypothesis; then

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +48,7 @@ def offer_timm() -> None:
 
 offer_timm()
 SEED = int(os.environ.get("FUSEDOPT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+os.environ["FUSEDOPT_TEST_SEED"] = str(SEED)  # one for all processes of pytest-xdist
 
 
 def pytest_report_header() -> str:
@@ -138,3 +142,28 @@ def kernels() -> Any:
     """For tests that compare the native module with this one."""
     require_native()
     return require_kernels()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """tests/native/storage.cpp over csrc/storage/, as functions."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        skip_or_fail("no g++")
+    target = tmp_path_factory.mktemp("native") / "storage.so"
+    source = Path(__file__).parent / "native" / "storage.cpp"
+    fast = ["-O3", "-march=native", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+    done = subprocess.run(
+        [compiler, "-std=c++17", *fast, "-shared", "-fPIC", str(source), "-o", str(target)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    module = ctypes.CDLL(str(target))
+    word = ctypes.c_uint64
+    module.wrong_masters.argtypes, module.wrong_masters.restype = [word, word], word
+    module.philox_words.argtypes = [word, word, word, ctypes.c_void_p]
+    pointer = ctypes.c_void_p
+    module.split_masters.argtypes = [pointer, ctypes.c_int64, pointer, pointer]
+    module.join_masters.argtypes = [pointer, pointer, ctypes.c_int64, pointer]
+    return module

@@ -20,8 +20,8 @@ import pytest
 import torch
 from cases import DTYPES, RICHEST, Case, bits, gradient_like, leaf, states
 from conftest import SEED
+from stored import LOOPS, WAYS
 from test_native import script
-from test_storage import LOOPS, WAYS
 from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

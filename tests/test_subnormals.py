@@ -12,8 +12,8 @@ import pytest
 import torch
 from cases import RICHEST, bits, leaf, richest_by_options, states, step_through
 from conftest import SEED
+from stored import WAYS
 from test_native import script
-from test_storage import WAYS
 
 import fusedopt
 

@@ -10,7 +10,7 @@ from optimizers import Table
 from seam import formats
 from torch import Tensor
 
-encode = formats.encode  # the same bits as of the native module: test_storage
+encode = formats.encode  # the same bits as of the native module: storage/test_codes.py
 
 OPTIONS = ("state_dtype", "master_weights", "rounding", "ema")
 EXTRAS = ("master", "master_remainder", "rounding_state", "ema")

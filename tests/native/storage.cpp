@@ -1,4 +1,4 @@
-// What tests/test_storage.py calls: a claim about every float32, and values to compare with.
+// What tests/storage/ calls: a claim about every float32, and values to compare with.
 #include <cmath>
 #include <cstdint>
 
