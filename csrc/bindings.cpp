@@ -1,4 +1,4 @@
-// The only file that knows Python: reads groups, gradients and state, checks each tensor against
+// Reads groups, gradients and state, checks each tensor against
 // what the plan remembers of it, and hands plain tensor lists to multi_tensor/.
 
 #include <pybind11/pybind11.h>
@@ -15,15 +15,13 @@
 #include <utility>
 #include <vector>
 
-#include "dlpack_exchange.h"
 #include "multi_tensor/apply.h"
 #include "multi_tensor/apply_cuda.h"
-#include "multi_tensor/grad_norm.h"
 #include "multi_tensor/launch_plan.h"
-#include "multi_tensor/memory_floor.h"
-#include "multi_tensor/parallel.h"
 #include "multi_tensor/tensor_lists.h"
 #include "plan/written_memory.h"
+#include "python/module.h"
+#include "python/torch.h"
 #include "storage/blockwise8.h"
 #include "torch_layout.h"
 #include "update_rules/adagrad.h"
@@ -31,172 +29,8 @@
 #include "update_rules/rmsprop.h"
 #include "update_rules/sgd.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-namespace py = pybind11;
-
 namespace fusedopt {
 namespace {
-
-#if FUSEDOPT_HAS_CUDA
-constexpr bool kHasCuda = true;
-#else
-constexpr bool kHasCuda = false;
-#endif
-
-// torch, as far as it is needed here; set once by bind() and never released.
-struct Torch {
-  const dlpack::ExchangeApi* exchange = nullptr;
-  PyObject* tensor_type = nullptr;
-  PyObject* parameter_type = nullptr;
-  PyObject* dtensor_type = nullptr;  // null while nobody has imported it
-  PyObject* defaultdict_type = nullptr;
-  py::handle increment_version;
-  py::handle parts_of, reading_problem;  // see fusedopt/memory.py
-  TorchLayout layout;
-} torch;
-
-// A dict whose entries are what the C interface sees; a subclass may keep them elsewhere.
-bool is_plain_dict(PyObject* object) {
-  return PyDict_CheckExact(object) ||
-         reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch.defaultdict_type;
-}
-
-bool is_tensor(PyObject* object) {
-  return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(torch.tensor_type)) != 0;
-}
-
-bool is_plain_tensor(PyObject* object) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == torch.tensor_type || type == torch.parameter_type;
-}
-
-// What this process holds of a tensor: of a DTensor its shard, else the tensor itself. Borrowed.
-PyObject* local_of(PyObject* object) {
-  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != torch.dtensor_type) return object;
-  PyObject* const local = PyObject_GetAttr(object, name);
-  if (local == nullptr) throw py::error_already_set();
-  Py_DECREF(local);  // the DTensor goes on holding it
-  return local;
-}
-
-bool read_dtype(const dlpack::DataType& type, Dtype* dtype) {
-  if (type.lanes != 1) return false;
-  switch (type.code * 256 + type.bits) {
-    case dlpack::kFloat * 256 + 64:
-      return *dtype = Dtype::kFloat64, true;
-    case dlpack::kFloat * 256 + 32:
-      return *dtype = Dtype::kFloat32, true;
-    case dlpack::kFloat * 256 + 16:
-      return *dtype = Dtype::kFloat16, true;
-    case dlpack::kBfloat * 256 + 16:
-      return *dtype = Dtype::kBFloat16, true;
-    case dlpack::kInt * 256 + 8:
-      return *dtype = Dtype::kInt8, true;
-    case dlpack::kUInt * 256 + 8:
-      return *dtype = Dtype::kUInt8, true;
-    case dlpack::kInt * 256 + 16:
-      return *dtype = Dtype::kInt16, true;
-    case dlpack::kInt * 256 + 64:
-      return *dtype = Dtype::kInt64, true;
-    default:
-      return false;
-  }
-}
-
-bool read_device(const dlpack::Device& device, int* out) {
-#if defined(FUSEDOPT_CUDA_ON_HOST)
-  if (device.type == dlpack::kCpu) return *out = 0, true;  // all memory is that of one GPU
-#else
-  if (device.type == dlpack::kCpu) return *out = kCpu, true;
-  if (device.type == dlpack::kCuda) return *out = device.id, kHasCuda;
-#endif
-  return false;
-}
-
-// The TensorImpl of a plain tensor; only if the layout knows where that is.
-const char* impl_of(PyObject* tensor) { return pointer_at(tensor, torch.layout.impl); }
-
-// Where the storage of a plain tensor begins and how long it is. False if it has none.
-bool storage_of(PyObject* tensor, std::uintptr_t* begin, std::uint64_t* num_bytes) {
-  if (torch.layout.knows_memory()) {
-    const char* const storage = pointer_at(impl_of(tensor), torch.layout.storage);
-    if (storage == nullptr) return false;
-    *begin = static_cast<std::uintptr_t>(word_at(storage, torch.layout.memory));
-    *num_bytes = word_at(storage, torch.layout.num_bytes);
-    return *begin != 0;
-  }
-  try {
-    const py::object storage = py::handle(tensor).attr("untyped_storage")();
-    *begin = storage.attr("data_ptr")().cast<std::uintptr_t>();
-    *num_bytes = storage.attr("nbytes")().cast<std::uint64_t>();
-  } catch (const py::error_already_set&) {
-    return false;  // it has none
-  }
-  return *begin != 0;
-}
-
-// What a tensor is, whatever its dtype. False if it has no memory, or less than its elements span:
-// the storage may have been cut short, and the exchange does not look.
-bool exchange(PyObject* tensor, dlpack::Tensor* out, MemoryRange* range) {
-  if (torch.exchange->tensor_from_py_object_no_sync(tensor, out) != 0) {
-    PyErr_Clear();  // the Python side looks at this tensor again and says what is wrong with it
-    return false;
-  }
-  const auto data = reinterpret_cast<std::uintptr_t>(out->data) + out->byte_offset;
-  const auto element = static_cast<std::int64_t>(out->dtype.bits) * out->dtype.lanes / 8;
-  *range = memory_range(data, out->ndim, out->shape, out->strides, element);
-  if (range->begin == range->end) return true;
-  std::uintptr_t begin;
-  std::uint64_t num_bytes;
-  return data != 0 && storage_of(tensor, &begin, &num_bytes) && range->begin >= begin &&
-         range->end - begin <= num_bytes;
-}
-
-// The tensor as it is now, or false if the kernels cannot touch it (sparse, another device, without
-// memory, ...). Conjugate and negative bits are not looked at: see has_negative_bit.
-bool view_stored(PyObject* object, TensorView* out) {
-  if (!is_plain_tensor(object)) {
-    object = local_of(object);
-    if (!is_plain_tensor(object)) return false;
-  }
-  dlpack::Tensor tensor;
-  MemoryRange range;
-  if (!exchange(object, &tensor, &range)) return false;
-  if (!read_device(tensor.device, &out->device) || !read_dtype(tensor.dtype, &out->dtype)) {
-    return false;
-  }
-  out->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  out->ndim = tensor.ndim;
-  out->shape = tensor.shape;
-  out->strides = tensor.strides;
-  return true;
-}
-
-bool view(PyObject* object, TensorView* out) {
-  return view_stored(object, out) && is_float(out->dtype);
-}
-
-// Whether it can be read and written from here.
-bool is_host(const TensorView& tensor) {
-#if defined(FUSEDOPT_CUDA_ON_HOST)
-  return tensor.device == 0;
-#else
-  return tensor.device == kCpu;
-#endif
-}
-
-// Of a tensor that is plain, or whose shard is.
-bool has_negative_bit(PyObject* tensor) {
-  tensor = local_of(tensor);
-  if (torch.layout.knows_negative()) {
-    return (word_at(impl_of(tensor), torch.layout.keys) & torch.layout.negative) != 0;
-  }
-  return py::cast<bool>(py::handle(tensor).attr("is_neg")());
-}
 
 // Options of one param group, read by name for a rule.
 class Options {
@@ -487,7 +321,6 @@ class Plan {
   Verdict look_at(Seen* block, std::size_t size, const py::dict& state, const py::object& grads);
   bool find_tensors(Seen* seen) const;
   void fetch(const Seen* block, std::size_t size) const;
-  void bump_versions();
   Verdict check(const Seen& seen, const py::dict& state);
   Verdict leave_to_python(const Seen& seen);
   bool add_shared();
@@ -497,9 +330,8 @@ class Plan {
   void remember(PyObject* tensor, int ndim, Expected* expected);
   // Whether the process holds the same elements of both: then shards can be updated one by one.
   static bool is_placed_like(PyObject* tensor, const Entry& entry) {
-    return entry.spec ? is_sharded_like(tensor, entry) : is_plain_tensor(tensor);
+    return entry.spec ? is_sharded_like(tensor, entry.spec) : is_plain_tensor(tensor);
   }
-  static bool is_sharded_like(PyObject* tensor, const Entry& entry);
   bool is_usable(Entry* entry, const Seen& seen, const TensorView& now);
   bool are_extras_expected(const Seen& seen);
   bool add_task(const Seen& seen, const TensorView& grad);
@@ -615,7 +447,7 @@ bool Plan::add_state(PyObject* state, const py::tuple& keys, const py::tuple& ex
       if (numel(now) != 1 || !is_float(now.dtype) || itemsize(now.dtype) < 4) return false;
       entry->device_step = counts_on_device(*entry, now);
       if (entry->device_step && now.dtype != Dtype::kFloat32) return false;
-      if (!entry->device_step && !is_host(now)) return false;
+      if (!entry->device_step && now.device != kHostDevice) return false;
     } else {
       if (now.device != entry->device) return false;
       const bool is_state = role < StateLayout::kStep;
@@ -1008,7 +840,7 @@ bool Plan::add_shared() {
     TensorView grad;
     if (!view(seen.grad, &grad) || !add_task(seen, grad)) return false;
   }
-  if (!shared_.empty()) bump_versions();
+  if (!shared_.empty()) bump_versions(written_);
   return true;
 }
 
@@ -1043,21 +875,8 @@ Plan::Verdict Plan::look_at(Seen* block, std::size_t size, const py::dict& state
     if (verdict == Verdict::kStale) return verdict;
     if (verdict == Verdict::kPython) todo_.push_back(block[i].entry);
   }
-  bump_versions();
+  bump_versions(written_);
   return Verdict::kFine;
-}
-
-// Tells autograd that the tensors of the block are written. That happens before the last tensor has
-// been checked, while torch's records are in the cache: for the four tensors of a small Adam
-// parameter 0.26 us instead of 0.33 after a backward (EPYC 9005, 2026-11). If the step ends with an
-// error then versions have moved for nothing.
-void Plan::bump_versions() {
-  py::list written(written_.size());
-  for (std::size_t i = 0; i < written_.size(); ++i) {
-    Py_INCREF(written_[i]);
-    PyList_SET_ITEM(written.ptr(), static_cast<Py_ssize_t>(i), written_[i]);
-  }
-  torch.increment_version(written);
 }
 
 // Two strings may be equal: what was unpickled has keys of its own.
@@ -1266,21 +1085,10 @@ bool Plan::is_step_expected(PyObject* tensor, Entry* entry) {
   if (reinterpret_cast<std::uintptr_t>(now.data) % itemsize(now.dtype) != 0) return false;
   if (has_negative_bit(tensor)) return false;
   if (counts_on_device(*entry, now) != entry->device_step) return false;
-  if (!entry->device_step && !is_host(now)) return false;
+  if (!entry->device_step && now.device != kHostDevice) return false;
   moved_ |= now.data != expected.data;
   expected.data = now.data;
   remember(tensor, now.ndim, &expected);
-  return true;
-}
-
-bool Plan::is_sharded_like(PyObject* tensor, const Entry& entry) {
-  if (is_plain_tensor(tensor)) return false;
-  const py::object spec = py::handle(tensor).attr("_spec");
-  if (spec.is(entry.spec)) return true;
-  for (const char* part : {"mesh", "placements", "shard_order"}) {
-    const py::object none = py::none();  // shard_order is younger than torch 2.10
-    if (!py::getattr(spec, part, none).equal(py::getattr(entry.spec, part, none))) return false;
-  }
   return true;
 }
 
@@ -1534,16 +1342,6 @@ bool Plan::read_scaling(const py::object& scaling) {
   return true;
 }
 
-void* current_stream([[maybe_unused]] int device) {
-  void* stream = nullptr;
-#if !defined(FUSEDOPT_CUDA_ON_HOST)
-  if (torch.exchange->current_work_stream(dlpack::kCuda, device, &stream) != 0) {
-    throw py::error_already_set();
-  }
-#endif
-  return stream;
-}
-
 // What can fail comes first, then what is written from here. To Python it is one action: no code of
 // an interrupt or of a destructor runs between the new state, the update and the step counts.
 void Plan::launch(int num_threads, const NewState& new_state) {
@@ -1589,167 +1387,6 @@ void Plan::launch(int num_threads, const NewState& new_state) {
       *static_cast<float*>(count.data) = static_cast<float>(count.value);
     }
   }
-}
-
-void measure(const std::vector<GradToMeasure>& grads, const GradNorm& norm,
-             [[maybe_unused]] int device, int num_threads) {
-#if FUSEDOPT_HAS_CUDA
-  if (device != kCpu) {
-    void* const stream = current_stream(device);
-    const py::gil_scoped_release release;
-    return grad_norm_cuda(grads, norm, device, stream);
-  }
-#endif
-  const py::gil_scoped_release release;
-  grad_norm_cpu(grads, norm, num_threads);
-}
-
-// Measures the norm of gradients on one device. `clip` is a float64 tensor there: what StepScaling
-// reads, a zero for the kernel to count in, and room for sums. None if done; the size that `clip`
-// must have if it is too small; or a list of the gradients that are no dense float tensors.
-py::object grad_norm_of(const py::list& tensors, const py::object& clip,
-                        const py::object& loss_scale, double max_norm, bool skip_nonfinite,
-                        int num_threads) {
-  constexpr std::int64_t kHeader = StepScaling::kNumClip + 1;
-  TensorView space, scale;
-  if (!view(clip.ptr(), &space) || space.dtype != Dtype::kFloat64) {
-    throw py::value_error("clip must be a float64 tensor");
-  }
-  std::vector<GradToMeasure> grads;
-  std::int64_t num_chunks = 0;
-  py::list unusual;
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    TensorView now;
-    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    if (!view(tensor, &now) || now.device != space.device || !is_flat(now)) {
-      unusual.append(i);
-      continue;
-    }
-    grads.push_back({now.data, now.dtype, numel(now)});
-    num_chunks += grads.back().num_chunks();
-  }
-  if (!unusual.empty()) return std::move(unusual);
-  if (num_chunks > 0x7FFFFFFF) throw py::value_error("too many gradients for one norm");
-  if (numel(space) < kHeader + num_chunks) return py::int_(kHeader + num_chunks);
-
-  GradNorm norm = {};
-  norm.max_norm = max_norm;
-  norm.skip_nonfinite = skip_nonfinite;
-  norm.clip = static_cast<double*>(space.data);
-  norm.ticket = reinterpret_cast<std::uint32_t*>(norm.clip + StepScaling::kNumClip);
-  norm.partials = norm.clip + kHeader;
-  norm.num_partials = static_cast<std::uint32_t>(num_chunks);
-  if (!loss_scale.is_none()) {
-    if (!view(loss_scale.ptr(), &scale) || scale.dtype != Dtype::kFloat32 ||
-        scale.device != space.device) {
-      throw py::value_error("loss_scale must be a float32 tensor on the device of the gradients");
-    }
-    norm.loss_scale = static_cast<const float*>(scale.data);
-  }
-  measure(grads, norm, space.device, num_threads);
-  return py::none();
-}
-
-// Samples: (tensor, address of its TensorImpl, of its StorageImpl, of its memory, bytes, negative).
-void learn_layout_from(const py::list& samples) {
-  std::vector<LayoutSample> known;
-  const auto pointer = [](const py::handle address) {
-    return reinterpret_cast<const char*>(address.cast<std::uintptr_t>());
-  };
-  for (const py::handle sample : samples) {
-    const auto tuple = py::cast<py::tuple>(sample);
-    const auto object = reinterpret_cast<const char*>(tuple[0].ptr());
-    const auto object_bytes = static_cast<std::size_t>(Py_TYPE(tuple[0].ptr())->tp_basicsize);
-    known.push_back({object, object_bytes, pointer(tuple[1]), pointer(tuple[2]),
-                     tuple[3].cast<std::uint64_t>(), tuple[4].cast<std::uint64_t>(),
-                     tuple[5].cast<bool>()});
-  }
-  torch.layout = learn_layout(known);
-}
-
-// ((address of the memory, bytes), negative) of a plain tensor, each None if it is not known.
-py::tuple read_layout(const py::object& tensor) {
-  py::object memory = py::none(), negative = py::none();
-  std::uintptr_t begin;
-  std::uint64_t num_bytes;
-  if (torch.layout.knows_memory()) {
-    storage_of(tensor.ptr(), &begin, &num_bytes);
-    memory = py::make_tuple(begin, num_bytes);
-  }
-  if (torch.layout.knows_negative()) negative = py::bool_(has_negative_bit(tensor.ptr()));
-  return py::make_tuple(memory, negative);
-}
-
-void trust_words() { torch.layout.trusts_words = torch.layout.knows_memory(); }
-
-// What the tensor's words were; None if they are not to be trusted.
-class RememberedTensor {
- public:
-  explicit RememberedTensor(const py::object& tensor) {
-    words_.remember(torch.layout, impl_of(tensor.ptr()), tensor.attr("dim")().cast<int>());
-  }
-  bool is_equal(const py::object& tensor) const {
-    return words_.are_those_of(impl_of(tensor.ptr()));
-  }
-
- private:
-  TensorWords words_;
-};
-
-void forget_layout(const std::string& what) {
-  if (what == "words" || what == "memory") torch.layout.trusts_words = false;
-  if (what == "memory") torch.layout.num_bytes = 0;
-  if (what == "negative") torch.layout.keys = 0;
-}
-
-void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
-          const py::object& increment_version, const py::object& parts_of,
-          const py::object& reading_problem, const py::object& defaultdict_type) {
-  const void* pointer = py::isinstance<py::int_>(table)
-                            ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
-                            : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
-  if (pointer == nullptr) throw py::error_already_set();
-  const auto* exchange = static_cast<const dlpack::ExchangeApi*>(pointer);
-  while (exchange != nullptr && exchange->version.major != 1) exchange = exchange->previous;
-  if (exchange == nullptr || exchange->tensor_from_py_object_no_sync == nullptr) {
-    throw py::import_error("torch exports no DLPack 1.x exchange table that fusedopt knows");
-  }
-  torch.exchange = exchange;
-  torch.tensor_type = tensor_type.inc_ref().ptr();
-  torch.parameter_type = parameter_type.inc_ref().ptr();
-  torch.increment_version = increment_version.inc_ref();
-  torch.parts_of = parts_of.inc_ref();
-  torch.reading_problem = reading_problem.inc_ref();
-  torch.defaultdict_type = defaultdict_type.inc_ref().ptr();
-  cpu_isa();  // a bad FUSEDOPT_CPU_ISA is an error now, not at the first step
-  shares_always();
-}
-
-// Whether the tensors, of which the first is a parameter, are what needs no other check: plain, with
-// memory, of floating dtypes, one shape, layout and device; and the step count, unless it is None, is
-// a number on the host that can go on.
-bool is_ordinary(const py::list& tensors, const py::object& step) {
-  TensorView first, now;
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    if (!is_plain_tensor(tensor) || !view(tensor, &now) || has_negative_bit(tensor)) return false;
-    if (i == 0) first = now;
-    if (!is_flat(now) || now.device != first.device || !same_layout(now, first)) return false;
-  }
-  if (step.is_none()) return true;
-  if (!is_plain_tensor(step.ptr()) || !view(step.ptr(), &now) || numel(now) != 1) return false;
-  if (now.device != kCpu) return false;
-  if (now.dtype == Dtype::kFloat64) {
-    const double count = *static_cast<const double*>(now.data);
-    return count >= 0 && count + 1 > count;
-  }
-  if (now.dtype != Dtype::kFloat32) return false;
-  const float count = *static_cast<const float*>(now.data);
-  return count >= 0 && count + 1 > count;
-}
-
-void set_dtensor_type(const py::object& type) {
-  if (torch.dtensor_type == nullptr) torch.dtensor_type = type.inc_ref().ptr();
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
@@ -1803,66 +1440,9 @@ void take_part_in_collection(PyHeapTypeObject* heap_type) {
   };
 }
 
-std::string describe() {
-  std::string text = std::string("cpu, ") + name(cpu_isa());
-#if defined(_OPENMP)
-  text += ", OpenMP";
-#else
-  text += ", one thread: built without OpenMP";
-#endif
-  return text;
-}
-
-// A plain in-place loop with the memory traffic of a step, for benchmarks.
-void memory_floor_of(const py::list& reads, const py::list& writes, int num_threads) {
-  std::vector<void*> arrays;
-  std::int64_t bytes = -1;
-  for (const py::list& tensors : {writes, reads}) {
-    for (const py::handle tensor : tensors) {
-      TensorView now;
-      if (!view(tensor.ptr(), &now) || !is_flat(now)) {
-        throw py::value_error("memory_floor takes contiguous float tensors on the CPU");
-      }
-      const auto size = static_cast<std::int64_t>(itemsize(now.dtype)) * numel(now);
-      if (bytes >= 0 && size != bytes) throw py::value_error("memory_floor: sizes differ");
-      bytes = size;
-      arrays.push_back(now.data);
-    }
-  }
-  py::gil_scoped_release release;
-  memory_floor(arrays.data(), static_cast<int>(writes.size()), static_cast<int>(reads.size()),
-               bytes, num_threads);
-}
-
 }  // namespace
 
-PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
-  module.def("bind", &bind);
-  module.def("learn_layout", &learn_layout_from);
-  module.def("read_layout", &read_layout);
-  module.def("forget_layout", &forget_layout);
-  module.def("trust_words", &trust_words);
-  py::class_<RememberedTensor>(module, "RememberedTensor")
-      .def(py::init<const py::object&>())
-      .def("is_equal", &RememberedTensor::is_equal);
-  module.def("is_ordinary", &is_ordinary);
-  module.def("set_dtensor_type", &set_dtensor_type);
-  module.def("describe", &describe);
-  module.def("describe_cuda", [] { return FUSEDOPT_CUDA_STATUS; });  // with CUDA or why not
-#if FUSEDOPT_HAS_CUDA
-  module.def("cuda_problem", &cuda_problem);
-  module.def("num_launches", &num_launches);
-#endif
-#if defined(FUSEDOPT_CUDA_ON_HOST)
-  module.attr("KERNEL_DEVICE") = "cpu";
-#else
-  module.attr("KERNEL_DEVICE") = kHasCuda ? "cuda" : "";
-#endif
-  module.def("grad_norm", &grad_norm_of);
-  module.attr("NUM_TICKETS") = kMaxTableTensors;
-  module.attr("SCALE_ELEMENTS") = kScaleElements;
-  module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
-             py::arg("num_threads"));
+void export_plan(py::module_& module) {
   py::class_<Plan>(module, "Plan", py::custom_type_setup(&take_part_in_collection))
       .def(py::init<const std::string&, std::string>())
       .def("add_tickets", &Plan::add_tickets)
