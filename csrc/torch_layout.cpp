@@ -23,12 +23,6 @@ std::size_t only_offset(std::size_t begin, std::size_t end, const Fits& fits) {
 
 }  // namespace
 
-std::uint64_t word_at(const void* object, std::size_t offset) {
-  std::uint64_t word;
-  std::memcpy(&word, static_cast<const char*>(object) + offset, sizeof(word));
-  return word;
-}
-
 void TensorWords::remember(const TorchLayout& layout, const char* impl, int ndim) {
   forget();
   if (!layout.trusts_words || ndim > kInlineDims) return;

@@ -70,7 +70,11 @@ class TensorWords {
 TorchLayout learn_layout(const std::vector<LayoutSample>& samples);
 
 // A word at an offset of an object.
-std::uint64_t word_at(const void* object, std::size_t offset);
+inline std::uint64_t word_at(const void* object, std::size_t offset) {
+  std::uint64_t word;
+  std::memcpy(&word, static_cast<const char*>(object) + offset, sizeof(word));
+  return word;
+}
 inline const char* pointer_at(const void* object, std::size_t offset) {
   return reinterpret_cast<const char*>(static_cast<std::uintptr_t>(word_at(object, offset)));
 }

@@ -1,4 +1,4 @@
-"""What ``csrc/bindings.cpp`` exports. Internal: it may change with every version."""
+"""What ``csrc/python/`` exports. Internal: it may change with every version."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,7 +8,6 @@ from torch import Tensor
 
 KERNEL_DEVICE: str
 NUM_TICKETS: int
-SCALE_ELEMENTS: int
 layout_problem: str  # set by backend.py; empty if there is none
 
 class Plan:

@@ -1,0 +1,142 @@
+#include "work.h"
+
+#include <limits>
+#include <unordered_set>
+
+namespace fusedopt {
+
+void Work::clear() {
+  for (Step& step : steps_) step.clear();
+  scalars_.clear();
+  roundings_.clear();
+  stepping_.clear();
+  prepared_.resize(records_->groups.size());
+  for (PreparedUpdates& prepared : prepared_) prepared.index_of.clear();
+  ahead_.clear();
+  odd_.clear();
+  for (const std::size_t p : in_order_) records_->params[p].in_order = false;
+  in_order_.clear();
+  readers_.clear();
+}
+
+bool Work::add(std::size_t p, const TensorView& grad) {
+  const ParamRecord& param = records_->params[p];
+  double step = param.first_step ? 1 : 2;
+  if (has_step_ && !param.device_step && !count_step(param, &step)) return false;
+  TensorTask task;
+  task.slots[0] = param[Role::kParam].data;
+  task.slots[1] = grad.data;
+  int num_slots = 2;
+  (param.roles & kStates).for_each([&](Role role) { task.slots[num_slots++] = param[role].data; });
+  if (!(param.roles & kExtras).empty()) add_pointers(param, &task);
+  task.numel = param.numel;
+  task.first_step = param.first_step;
+  task.step = param.device_step ? param[Role::kStep].data : nullptr;
+  SlotDtypes dtypes = param.stored;
+  dtypes.slots[1] = grad.dtype;
+  const bool prepares = param.device_step || records_->groups[param.group].options_device != kCpu;
+  const Where where = param.device == kCpu ? Where::kCpu
+                      : prepares           ? Where::kGpuPrepares
+                                           : Where::kGpu;
+  task.update = prepared_update(param.group, step, dtypes, param.device, where);
+  if (task.update == kUndefined) return false;  // the Python side says why
+  step_on(param.device).tasks.push_back(task);
+  stepping_.push_back(p);
+  return true;
+}
+
+// The count of this step, from memory of the host.
+bool Work::count_step(const ParamRecord& param, double* step) {
+  const TensorRecord& count = param[Role::kStep];
+  const bool is_double = count.dtype == Dtype::kFloat64;
+  double before = is_double ? *static_cast<const double*>(count.data)
+                            : static_cast<double>(*static_cast<const float*>(count.data));
+  if (!(before >= 0)) return false;
+  if (param.shares_step >= 0) before += ahead_[count.data]++;
+  *step = before + 1;
+  const bool counts_on = is_double ? *step > before : static_cast<float>(*step) > before;
+  if (counts_on) scalars_.push_back({count.data, count.dtype, *step, param.device});
+  return counts_on;
+}
+
+void Work::add_pointers(const ParamRecord& param, TensorTask* task) {
+  std::vector<void*>& pointers = step_on(param.device).extras;
+  task->extras = static_cast<std::int64_t>(pointers.size());
+  pointers.insert(pointers.end(), task->slots, task->slots + kMaxSlots);
+  for (int e = 0; e < kNumExtras; ++e) pointers.push_back(param[extra(e)].data);
+  if (param.stored.stochastic && param.device == kCpu) {
+    roundings_.push_back(static_cast<std::uint64_t*>(param[Role::kRounding].data) + 1);
+  }
+}
+
+Step& Work::step_on(int device) {
+  const auto index = static_cast<std::size_t>(device + 1);
+  if (index >= steps_.size()) steps_.resize(index + 1);
+  return steps_[index];
+}
+
+std::uint32_t Work::prepared_update(std::uint32_t group, double step, const SlotDtypes& dtypes,
+                                    int device, Where where) {
+  PreparedUpdates& prepared = prepared_[group];
+  const auto place = static_cast<std::uint32_t>(device + 1) * 4 + static_cast<std::uint32_t>(where);
+  const UpdateKey key{step, place << SlotDtypes::kKeyBits | dtypes.key()};
+  if (!prepared.index_of.empty() && key == prepared.last_key) return prepared.last_index;
+  const GroupRecord& record = records_->groups[group];
+  std::vector<PreparedUpdate>& updates = step_on(device).updates;
+  const auto [found, is_new] =
+      prepared.index_of.emplace(key, static_cast<std::uint32_t>(updates.size()));
+  if (is_new) {
+    constexpr double kAny = std::numeric_limits<double>::infinity();
+    const double largest = dtypes.slots[0] == Dtype::kFloat64
+                               ? std::numeric_limits<double>::max()
+                               : static_cast<double>(std::numeric_limits<float>::max());
+    const bool prepares = where == Where::kGpuPrepares;  // only the device knows the step
+    if (!record.rule->is_defined(prepares ? 1 : step, prepares ? kAny : largest)) {
+      return kUndefined;
+    }
+    updates.push_back(record.rule->prepare(step, {dtypes, record.ema_weight}, where));
+  }
+  prepared.last_key = key;
+  return prepared.last_index = found->second;
+}
+
+void Work::add_early_read(std::size_t reader, const MemoryRange& memory) {
+  overlaps_->for_each(memory, [&](std::size_t writer) {
+    if (writer != reader) readers_.emplace_back(reader, writer);
+  });
+}
+
+void Work::put_in_order(std::size_t p) {
+  ParamRecord& param = records_->params[p];
+  if (param.in_order) return;
+  param.in_order = true;
+  in_order_.push_back(p);
+  if (param.shares_step < 0) return;
+  const auto shared = static_cast<std::size_t>(param.shares_step);
+  for (const std::size_t other : overlaps_->shared_steps()[shared]) put_in_order(other);
+}
+
+void Work::finish() {
+  if (!readers_.empty()) {
+    std::unordered_set<std::size_t> stepping(stepping_.begin(), stepping_.end());
+    stepping.insert(odd_.begin(), odd_.end());
+    for (const auto& [reader, writer] : readers_) {
+      if (stepping.count(writer) == 0) continue;
+      put_in_order(reader);
+      put_in_order(writer);
+    }
+  }
+  for (const std::size_t p : stepping_) {
+    if (records_->params[p].in_order) odd_.push_back(p);
+  }
+}
+
+bool Work::awaits_device() const {
+  for (const ScalarToWrite& scalar : scalars_) {
+    const auto index = static_cast<std::size_t>(scalar.device + 1);
+    if (scalar.device != kCpu && steps_[index].scaling.found_inf != nullptr) return true;
+  }
+  return false;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,40 @@
+#include "new_state.h"
+
+namespace fusedopt {
+
+namespace py = pybind11;
+
+// Tensors hash with Python code, during which an interrupt may come or another thread run; a merge
+// of dicts uses the hashes that they know.
+py::dict with_created(const py::dict& state, const py::object& created) {
+  if (created.is_none()) return state;
+  auto all = py::reinterpret_steal<py::dict>(PyDict_Copy(state.ptr()));
+  if (!all || PyDict_Update(all.ptr(), created.ptr()) != 0) throw py::error_already_set();
+  return all;
+}
+
+NewState::NewState(const py::object& created, const py::object& owner) {
+  if (created.is_none() || owner.is_none()) return;
+  owner_ = owner;
+  for (const auto& [param, entries] : py::cast<py::dict>(created)) {
+    PyObject* const existing = PyDict_GetItemWithError(owner.ptr(), param.ptr());
+    if (existing == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (existing == nullptr) {
+      added_[param] = entries;
+    } else {
+      changed_.emplace_back(py::reinterpret_borrow<py::dict>(existing),
+                            py::reinterpret_borrow<py::dict>(entries));
+    }
+  }
+}
+
+void NewState::commit() const {
+  if (!owner_) return;
+  if (PyDict_Update(owner_.ptr(), added_.ptr()) != 0) throw py::error_already_set();
+  for (const auto& [existing, entries] : changed_) {
+    PyDict_Clear(existing.ptr());
+    if (PyDict_Update(existing.ptr(), entries.ptr()) != 0) throw py::error_already_set();
+  }
+}
+
+}  // namespace fusedopt

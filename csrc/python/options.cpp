@@ -1,0 +1,96 @@
+#include "options.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "../multi_tensor/tensor_lists.h"
+#include "torch.h"
+
+namespace fusedopt {
+
+namespace {
+
+// What the host takes a number for that only the device knows: one that no rule refuses.
+constexpr double kUnknownNumber = 0.5;
+
+bool is_true(PyObject* value) {
+  const int answer = PyObject_IsTrue(value);
+  if (answer < 0) throw py::error_already_set();
+  return answer != 0;
+}
+
+}  // namespace
+
+Options::Options(PyObject* group, std::string where) : group_(group), where_(std::move(where)) {
+  capturable_ = flag("capturable", false);
+}
+
+double Options::operator()(const char* name) const { return host_number(name, find(name)); }
+
+double Options::get(const char* name, double otherwise) const {
+  PyObject* value = PyDict_GetItemString(group_, name);
+  return value == nullptr || value == Py_None ? otherwise : host_number(name, value);
+}
+
+bool Options::flag(const char* name) const { return is_true(find(name)); }
+
+bool Options::flag(const char* name, bool otherwise) const {
+  PyObject* value = PyDict_GetItemString(group_, name);
+  return value == nullptr ? otherwise : is_true(value);
+}
+
+Number Options::number(const char* name) const { return device_number(name, find(name)); }
+
+Number Options::number(const char* name, int item) const {
+  PyObject* pair = find(name);
+  if (!PySequence_Check(pair) || PySequence_Size(pair) != 2) fail(name, "a pair of numbers", pair);
+  const auto value = py::reinterpret_steal<py::object>(PySequence_GetItem(pair, item));
+  if (!value) fail(name, "a pair of numbers", pair);
+  return device_number(name, value.ptr());
+}
+
+PyObject* Options::find(const char* name) const {
+  PyObject* value = PyDict_GetItemString(group_, name);
+  if (value == nullptr) throw py::key_error(where_ + " has no '" + name + "'");
+  return value;
+}
+
+Number Options::device_number(const char* name, PyObject* value) const {
+  TensorView now;
+  if (!capturable_ || !view(value, &now) || now.device == kCpu || itemsize(now.dtype) < 4 ||
+      numel(now) != 1 || (device_ != kCpu && device_ != now.device)) {
+    return {host_number(name, value)};
+  }
+  device_ = now.device;
+  return {kUnknownNumber, now.data, now.dtype == Dtype::kFloat64};
+}
+
+double Options::host_number(const char* name, PyObject* value) const {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  TensorView now;
+  if (is_tensor(value) && !view(value, &now)) {  // one without its memory cannot be printed
+    const py::object problem = torch.reading_problem(py::handle(value));
+    if (!problem.is_none()) {
+      const std::string what = where_ + ": '" + name + "' " + py::cast<std::string>(problem);
+      throw std::runtime_error(what);
+    }
+  }
+  const auto as_float =
+      py::reinterpret_steal<py::object>(PyUnicode_Check(value) ? nullptr : PyNumber_Float(value));
+  if (!as_float) fail(name, "a number", value);
+  return PyFloat_AS_DOUBLE(as_float.ptr());
+}
+
+// A TypeError, caused by what Python has to say, if anything.
+void Options::fail(const char* name, const char* expected, PyObject* value) const {
+  PyObject *type, *cause, *traceback;
+  PyErr_Fetch(&type, &cause, &traceback);
+  const std::string got = py::repr(value);
+  PyErr_Restore(type, cause, traceback);
+  const std::string message = where_ + ": '" + name + "' must be " + expected + ", got " + got;
+  if (type == nullptr) throw py::type_error(message);
+  py::raise_from(PyExc_TypeError, message.c_str());
+  throw py::error_already_set();
+}
+
+}  // namespace fusedopt

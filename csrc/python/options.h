@@ -1,0 +1,43 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "../multi_tensor/tensor_view.h"
+#include "../rules/option_reader.h"
+
+namespace fusedopt {
+
+// Options of a dict of Python's. Its TypeErrors say where it is.
+class Options final : public OptionReader {
+ public:
+  Options(PyObject* group, std::string where);
+
+  bool capturable() const { return capturable_; }
+  // The device of the numbers that the kernel reads for itself, or kCpu if there are none.
+  int device() const { return device_; }
+
+  double operator()(const char* name) const override;
+  double get(const char* name, double otherwise) const override;
+
+  // Whatever Python takes for true; None is off.
+  bool flag(const char* name) const override;
+  bool flag(const char* name, bool otherwise) const override;
+
+  Number number(const char* name) const override;
+  Number number(const char* name, int item) const override;
+
+ private:
+  PyObject* find(const char* name) const;
+  Number device_number(const char* name, PyObject* value) const;
+  double host_number(const char* name, PyObject* value) const;
+  [[noreturn]] void fail(const char* name, const char* expected, PyObject* value) const;
+
+  PyObject* group_;
+  std::string where_;
+  bool capturable_ = false;
+  mutable int device_ = kCpu;
+};
+
+}  // namespace fusedopt

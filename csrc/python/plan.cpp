@@ -1,0 +1,184 @@
+#include "plan.h"
+
+#include <stdexcept>
+#include <tuple>
+
+#include "../multi_tensor/tensor_lists.h"
+#include "../plan/launch.h"
+#include "module.h"
+
+namespace fusedopt {
+
+Plan::Plan(const std::string& rule, std::string owner)
+    : rule_(find_rule(rule)), owner_(std::move(owner)) {}
+
+void Plan::add_tickets(const py::object& tensor) {
+  TensorView now;
+  if (!view(tensor.ptr(), &now) || now.dtype != Dtype::kFloat32 || numel(now) < kMaxTableTensors) {
+    throw py::value_error("tickets must be float32 zeros on a device");
+  }
+  tickets_[now.device] = {tensor, static_cast<std::uint32_t*>(now.data)};
+  recorder_.add_device(now.device);
+}
+
+void Plan::add_group(bool python, bool capturable, bool amp_fused, const py::dict& storage) {
+  records_.groups.emplace_back();
+  records_.groups.back().python = python;
+  records_.groups.back().capturable = capturable;
+  records_.groups.back().amp_fused = amp_fused;
+  group_reader_.add(storage);
+}
+
+void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
+               const py::tuple& extras, bool first_step) {
+  recorder_.add(param, state, {keys, extras, rule_.has_step}, first_step);
+}
+
+py::tuple Plan::locate(std::size_t entry) const {
+  const ParamRecord& param = records_.params.at(entry);
+  return py::make_tuple(param.group, param.index, !param.python && !param.in_order);
+}
+
+Outcome Plan::step(const py::object& groups, const py::object& state, int num_threads,
+                   const py::object& grads, const py::object& scaling, const py::object& created,
+                   const py::object& owner) {
+  if (running_) throw std::runtime_error(owner_ + ": step() is running in another thread");
+  struct Running {
+    explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
+    ~Running() {
+      plan->running_ = false;
+      plan->inspector_.release();
+    }
+    Plan* plan;
+  } running(this);
+  has_stepped_ = false;
+  const Outcome stale{false, true, {}};
+  if (!PyList_CheckExact(groups.ptr()) || !is_plain_dict(state.ptr())) return stale;
+
+  const auto list = py::reinterpret_borrow<py::list>(groups);
+  const py::dict all = with_created(py::reinterpret_borrow<py::dict>(state), created);
+  if (!look(list, all, grads)) return stale;
+  if (verification_.has_moved()) {
+    overlaps_.list(&records_);
+    // The gradients were compared with the places where the tensors were before.
+    if (!overlaps_.are_known(records_) || !look(list, all, grads)) return stale;
+  }
+  work_.finish();
+  if (!work_.odd().empty()) return {false, false, work_.odd()};
+  if (!read_scaling(scaling) || work_.awaits_device()) return stale;
+  launch(num_threads, NewState(created, owner));
+  return {true, false, {}};
+}
+
+// Recognises and verifies everything, and lists the work. False if the plan does not fit any more.
+bool Plan::look(const py::list& groups, const py::dict& state, const py::object& grads) {
+  work_.clear();
+  return group_reader_.read(groups, rule_, owner_, recogniser_, &records_.groups) &&
+         inspector_.inspect(state, grads);
+}
+
+// The scalars of each device: {device: (found_inf, loss_scale, clip)}, where each may be None. False
+// if the kernels cannot read one.
+bool Plan::read_scaling(const py::object& scaling) {
+  if (scaling.is_none()) return true;
+  for (const auto& [key, tensors] : py::cast<py::dict>(scaling)) {
+    static_cast<void>(key);
+    int device = kCpu;
+    bool is_readable = true;
+    const auto scalar = [&](const py::handle tensor, Dtype dtype) {
+      TensorView now;
+      if (tensor.is_none()) return static_cast<void*>(nullptr);
+      is_readable &= view(tensor.ptr(), &now) && now.dtype == dtype;
+      if (is_readable) device = now.device;
+      return now.data;
+    };
+    const auto [found_inf, loss_scale, clip] =
+        tensors.cast<std::tuple<py::object, py::object, py::object>>();
+    StepScaling step_scaling;
+    step_scaling.found_inf = static_cast<const float*>(scalar(found_inf, Dtype::kFloat32));
+    step_scaling.loss_scale = static_cast<const float*>(scalar(loss_scale, Dtype::kFloat32));
+    step_scaling.clip = static_cast<const double*>(scalar(clip, Dtype::kFloat64));
+    if (!is_readable) return false;
+    work_.set_scaling(device, step_scaling);
+  }
+  return true;
+}
+
+// What can fail comes first, then what is written from here. To Python it is one action: no code of
+// an interrupt or of a destructor runs between the new state, the update and the step counts.
+void Plan::launch(int num_threads, const NewState& new_state) {
+  Launch launch(&work_);
+  launch.prepare(owner_, [&](int device) -> Queue {
+    return {current_stream(device), tickets_.at(device).second};
+  });
+  new_state.commit();
+  has_stepped_ = true;
+  const py::gil_scoped_release release;
+  launch.run(num_threads);
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  for (const auto& [device, tickets] : tickets_) Py_VISIT(tickets.first.ptr());
+  if (const int stop = recogniser_.traverse(visit, arg)) return stop;
+  if (const int stop = group_reader_.traverse(visit, arg)) return stop;
+  return inspector_.traverse(visit, arg);
+}
+
+// What a destructor runs may call the plan: it is empty before anything goes.
+void Plan::clear() {
+  const Recogniser recogniser = std::exchange(recogniser_, {});
+  const GroupReader group_reader = std::exchange(group_reader_, {});
+  const auto tickets = std::exchange(tickets_, {});
+  records_ = Records();
+}
+
+namespace {
+
+// A plan can be part of a cycle: what it holds is the collector's to see.
+void take_part_in_collection(PyHeapTypeObject* heap_type) {
+  static constexpr auto plan_of = [](PyObject* object) -> Plan* {
+    auto* const instance = reinterpret_cast<py::detail::instance*>(object);
+    return instance->get_value_and_holder().holder_constructed()
+               ? py::cast<Plan*>(py::handle(object))
+               : nullptr;
+  };
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* object, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(object));
+    const Plan* const plan = plan_of(object);
+    return plan == nullptr ? 0 : plan->traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* object) {
+    if (Plan* const plan = plan_of(object)) plan->clear();
+    return 0;
+  };
+}
+
+// None if the step is done, False if the plan is stale, else the odd entries.
+py::object step_as_object(Plan& plan, const py::object& groups, const py::object& state,
+                          int num_threads, const py::object& grads, const py::object& scaling,
+                          const py::object& created, const py::object& owner) {
+  const Outcome outcome = plan.step(groups, state, num_threads, grads, scaling, created, owner);
+  if (outcome.is_done) return py::none();
+  if (outcome.is_stale) return py::bool_(false);
+  py::list odd;
+  for (const std::size_t entry : outcome.odd) odd.append(entry);
+  return std::move(odd);
+}
+
+}  // namespace
+
+void export_plan(py::module_& module) {
+  py::class_<Plan>(module, "Plan", py::custom_type_setup(&take_part_in_collection))
+      .def(py::init<const std::string&, std::string>())
+      .def("add_tickets", &Plan::add_tickets)
+      .def("add_group", &Plan::add_group)
+      .def("add", &Plan::add)
+      .def("finish", &Plan::finish)
+      .def("step", &step_as_object)
+      .def_property_readonly("has_stepped", &Plan::has_stepped)
+      .def("locate", &Plan::locate);
+}
+
+}  // namespace fusedopt

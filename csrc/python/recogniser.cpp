@@ -1,0 +1,96 @@
+#include "recogniser.h"
+
+namespace fusedopt {
+
+namespace {
+
+// Two strings may be equal: what was unpickled has keys of its own.
+bool is_same_name(PyObject* one, PyObject* other) {
+  return PyUnicode_CheckExact(one) && PyUnicode_CheckExact(other) &&
+         PyUnicode_Compare(one, other) == 0;
+}
+
+// The number of its role, or -1.
+int role_of(const py::object& name, const StateNames& names) {
+  int role = -1;
+  for (std::size_t s = 0; s < names.states.size(); ++s) {
+    if (name.equal(names.states[s])) role = position(state(static_cast<int>(s)));
+  }
+  for (std::size_t e = 0; e < names.extras.size(); ++e) {
+    const bool is_extra = !name.is_none() && name.equal(names.extras[e]);
+    if (is_extra) role = position(extra(static_cast<int>(e)));
+  }
+  if (names.has_step && name.equal(py::str("step"))) role = position(Role::kStep);
+  return role;
+}
+
+}  // namespace
+
+void Recogniser::add(PyObject* param, py::object spec) {
+  params_.push_back(param);
+  specs_.push_back(std::move(spec));
+  layout_of_.push_back(-1);
+}
+
+void Recogniser::learn(std::size_t e, PyObject* state, const StateNames& names) {
+  Layout layout;
+  std::string index;  // keys that are equal have one layout, also if each dict has its own
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state, &position, &key, &value)) {
+    const auto name = py::reinterpret_borrow<py::object>(key);
+    const int role = role_of(name, names);
+    layout.keys.emplace_back(name, role);
+    const auto address = std::to_string(reinterpret_cast<std::uintptr_t>(key));
+    index += PyUnicode_CheckExact(key) ? py::cast<std::string>(py::repr(name)) : address;
+    index += '=' + std::to_string(role) + ' ';
+  }
+  const auto next = static_cast<std::int32_t>(layouts_.size());
+  const auto [found, is_new] = layout_index_.emplace(index, next);
+  if (is_new) layouts_.push_back(std::move(layout));
+  layout_of_[e] = found->second;
+}
+
+void Recogniser::learn_order(const py::dict& state, const Records& records) {
+  std::unordered_map<PyObject*, std::size_t> entry_of;
+  for (std::size_t e = 0; e < params_.size(); ++e) entry_of.emplace(params_[e], e);
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
+    const auto found = entry_of.find(key);
+    const bool known = found != entry_of.end() && records.params[found->second].has_state;
+    state_order_.push_back(known ? static_cast<std::int64_t>(found->second) : -1);
+  }
+  for (std::size_t e = 0; e < params_.size(); ++e) {
+    if (!records.params[e].has_state) stateless_.push_back(e);
+  }
+}
+
+bool Recogniser::find_tensors(Seen* seen) const {
+  if (!is_plain_dict(seen->state)) return false;
+  const auto& keys = layouts_[static_cast<std::size_t>(layout_of_[seen->entry])].keys;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (const auto& [name, role] : keys) {
+    if (!PyDict_Next(seen->state, &position, &key, &value)) return false;
+    if (key != name.ptr() && !is_same_name(key, name.ptr())) return false;
+    if (role >= 0) seen->tensors[role] = value;
+  }
+  return !PyDict_Next(seen->state, &position, &key, &value);
+}
+
+int Recogniser::traverse(visitproc visit, void* arg) const {
+  for (const Layout& layout : layouts_) {
+    for (const auto& [name, role] : layout.keys) Py_VISIT(name.ptr());
+  }
+  for (const py::object& spec : specs_) Py_VISIT(spec.ptr());
+  return 0;
+}
+
+PyObject* state_of(PyObject* param, const py::dict& state) {
+  PyObject* const found = PyDict_GetItemWithError(state.ptr(), param);
+  if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+}  // namespace fusedopt

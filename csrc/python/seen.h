@@ -1,0 +1,22 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+
+#include "../plan/role.h"
+
+namespace fusedopt {
+
+// The objects of one parameter in one step; borrowed from the group's list and the optimizer's state.
+struct Seen {
+  std::size_t entry = 0;  // which parameter
+  PyObject* state = nullptr;
+  PyObject* tensors[kNumRoles] = {};
+  bool is_copy = false;  // the gradient, made for this step
+
+  PyObject*& operator[](Role role) { return tensors[position(role)]; }
+  PyObject* operator[](Role role) const { return tensors[position(role)]; }
+};
+
+}  // namespace fusedopt
