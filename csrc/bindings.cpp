@@ -346,7 +346,9 @@ class NewState;
 class Plan {
  public:
   Plan(const std::string& rule, std::string owner)
-      : rule_(find_rule(rule)), owner_(std::move(owner)) {}
+      : rule_(find_rule(rule)), owner_(std::move(owner)) {
+    if (rule_.scalars.size() > 1) throw py::value_error("plans know one number of a tensor");
+  }
 
   // Memory for what the kernels of a device count, all zero; see apply_cuda. Tensors on a device
   // without it take the Python rule.
