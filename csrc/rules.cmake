@@ -4,7 +4,7 @@
 #   FUSEDOPT_RULE_SOURCES       for each instruction set
 #   FUSEDOPT_RULE_CUDA_SOURCES  and for the GPU
 #   FUSEDOPT_GENERATED          the folder of rule_list.h
-set(FUSEDOPT_RULES Adagrad Adam RMSprop SGD)
+set(FUSEDOPT_RULES Adadelta Adagrad Adam Adamax Lion NAdam RAdam RMSprop SGD)
 
 set(FUSEDOPT_GENERATED ${CMAKE_CURRENT_BINARY_DIR}/generated)
 set(includes "")

@@ -17,6 +17,10 @@ struct PreparedUpdate;
 using ChunkKernel = void (*)(const PreparedUpdate& update, void* const* slots, std::int64_t begin,
                              std::int64_t count);
 
+// Updates arrays of one dtype that are in memory as they are computed: parameter, gradient, states.
+using ArraysKernel = void (*)(const PreparedUpdate& update, void* const* arrays,
+                              std::int64_t count);
+
 // A kernel on the device: there is one for each update of each rule, in float and in double.
 struct DeviceKernel {
   int num_slots;    // pointers of a tensor
@@ -37,7 +41,8 @@ struct StoredAs {
 // The update of one step, with its kernel chosen and its coefficients folded.
 struct PreparedUpdate {
   StoredAs stored;
-  ChunkKernel kernel = nullptr;                                          // on the CPU, and
+  ChunkKernel kernel = nullptr;                                          // on the CPU, which may
+  ArraysKernel update_arrays = nullptr;                                  // leave this to do, and
   void (*scale_grads)(PreparedUpdate* update, double factor) = nullptr;  // folds a factor in
   const DeviceKernel* device_kernel = nullptr;                           // on a GPU
   bool on_device = false;  // the coefficients are the rule itself, which the kernel prepares

@@ -2,7 +2,7 @@
 
 // The loop for values that are not stored as they are (SlotDtypes::is_plain): loads a block as
 // float, updates it, and stores it. How a value is stored is in storage/. What does not depend on the
-// update is not inlined, so that the module has it once for each instruction set.
+// update is compiled once for each instruction set.
 
 #include <algorithm>
 #include <cstdint>
@@ -176,34 +176,33 @@ __attribute__((noinline)) void prefetch_next(const SlotDtypes& dtypes, const Spa
   if (dtypes.ema != kNone) prefetch(kEma, dtypes.ema);
 }
 
-template <Isa isa, typename Update>
+template <Isa isa>
 void stored_kernel(const PreparedUpdate& prepared, void* const* pointers, std::int64_t begin,
                    std::int64_t count) {
-  constexpr int kNumSlots = 2 + Update::kNumStates;
   const StoredAs& stored = prepared.stored;
   const SlotDtypes& dtypes = stored.dtypes;
-  alignas(64) float buffers[kNumSlots][kStoredElements];
+  const int num_slots = dtypes.num_slots;
+  alignas(64) float buffers[kMaxSlots][kStoredElements];
   float* arrays[kMaxSlots];
-  with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
-    for (std::int64_t done = 0; done < count; done += kStoredElements) {
-      const std::int64_t left = count - done;
-      const Span span{pointers, begin + done,
-                      left < kStoredElements ? static_cast<int>(left) : kStoredElements};
-      if (left >= 2 * kStoredElements) prefetch_next<isa>(dtypes, span, kNumSlots);
-      arrays[0] = load_param<isa>(dtypes, span, buffers[0]);
-      arrays[1] = load_as_float<isa>(dtypes.slots[1], pointers[1], span.at, span.n, buffers[1]);
-      for (int s = 0; s < Update::kNumStates; ++s) {
-        arrays[2 + s] = load_state<isa>(dtypes, span, s, buffers[2 + s]);
-      }
-      update_elements<isa>(update, span.n, arrays[0], arrays[1], arrays + 2,
-                           std::make_index_sequence<Update::kNumStates>());
-      store_param<isa>(dtypes, span, arrays[0]);
-      for (int s = 0; s < Update::kNumStates; ++s) {
-        store_state<isa>(dtypes, stored.step, span, s, arrays[2 + s]);
-      }
-      if (dtypes.ema != kNone) update_ema<isa>(dtypes, stored.ema_weight, span, arrays[0]);
+  void* arguments[kMaxSlots];
+  for (std::int64_t done = 0; done < count; done += kStoredElements) {
+    const std::int64_t left = count - done;
+    const Span span{pointers, begin + done,
+                    left < kStoredElements ? static_cast<int>(left) : kStoredElements};
+    if (left >= 2 * kStoredElements) prefetch_next<isa>(dtypes, span, num_slots);
+    arrays[0] = load_param<isa>(dtypes, span, buffers[0]);
+    arrays[1] = load_as_float<isa>(dtypes.slots[1], pointers[1], span.at, span.n, buffers[1]);
+    for (int s = 0; s < num_slots - 2; ++s) {
+      arrays[2 + s] = load_state<isa>(dtypes, span, s, buffers[2 + s]);
     }
-  });
+    for (int slot = 0; slot < num_slots; ++slot) arguments[slot] = arrays[slot];
+    prepared.update_arrays(prepared, arguments, span.n);
+    store_param<isa>(dtypes, span, arrays[0]);
+    for (int s = 0; s < num_slots - 2; ++s) {
+      store_state<isa>(dtypes, stored.step, span, s, arrays[2 + s]);
+    }
+    if (dtypes.ema != kNone) update_ema<isa>(dtypes, stored.ema_weight, span, arrays[0]);
+  }
 }
 
 }  // namespace fusedopt

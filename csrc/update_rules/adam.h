@@ -7,7 +7,9 @@
 
 #include <cmath>
 
+#include "decoupled_penalty.h"
 #include "host_device.h"
+#include "lerp.h"
 #include "number.h"
 #include "penalized_grad.h"
 #include "rule.h"
@@ -19,18 +21,19 @@ struct AdamUpdate {
   static constexpr int kNumStates = kAmsgrad ? 3 : 2;
 
   PenalizedGrad<T> penalized_grad;
-  T param_decay;  // 1 - lr * weight_decay when decoupled, else 1
-  T param_l1;     // lr * l1 when decoupled, else 0
+  DecoupledPenalty<T> decoupled_penalty;
   T beta1, one_minus_beta1;
   T beta2, one_minus_beta2;
   T inv_sqrt_bias_correction2;
   T eps;
   T step_size;  // lr / (1 - beta1^t)
 
-  FUSEDOPT_HD bool has_penalty() const { return penalized_grad.has_penalty() || param_l1 != T(0); }
+  FUSEDOPT_HD bool has_penalty() const {
+    return penalized_grad.has_penalty() || decoupled_penalty.has_penalty();
+  }
   FUSEDOPT_HD void drop_penalty() {
     penalized_grad.drop_penalty();
-    param_l1 = T(0);
+    decoupled_penalty.drop_penalty();
   }
 
   FUSEDOPT_HD void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq) const {
@@ -49,13 +52,9 @@ struct AdamUpdate {
 
  private:
   FUSEDOPT_HD void update_moments(T& param, T grad, T& exp_avg, T& exp_avg_sq) const {
-    const T l1_step = param_l1 * PenalizedGrad<T>::sign(param);
     grad = penalized_grad(grad, param);
-    param = param * param_decay;
-    param = param_l1 != T(0) ? param - l1_step : param;
-    // torch.lerp: the form that is exact at the nearer end.
-    const T diff = grad - exp_avg;
-    exp_avg = one_minus_beta1 < T(0.5) ? exp_avg + one_minus_beta1 * diff : grad - beta1 * diff;
+    param = decoupled_penalty(param);
+    exp_avg = lerp(exp_avg, grad, one_minus_beta1, beta1);
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad;
   }
 
@@ -96,11 +95,11 @@ struct Adam {
     const double power1 = std::pow(beta1, step), power2 = std::pow(beta2, step);
     const bool finite =
         (!std::isinf(power1) || std::isinf(beta1)) && (!std::isinf(power2) || std::isinf(beta2));
-    const double lr = this->lr, penalty = decoupled_weight_decay && l1 != 0 ? lr * l1 : l1;
+    const double lr = this->lr;
     return finite && 1 - power1 != 0 && !(1 - power2 <= 0 && !std::isinf(power2)) &&
            fits(lr / (1 - power1), largest) && fits(1 - beta1, largest) &&
-           fits(1 - beta2, largest) && fits(penalty, largest) &&
-           (decoupled_weight_decay || fits(weight_decay, largest));
+           fits(1 - beta2, largest) &&
+           penalties_fit(decoupled_weight_decay, lr, weight_decay, l1, largest);
   }
 
   // Calls use(update) with the update for step t, its coefficients folded in double.
@@ -115,8 +114,7 @@ struct Adam {
     const double lr = this->lr, beta1 = this->beta1, beta2 = this->beta2;
     const bool decoupled = decoupled_weight_decay;
     return {penalized_grad<T>(maximize, decoupled ? 0 : weight_decay, decoupled ? 0 : l1),
-            static_cast<T>(decoupled && weight_decay != 0 ? 1 - lr * weight_decay : 1),
-            static_cast<T>(decoupled && l1 != 0 ? lr * l1 : 0),
+            decoupled_penalty<T>(decoupled, lr, weight_decay, l1),
             static_cast<T>(beta1),
             static_cast<T>(1 - beta1),
             static_cast<T>(beta2),

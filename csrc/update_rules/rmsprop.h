@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "host_device.h"
+#include "lerp.h"
 #include "number.h"
 #include "penalized_grad.h"
 #include "rule.h"
@@ -48,9 +49,7 @@ struct RMSpropUpdate {
     square_avg = alpha * square_avg + one_minus_alpha * grad * grad;
     T radicand = square_avg + eps_inside;
     if constexpr (kCentered) {
-      const T diff = grad - *grad_avg;  // torch.lerp: the form that is exact at the nearer end
-      *grad_avg =
-          one_minus_alpha < T(0.5) ? *grad_avg + one_minus_alpha * diff : grad - alpha * diff;
+      *grad_avg = lerp(*grad_avg, grad, one_minus_alpha, alpha);
       // A square that leaves the range is its end, so that an infinite v stays infinite.
       const T square = *grad_avg * *grad_avg, end = std::numeric_limits<T>::max();
       radicand = square_avg - (end < square ? end : square) + eps_inside;
