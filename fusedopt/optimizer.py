@@ -363,7 +363,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         state, owner = self.state, self._owner_of_state()
         is_plain = all(map(_is_plain_dict, (state, owner, *(created or {}).values())))
-        answer = plan.step(
+        outcome = plan.step(
             self._groups,
             state if is_plain else dict(state),
             torch.get_num_threads(),
@@ -372,9 +372,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             created or None,
             owner if is_plain else None,
         )
-        if answer is None and created and not is_plain:
+        if not outcome.is_done:
+            return False if outcome.is_stale else outcome.odd
+        if created and not is_plain:
             _call_all(self._commits(created))
-        return answer
+        return None
 
     def _commits(self, created: Created) -> list[functools.partial[Any]]:
         """Calls that make new state part of the optimizer's. A dict that is there stays, for others
