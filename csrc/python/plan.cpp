@@ -164,11 +164,13 @@ py::list odd_of(const Outcome& outcome) {
 }  // namespace
 
 void export_plan(py::module_& module) {
-  py::class_<Outcome>(module, "Outcome")
+  // The module for tests has classes of these names, too.
+  const py::module_local is_local;
+  py::class_<Outcome>(module, "Outcome", is_local)
       .def_readonly("is_done", &Outcome::is_done)
       .def_readonly("is_stale", &Outcome::is_stale)
       .def_property_readonly("odd", &odd_of);
-  py::class_<Plan>(module, "Plan", py::custom_type_setup(&take_part_in_collection))
+  py::class_<Plan>(module, "Plan", is_local, py::custom_type_setup(&take_part_in_collection))
       .def(py::init<const std::string&, std::string>())
       .def("add_tickets", &Plan::add_tickets)
       .def("add_group", &Plan::add_group)
