@@ -18,16 +18,12 @@ from .rule import STORAGE_OPTIONS
 from .scaling import Scaling
 
 
-class Outcome(NamedTuple):
+class _NoPlan(NamedTuple):
+    """What a native step without a plan comes to."""
+
     is_done: bool = False
-    is_stale: bool = False
+    is_stale: bool = True
     odd: list[int] = []
-
-
-def _outcome(answer: Any) -> Outcome:
-    if answer is None:
-        return Outcome(is_done=True)
-    return Outcome(is_stale=True) if answer is False else Outcome(odd=answer)
 
 
 class Stepper:
@@ -71,33 +67,32 @@ class Stepper:
         members: Members,
         scales: Scaling | None,
         grads: dict[int, Tensor | None] | None = None,
-    ) -> Outcome:
+    ) -> Any:
         """One native call for all groups.
 
-        When the step is done, what was created is part of the state. Otherwise nothing was written,
-        and the plan is out of date, or some of its entries are odd: the native side cannot take
-        them as they are. ``grads`` replaces the gradients of some entries; None leaves them out.
+        Returns an Outcome of the native module. When the step is done, what was created is part of
+        the state. Otherwise nothing was written, and the plan is stale, or some of its entries are
+        odd: the native side cannot take them as they are. ``grads`` replaces the gradients of some
+        entries; None leaves them out.
         """
         if plan is None:
-            return Outcome(is_stale=True)
+            return _NoPlan()
         known, owner, created = members.state, members.owner, members.created
         is_plain = all(map(is_plain_dict, (known, owner, *created.values())))
-        outcome = _outcome(
-            plan.step(
-                members.groups,
-                known if is_plain else dict(known),
-                torch.get_num_threads(),
-                grads,
-                scales,
-                created or None,
-                owner if is_plain else None,
-            )
+        outcome = plan.step(
+            members.groups,
+            known if is_plain else dict(known),
+            torch.get_num_threads(),
+            grads,
+            scales,
+            created or None,
+            owner if is_plain else None,
         )
         if outcome.is_done and created and not is_plain:
             _call_all(members.commits())
         return outcome
 
-    def _checked_step(self, members: Members, scales: Scaling | None, outcome: Outcome) -> None:
+    def _checked_step(self, members: Members, scales: Scaling | None, outcome: Any) -> None:
         """The steps that one native call cannot do: tensors that are new, moved or unusual."""
         capturing = backend.is_capturing()
         if capturing:
@@ -121,7 +116,7 @@ class Stepper:
             if members.created and members.rule.first_step_fills_state and _is_skipped(scales):
                 # It is the state that says that there was a first step.
                 return
-            plan, outcome = None, Outcome(is_stale=True)
+            plan, outcome = None, _NoPlan()
             if can_plan:
                 plan = self._make_plan(members)
                 outcome = self._native_step(plan, members, scales)
@@ -133,7 +128,7 @@ class Stepper:
         self.plan = plan
 
     def _mixed_step(
-        self, plan: Any, members: Members, scales: Scaling | None, outcome: Outcome
+        self, plan: Any, members: Members, scales: Scaling | None, outcome: Any
     ) -> None:
         """Takes the Python rule where the native side cannot go, copies gradients that have another
         layout than their parameter, and does all the rest in one native call."""
@@ -228,7 +223,7 @@ def _check_capturable(members: Members) -> None:
             )
 
 
-def _odd(plan: Any, outcome: Outcome, members: Members) -> list[Record]:
+def _odd(plan: Any, outcome: Any, members: Members) -> list[Record]:
     """The parameters that a native step has left; all of them if it could not look."""
     if outcome.is_stale:
         return members.with_grad()
@@ -236,7 +231,7 @@ def _odd(plan: Any, outcome: Outcome, members: Members) -> list[Record]:
 
 
 def _left_to_python(
-    plan: Any, members: Members, outcome: Outcome, grads: dict[int, Tensor | None]
+    plan: Any, members: Members, outcome: Any, grads: dict[int, Tensor | None]
 ) -> list[Record]:
     """Which of the odd entries of a plan take the Python rule, in the order of the groups; without
     a plan all of them. Adds to ``grads`` what the kernels see instead of their gradients: None, or

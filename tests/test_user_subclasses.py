@@ -1,4 +1,4 @@
-"""Classes that a user derives from fusedopt's, with constructors, options and state of their own."""
+"""Classes that a user derives from ours, with constructors, options and state of their own."""
 
 from __future__ import annotations
 

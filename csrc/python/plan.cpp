@@ -10,7 +10,9 @@
 namespace fusedopt {
 
 Plan::Plan(const std::string& rule, std::string owner)
-    : rule_(find_rule(rule)), owner_(std::move(owner)) {}
+    : rule_(find_rule(rule)), owner_(std::move(owner)) {
+  if (rule_.scalars.size() > 1) throw py::value_error("plans know one number of a tensor");
+}
 
 void Plan::add_tickets(const py::object& tensor) {
   TensorView now;
@@ -155,28 +157,28 @@ void take_part_in_collection(PyHeapTypeObject* heap_type) {
   };
 }
 
-// None if the step is done, False if the plan is stale, else the odd entries.
-py::object step_as_object(Plan& plan, const py::object& groups, const py::object& state,
-                          int num_threads, const py::object& grads, const py::object& scaling,
-                          const py::object& created, const py::object& owner) {
-  const Outcome outcome = plan.step(groups, state, num_threads, grads, scaling, created, owner);
-  if (outcome.is_done) return py::none();
-  if (outcome.is_stale) return py::bool_(false);
+py::list odd_of(const Outcome& outcome) {
   py::list odd;
   for (const std::size_t entry : outcome.odd) odd.append(entry);
-  return std::move(odd);
+  return odd;
 }
 
 }  // namespace
 
 void export_plan(py::module_& module) {
-  py::class_<Plan>(module, "Plan", py::custom_type_setup(&take_part_in_collection))
+  // The module for tests has classes of these names, too.
+  const py::module_local is_local;
+  py::class_<Outcome>(module, "Outcome", is_local)
+      .def_readonly("is_done", &Outcome::is_done)
+      .def_readonly("is_stale", &Outcome::is_stale)
+      .def_property_readonly("odd", &odd_of);
+  py::class_<Plan>(module, "Plan", is_local, py::custom_type_setup(&take_part_in_collection))
       .def(py::init<const std::string&, std::string>())
       .def("add_tickets", &Plan::add_tickets)
       .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)
       .def("finish", &Plan::finish)
-      .def("step", &step_as_object)
+      .def("step", &Plan::step)
       .def_property_readonly("has_stepped", &Plan::has_stepped)
       .def("locate", &Plan::locate);
 }
