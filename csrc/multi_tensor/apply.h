@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../storage/isa.h"
 #include "../update_rules/rule.h"
 #include "launch_table.h"
 #include "tensor_view.h"
@@ -80,8 +81,6 @@ class Step {
     scaling = {};
   }
 };
-
-enum class Isa { baseline, avx2, avx512 };
 
 // The widest level that this processor has, or what FUSEDOPT_CPU_ISA names.
 Isa cpu_isa();

@@ -6,9 +6,9 @@
 #include <cstring>
 #include <utility>
 
+#include "../storage/half.h"
 #include "../update_rules/host_device.h"
 #include "apply.h"
-#include "half.h"
 #include "tuning.h"
 
 namespace fusedopt {

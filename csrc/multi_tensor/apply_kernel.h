@@ -10,9 +10,9 @@
 #include <type_traits>
 #include <utility>
 
+#include "../storage/half.h"
 #include "../update_rules/host_device.h"
 #include "device_scalars.h"
-#include "half.h"
 #include "launch_table.h"
 #include "tuning.h"
 

@@ -8,11 +8,11 @@
 #include <cstdint>
 
 #include "../storage/blockwise8.h"
+#include "../storage/half.h"
 #include "../storage/philox.h"
 #include "../storage/split_master.h"
 #include "../storage/stochastic.h"
 #include "apply.h"
-#include "half.h"
 #include "tuning.h"
 
 namespace fusedopt {

@@ -1,5 +1,5 @@
 #include "../multi_tensor/grad_norm_cpu.h"
-#include "../multi_tensor/half.h"
+#include "../storage/half.h"
 
 namespace fusedopt {
 

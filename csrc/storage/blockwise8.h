@@ -10,8 +10,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../multi_tensor/half.h"
 #include "../update_rules/host_device.h"
+#include "half.h"
 
 namespace fusedopt {
 

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "../multi_tensor/half.h"
 #include "../update_rules/host_device.h"
+#include "half.h"
 
 namespace fusedopt {
 

@@ -10,8 +10,8 @@
 #include <type_traits>
 
 #include "../update_rules/host_device.h"
-#include "apply.h"
-#include "tensor_view.h"
+#include "dtype.h"
+#include "isa.h"
 
 #if defined(__F16C__)
 #if defined(__GNUC__) && !defined(__clang__)
