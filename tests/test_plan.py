@@ -36,6 +36,7 @@ def library(tmp_path_factory):
         "completeness",
         "overlaps",
         "steps",
+        "second_scalars",
         "counts_that_cannot_go_on",
         "order",
     ],

@@ -5,6 +5,20 @@
 
 namespace fusedopt {
 
+namespace {
+
+// Of a scalar on the host.
+double value_of(const TensorRecord& scalar) {
+  if (scalar.dtype == Dtype::kFloat64) return *static_cast<const double*>(scalar.data);
+  return static_cast<double>(*static_cast<const float*>(scalar.data));
+}
+
+double rounded(double value, Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? value : static_cast<double>(static_cast<float>(value));
+}
+
+}  // namespace
+
 void Work::clear() {
   for (Step& step : steps_) step.clear();
   scalars_.clear();
@@ -21,8 +35,8 @@ void Work::clear() {
 
 bool Work::add(std::size_t p, const TensorView& grad) {
   const ParamRecord& param = records_->params[p];
-  double step = param.first_step ? 1 : 2;
-  if (has_step_ && !param.device_step && !count_step(param, &step)) return false;
+  Scalars scalars(param.first_step ? 1 : 2);
+  if (has_step_ && !param.device_step && !advance(param, &scalars)) return false;
   TensorTask task;
   task.slots[0] = param[Role::kParam].data;
   task.slots[1] = grad.data;
@@ -32,31 +46,34 @@ bool Work::add(std::size_t p, const TensorView& grad) {
   task.numel = param.numel;
   task.first_step = param.first_step;
   task.step = param.device_step ? param[Role::kStep].data : nullptr;
+  task.second = param.device_step ? param[scalar(1)].data : nullptr;
   SlotDtypes dtypes = param.stored;
   dtypes.slots[1] = grad.dtype;
   const bool prepares = param.device_step || records_->groups[param.group].options_device != kCpu;
   const Where where = param.device == kCpu ? Where::kCpu
                       : prepares           ? Where::kGpuPrepares
                                            : Where::kGpu;
-  task.update = prepared_update(param.group, step, dtypes, param.device, where);
+  task.update = prepared_update(param.group, scalars, dtypes, param.device, where);
   if (task.update == kUndefined) return false;  // the Python side says why
   step_on(param.device).tasks.push_back(task);
   stepping_.push_back(p);
   return true;
 }
 
-// The count of this step, from memory of the host.
-bool Work::count_step(const ParamRecord& param, double* step) {
+// The scalars of this step, from memory of the host.
+bool Work::advance(const ParamRecord& param, Scalars* scalars) {
   const TensorRecord& count = param[Role::kStep];
-  const bool is_double = count.dtype == Dtype::kFloat64;
-  double before = is_double ? *static_cast<const double*>(count.data)
-                            : static_cast<double>(*static_cast<const float*>(count.data));
-  if (!(before >= 0)) return false;
-  if (param.shares_step >= 0) before += ahead_[count.data]++;
-  *step = before + 1;
-  const bool counts_on = is_double ? *step > before : static_cast<float>(*step) > before;
-  if (counts_on) scalars_.push_back({count.data, count.dtype, *step, param.device});
-  return counts_on;
+  const TensorRecord& second = param[scalar(1)];
+  const bool has_second = param.roles.has(scalar(1));
+  Scalars before(value_of(count), has_second ? value_of(second) : 1);
+  if (!(before.step >= 0)) return false;
+  if (param.shares_step >= 0) before.step += ahead_[count.data]++;
+  *scalars = records_->groups[param.group].rule->advanced(before);
+  scalars->second = rounded(scalars->second, second.dtype);
+  if (!(rounded(scalars->step, count.dtype) > before.step)) return false;
+  scalars_.push_back({count.data, count.dtype, scalars->step, param.device});
+  if (has_second) scalars_.push_back({second.data, second.dtype, scalars->second, param.device});
+  return true;
 }
 
 void Work::add_pointers(const ParamRecord& param, TensorTask* task) {
@@ -75,26 +92,27 @@ Step& Work::step_on(int device) {
   return steps_[index];
 }
 
-std::uint32_t Work::prepared_update(std::uint32_t group, double step, const SlotDtypes& dtypes,
-                                    int device, Where where) {
+std::uint32_t Work::prepared_update(std::uint32_t group, const Scalars& scalars,
+                                    const SlotDtypes& dtypes, int device, Where where) {
   PreparedUpdates& prepared = prepared_[group];
   const auto place = static_cast<std::uint32_t>(device + 1) * 4 + static_cast<std::uint32_t>(where);
-  const UpdateKey key{step, place << SlotDtypes::kKeyBits | dtypes.key()};
+  const UpdateKey key{scalars.step, scalars.second, place << SlotDtypes::kKeyBits | dtypes.key()};
   if (!prepared.index_of.empty() && key == prepared.last_key) return prepared.last_index;
   const GroupRecord& record = records_->groups[group];
   std::vector<PreparedUpdate>& updates = step_on(device).updates;
   const auto [found, is_new] =
       prepared.index_of.emplace(key, static_cast<std::uint32_t>(updates.size()));
   if (is_new) {
-    constexpr double kAny = std::numeric_limits<double>::infinity();
+    constexpr double kAny = std::numeric_limits<double>::infinity(), kAnySecond = 0.5;
     const double largest = dtypes.slots[0] == Dtype::kFloat64
                                ? std::numeric_limits<double>::max()
                                : static_cast<double>(std::numeric_limits<float>::max());
     const bool prepares = where == Where::kGpuPrepares;  // only the device knows the step
-    if (!record.rule->is_defined(prepares ? 1 : step, prepares ? kAny : largest)) {
+    const Scalars known = prepares ? Scalars(1, kAnySecond) : scalars;
+    if (!record.rule->is_defined(known, prepares ? kAny : largest)) {
       return kUndefined;
     }
-    updates.push_back(record.rule->prepare(step, {dtypes, record.ema_weight}, where));
+    updates.push_back(record.rule->prepare(scalars, {dtypes, record.ema_weight}, where));
   }
   prepared.last_key = key;
   return prepared.last_index = found->second;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -59,8 +60,8 @@ class Work {
  private:
   friend class Launch;
 
-  // Updates of one group, by step count, place and dtypes.
-  using UpdateKey = std::pair<double, std::uint32_t>;
+  // Updates of one group, by the scalars of the step, place and dtypes.
+  using UpdateKey = std::tuple<double, double, std::uint32_t>;
   struct PreparedUpdates {
     std::map<UpdateKey, std::uint32_t> index_of;
     UpdateKey last_key;
@@ -68,10 +69,10 @@ class Work {
   };
   static constexpr std::uint32_t kUndefined = ~0u;
 
-  bool count_step(const ParamRecord& param, double* step);
+  bool advance(const ParamRecord& param, Scalars* scalars);
   void add_pointers(const ParamRecord& param, TensorTask* task);
-  std::uint32_t prepared_update(std::uint32_t group, double step, const SlotDtypes& dtypes,
-                                int device, Where where);
+  std::uint32_t prepared_update(std::uint32_t group, const Scalars& scalars,
+                                const SlotDtypes& dtypes, int device, Where where);
   Step& step_on(int device);
 
   const bool has_step_;

@@ -10,9 +10,7 @@
 namespace fusedopt {
 
 Plan::Plan(const std::string& rule, std::string owner)
-    : rule_(find_rule(rule)), owner_(std::move(owner)) {
-  if (rule_.scalars.size() > 1) throw py::value_error("plans know one number of a tensor");
-}
+    : rule_(find_rule(rule)), owner_(std::move(owner)) {}
 
 void Plan::add_tickets(const py::object& tensor) {
   TensorView now;
@@ -33,7 +31,7 @@ void Plan::add_group(bool python, bool capturable, bool amp_fused, const py::dic
 
 void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
                const py::tuple& extras, bool first_step) {
-  recorder_.add(param, state, {keys, extras, rule_.has_step}, first_step);
+  recorder_.add(param, state, {keys, extras, rule_.scalars}, first_step);
 }
 
 py::tuple Plan::locate(std::size_t entry) const {

@@ -20,7 +20,9 @@ int role_of(const py::object& name, const StateNames& names) {
     const bool is_extra = !name.is_none() && name.equal(names.extras[e]);
     if (is_extra) role = position(extra(static_cast<int>(e)));
   }
-  if (names.has_step && name.equal(py::str("step"))) role = position(Role::kStep);
+  for (std::size_t s = 0; s < names.scalars.size(); ++s) {
+    if (name.equal(py::str(names.scalars[s]))) role = position(scalar(static_cast<int>(s)));
+  }
   return role;
 }
 

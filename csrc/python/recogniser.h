@@ -19,9 +19,9 @@ namespace fusedopt {
 
 // How the state names the tensors of a parameter.
 struct StateNames {
-  py::tuple states;  // of kStates, in order
-  py::tuple extras;  // of kExtras; None where there is none
-  bool has_step;
+  py::tuple states;                         // of kStates, in order
+  py::tuple extras;                         // of kExtras; None where there is none
+  const std::vector<std::string>& scalars;  // of kScalars, in order
 };
 
 class Recogniser {

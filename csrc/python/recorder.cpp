@@ -19,8 +19,9 @@ Roles declared_extras(const StateNames& names) {
 
 Roles needed_roles(const StateNames& names) {
   const auto num_states = static_cast<int>(names.states.size());
-  const Roles needed = declared_extras(names) | Roles::range(Role::kState, num_states);
-  return names.has_step ? needed | Role::kStep : needed;
+  const auto num_scalars = static_cast<int>(names.scalars.size());
+  return declared_extras(names) | Roles::range(Role::kState, num_states) |
+         Roles::range(Role::kStep, num_scalars);
 }
 
 }  // namespace
@@ -74,7 +75,11 @@ bool Recorder::add_tensor(PyObject* tensor, Role role, ParamRecord* record) {
     return false;
   }
   if (!verification_->can_take(*record, role, now)) return false;
-  if (role == Role::kStep) record->device_step = verification_->counts_on_device(*record, now);
+  if (kScalars.has(role)) {
+    const bool on_device = verification_->counts_on_device(*record, now);
+    if (role == Role::kStep) record->device_step = on_device;
+    if (on_device != record->device_step) return false;  // numbers of one tensor are in one place
+  }
   record->add(role, now);
   return true;
 }

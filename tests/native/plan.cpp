@@ -27,8 +27,11 @@ void subtract(const PreparedUpdate&, void* const* slots, std::int64_t begin, std
 
 struct Subtraction : GroupRule {
   unsigned state_mask() const override { return 1; }
-  bool is_defined(double step, double) const override { return step < 100; }
-  PreparedUpdate prepare(double, const StoredAs& stored, Where) const override {
+  Scalars advanced(const Scalars& before) const override {
+    return {before.step + 1, before.second / 2};
+  }
+  bool is_defined(const Scalars& scalars, double) const override { return scalars.step < 100; }
+  PreparedUpdate prepare(const Scalars&, const StoredAs& stored, Where) const override {
     PreparedUpdate update;
     update.stored = stored;
     update.kernel = &subtract;
@@ -209,6 +212,23 @@ int steps() {
   w.work.set_scaling(kCpu, scaling);
   w.run();
   EXPECT(w.params[0][3] == -1 && w.steps[0] == 1);  // skipped
+  return 0;
+}
+
+int second_scalars() {
+  World w;
+  float product = 1;
+  w.add(w.params[0], w.states[0], &w.steps[0]);
+  w.records.params[0].add(scalar(1), number(&product));
+  w.list();
+  for (const float expected : {0.5f, 0.25f}) {
+    w.work.clear();
+    EXPECT(w.work.add(0, row(w.grads[0])));
+    EXPECT(product == 2 * expected);
+    w.run();
+    EXPECT(product == expected);
+  }
+  EXPECT(w.steps[0] == 2);
   return 0;
 }
 
