@@ -66,6 +66,7 @@ bool Work::advance(const ParamRecord& param, Scalars* scalars) {
   const TensorRecord& second = param[scalar(1)];
   const bool has_second = param.roles.has(scalar(1));
   Scalars before(value_of(count), has_second ? value_of(second) : 1);
+  before.second_is_double = second.dtype == Dtype::kFloat64;
   if (!(before.step >= 0)) return false;
   if (param.shares_step >= 0) before.step += ahead_[count.data]++;
   *scalars = records_->groups[param.group].rule->advanced(before);

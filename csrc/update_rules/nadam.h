@@ -72,7 +72,9 @@ struct NAdam {
   unsigned state_mask() const { return 0b11u; }
 
   FUSEDOPT_HD Scalars advanced(const Scalars& before) const {
-    return {before.step + 1, before.second * mu(before.step + 1)};
+    const double factor = mu(before.step + 1);
+    const double kept = before.second_is_double ? factor : static_cast<float>(factor);
+    return {before.step + 1, before.second * kept};
   }
 
   // See Adam::is_defined.

@@ -51,8 +51,9 @@ struct Scalars {
     constexpr int count() const { return names[0] == nullptr ? 0 : names[1] == nullptr ? 1 : 2; }
   };
 
-  double step = 1;    // 1 at the first; where none are counted, 2 at all others
-  double second = 1;  // if the rule has one
+  double step = 1;                // 1 at the first; where none are counted, 2 at all others
+  double second = 1;              // if the rule has one
+  bool second_is_double = false;  // else it is kept as a float, and torch multiplies floats
 
   FUSEDOPT_HD Scalars(double step = 1, double second = 1) : step(step), second(second) {}
   FUSEDOPT_HD operator double() const { return step; }
