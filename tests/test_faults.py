@@ -451,7 +451,7 @@ def script(code: str, *arguments: str, **environment: str) -> subprocess.Popen[s
 LIMITED = """
 import copy, resource, sys
 import fusedopt, torch
-from cases import RICHEST, draw, leaf, snapshot
+from cases import RICHEST_OF, draw, leaf, snapshot
 
 torch.set_num_threads(1)
 if sys.argv[1] == "python":

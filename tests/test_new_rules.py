@@ -93,7 +93,7 @@ class Steps:
         self.plan.finish(self.state)
 
     def step(self):
-        assert self.plan.step([self.group], self.state, 1, None, None, None, None) is None
+        assert self.plan.step([self.group], self.state, 1, None, None, None, None).is_done
 
 
 def draw(dtype, steps=8):
