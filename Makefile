@@ -30,9 +30,11 @@ on_host: build
 	  cmake -S csrc -B build/on_host -G Ninja -DFUSEDOPT_CUDA=on_host \
 	    -DPython_EXECUTABLE='$(abspath $(PY))' >/dev/null && ninja -C build/on_host --quiet; }
 
-# WORKERS=N in N processes, by pytest-xdist, all tests of a file in one.
+# By pytest-xdist in as many processes as there are cores, up to 8, all tests of a file in one. WORKERS=0:
+# in one process.
+WORKERS ?= $(shell $(PY) -c 'import os, xdist; print(min(os.cpu_count(), 8))' 2>/dev/null)
 test: on_host
-	$(PY) -m pytest $(if $(WORKERS),--dist=loadfile -n $(WORKERS)) $(ARGS)
+	$(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),--dist=loadfile -n $(WORKERS)) $(ARGS)
 
 # N random programs, 200 N random single steps and 5 N hostile checkpoints, of fresh inputs.
 N ?= 5000

@@ -61,6 +61,8 @@ def in_module(module):
         for name, value in vars(owner).items():
             if name.startswith("_") and name != "__init__":
                 continue
+            if type(value).__name__ == "wrapper_descriptor":
+                continue  # the __init__ of a class that only the module makes
             if inspect.isclass(value):
                 read(value, f"{name}.")
             elif isinstance(value, property):
