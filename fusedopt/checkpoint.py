@@ -143,14 +143,13 @@ def _loaded_entries(record: Record, saved_group: Group, saved: Any) -> dict[str,
     if not isinstance(saved, dict):
         raise Problem(TypeError, f"state is a {type(saved).__name__}, not a dict")
     rule, param = record.rule, record.param
-    required = rule.required()
-    for key in required if saved else ():
+    for key in rule.required if saved else ():
         if saved.get(key) is None:
             raise Problem(ValueError, f"there is no {key!r} (only {sorted(map(str, saved))})")
     if not rule.counts_steps and "step" in saved:
         raise Problem(ValueError, f"there is a 'step' (among {sorted(map(str, saved))})")
     dtype, shape, device = param.dtype, None if record.is_lazy else param.shape, param.device
-    extras, scalars = record.extras.names, {scalar.name: scalar for scalar in rule.scalars}
+    extras, scalars = record.extras.names, rule.scalar_by_name
     is_plain = shape is not None and not record.is_sharded
     loaded = {}
     for key, value in saved.items():
@@ -167,7 +166,7 @@ def _loaded_entries(record: Record, saved_group: Group, saved: Any) -> dict[str,
                 and value.layout is torch.strided
                 and key not in extras
             ):
-                _check_tensor(record, key, value, saved, key in required)
+                _check_tensor(record, key, value, saved)
                 value = value.to(device=device)
         elif key in rule.by_name or key in extras:
             if value is not None:
@@ -178,15 +177,13 @@ def _loaded_entries(record: Record, saved_group: Group, saved: Any) -> dict[str,
     return loaded
 
 
-def _check_tensor(
-    record: Record, key: Any, value: Tensor, saved: dict[str, Any], is_required: bool
-) -> None:
+def _check_tensor(record: Record, key: Any, value: Tensor, saved: dict[str, Any]) -> None:
     # Of a parameter that is not materialized yet the first step checks what there is to check.
     if key in record.rule.by_name:
         checks.check_slot(record, record.rule.by_name[key], value, saved)
     elif key in record.extras.names and not record.is_lazy:
         checks.check_extra(record, key, value)
-    if is_required and value.layout is not torch.strided:
+    if key in record.rule.required and value.layout is not torch.strided:
         raise Problem(ValueError, f"state[{key!r}] is sparse; it must be dense")
     if value.is_meta and not record.param.is_meta:
         raise Problem(ValueError, f"state[{key!r}] is on the meta device, without data")

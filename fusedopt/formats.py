@@ -17,9 +17,6 @@ from . import dtensor, tensor_kinds
 if TYPE_CHECKING:
     from .rule import Group, Slot
 
-# Steps are counted up to here: adding 1 no longer changes a float64.
-LAST_STEP = 2**53
-
 # Elements of one scale of 8-bit state, and the tensors that are too small for it: their state is a
 # small part of a model, and often the part that is sensitive (norms, biases).
 SCALE_ELEMENTS = 64

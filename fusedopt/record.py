@@ -48,7 +48,7 @@ class Members:
 
     @property
     def name(self) -> str:
-        return f"fusedopt.{type(self.optimizer).__name__}"
+        return self.optimizer._name
 
     def all(self) -> Iterator[Record]:
         for g, group in enumerate(self.groups):

@@ -10,7 +10,8 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
@@ -152,12 +153,16 @@ class Rule:
     switches: tuple[str, ...] = ()
     # torch's constructor makes the state, so that its step() expects to find it.
     stock_starts_with_state: bool = False
-    by_name: dict[str, Slot] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "by_name", {slot.name: slot for slot in self.slots})
+    @cached_property
+    def by_name(self) -> dict[str, Slot]:
+        return {slot.name: slot for slot in self.slots}
 
-    @property
+    @cached_property
+    def scalar_by_name(self) -> dict[str, Scalar]:
+        return {scalar.name: scalar for scalar in self.scalars}
+
+    @cached_property
     def counts_steps(self) -> bool:
         return STEP in self.scalars
 
@@ -165,12 +170,13 @@ class Rule:
         """The state tensors that a group keeps."""
         return [slot for slot in self.slots if slot.when(group)]
 
+    @cached_property
     def required(self) -> list[str]:
         """Keys that the state of a parameter has in any group, once there was a step."""
         if self.first_step_fills_state:
             return []
         always = [slot.name for slot in self.slots if slot.when is _always]
-        return [*(scalar.name for scalar in self.scalars), *always]
+        return [*self.scalar_by_name, *always]
 
 
 # What updates are made of -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def missing(record: Record) -> list[str]:
     step count that its dtype cannot continue is missing, too."""
     rule, entries = record.rule, record.state or {}
     if record.is_lazy:  # of what shape it will be is not known yet
-        return [*(scalar.name for scalar in rule.scalars), *record.keys]
+        return [*rule.scalar_by_name, *record.keys]
     if rule.first_step_fills_state and record.has_sparse_grad:
         return [key for key in record.keys if entries.get(key) is None]
     keys = [scalar.name for scalar in rule.scalars if not _can_go_on(record, scalar)]
@@ -38,7 +38,7 @@ def complete(record: Record) -> None:
     entries = created[record.param] = record.copied_entries()
     if _is_made_by_update(record):
         return
-    scalars = {scalar.name: scalar for scalar in record.rule.scalars}
+    scalars = record.rule.scalar_by_name
     with record.explained():
         for key in keys:
             if key in scalars:

@@ -18,7 +18,6 @@ from .rule import STORAGE_OPTIONS, Group
 if TYPE_CHECKING:
     from .record import Record
 
-_SWITCHES = ("l1", "eps_inside_sqrt")  # beside those of storage what torch does not have
 # Options that reinterpret the bits of memory.
 _OF_MEMORY = {"state_dtype": "8bit", "master_weights": "split", "rounding": "stochastic"}
 
@@ -37,16 +36,19 @@ def concerns(param: Tensor, grad: Tensor | None, state: Any) -> bool:
     return False
 
 
-def own_options(group: Group) -> list[str]:
-    """Options that are on and that torch does not have."""
-    on = [name for name in _SWITCHES if group.get(name)]
+def own_options(record: Record) -> list[str]:
+    """Options that are on and that torch does not compute. (``capturable`` says where steps are
+    counted; torch's loop is told that by itself.)"""
+    group = record.group
+    on = [name for name in ("l1", *record.rule.switches) if group.get(name)]
+    on = [name for name in on if name != "capturable"]
     return on + [name for name in STORAGE_OPTIONS if group.get(name) is not None]
 
 
 def can_take(record: Record) -> bool:
     """Whether torch's loop does what the group asks for, with the state that there is."""
     entries = record.entries
-    if record.members.optimizer._stock is None or own_options(record.group):
+    if record.members.optimizer._stock is None or own_options(record):
         return False
     if any(map(formats.is_code, entries.values())):
         return False
@@ -61,7 +63,7 @@ def check(record: Record) -> None:
     held, group = record.held, record.group
     if tensor_kinds.is_virtual(held) or not record.is_unusual:
         return
-    on = own_options(group)
+    on = own_options(record)
     if held.layout is torch.strided and not held.is_nested:
         on = [name for name in on if group[name] == _OF_MEMORY.get(name)]
     if on:

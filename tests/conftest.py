@@ -144,22 +144,23 @@ def kernels() -> Any:
     return require_kernels()
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """tests/native/storage.cpp over csrc/storage/, as functions."""
+def compiled(folder: Path, name: str, *flags: str) -> ctypes.CDLL:
+    """tests/native/NAME.cpp, as functions. ``flags``: of the compiler, and further sources."""
     compiler = shutil.which("g++")
     if compiler is None:
         skip_or_fail("no g++")
-    target = tmp_path_factory.mktemp("native") / "storage.so"
-    source = Path(__file__).parent / "native" / "storage.cpp"
-    fast = ["-O3", "-march=native", "-fno-trapping-math", "-Wno-unknown-pragmas"]
-    done = subprocess.run(
-        [compiler, "-std=c++17", *fast, "-shared", "-fPIC", str(source), "-o", str(target)],
-        capture_output=True,
-        text=True,
-    )
+    source, target = Path(__file__).parent / "native" / f"{name}.cpp", folder / f"{name}.so"
+    command = [compiler, "-std=c++17", *flags, "-shared", "-fPIC", str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    module = ctypes.CDLL(str(target))
+    return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """tests/native/storage.cpp over csrc/storage/, as functions."""
+    fast = ["-O3", "-march=native", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+    module = compiled(tmp_path_factory.mktemp("native"), "storage", *fast)
     word = ctypes.c_uint64
     module.wrong_masters.argtypes, module.wrong_masters.restype = [word, word], word
     module.philox_words.argtypes = [word, word, word, ctypes.c_void_p]

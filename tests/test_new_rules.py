@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import assert_near, same_bits
-from conftest import skip_or_fail
+from conftest import compiled
 
 import fusedopt
 
@@ -195,19 +193,13 @@ def test_rules_say_what_they_keep(native):
 @pytest.fixture(scope="module")
 def nadam(tmp_path_factory):
     """tests/native/second_scalar.cpp, as a function."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        skip_or_fail("no g++")
-    here, target = Path(__file__).parent, tmp_path_factory.mktemp("native") / "second_scalar.so"
-    csrc = here.parent / "csrc"
-    sources = [here / "native/second_scalar.cpp", csrc / "multi_tensor/launch_table.cpp"]
-    sources += [csrc / "multi_tensor/apply_cuda.cu"]
+    csrc = Path(__file__).parents[1] / "csrc"
+    sources = [csrc / "multi_tensor/launch_table.cpp", csrc / "multi_tensor/apply_cuda.cu"]
     defined = ["-DFUSEDOPT_HAS_CUDA=1", "-DFUSEDOPT_CUDA_ON_HOST=1", "-DFUSEDOPT_ISA=baseline"]
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden"]
-    command = [compiler, *flags, *defined, f"-I{csrc}", "-x", "c++", *map(str, sources)]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    function = ctypes.CDLL(str(target)).nadam
+    flags = ["-O1", "-ffp-contract=off", "-fvisibility=hidden", *defined, f"-I{csrc}"]
+    folder = tmp_path_factory.mktemp("native")
+    library = compiled(folder, "second_scalar", *flags, "-x", "c++", *map(str, sources))
+    function = library.nadam
     function.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool]
     function.argtypes += [ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool]
     function.restype = None

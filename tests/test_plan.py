@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
-from conftest import skip_or_fail
+from conftest import compiled
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        skip_or_fail("no g++")
-    target = tmp_path_factory.mktemp("native") / "plan.so"
-    source = Path(__file__).parent / "native" / "plan.cpp"
-    done = subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(target)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(target))
+    return compiled(tmp_path_factory.mktemp("native"), "plan", "-O1")
 
 
 @pytest.mark.parametrize(

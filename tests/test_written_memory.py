@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
-from conftest import skip_or_fail
+from conftest import compiled
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """tests/native/written_memory.cpp, as functions."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        skip_or_fail("no g++")
-    target = tmp_path_factory.mktemp("native") / "written_memory.so"
-    source = Path(__file__).parent / "native" / "written_memory.cpp"
-    done = subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(target)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    module = ctypes.CDLL(str(target))
+    module = compiled(tmp_path_factory.mktemp("native"), "written_memory", "-O1")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     module.overlaps.argtypes = [pointer, number, pointer, number, pointer, pointer]
     module.overlaps.restype = number

@@ -89,7 +89,7 @@ struct Adam {
   static constexpr bool kFirstStepFills = false;
   unsigned state_mask() const { return amsgrad ? 0b111u : 0b011u; }
 
-  // Whether the numbers of step t are defined and of the dtype: fusedopt.Adam._numbers says what is
+  // Whether the numbers of step t are defined and of the dtype: fusedopt/adam.py says what is
   // not. What only the device knows counts as defined.
   bool is_defined(double step, double largest) const {
     const double power1 = std::pow(beta1, step), power2 = std::pow(beta2, step);
