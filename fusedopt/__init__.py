@@ -1,19 +1,27 @@
 """Drop-in ``torch.optim`` optimizers whose step is one native call."""
 
+from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .adamax import Adamax
 from .attached import attach, detach
 from .conversion import from_torch, patch, to_torch, unpatch
 from .grad_norm import clip_grad_norm_
+from .nadam import NAdam
+from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
     "RMSprop",
     "attach",
     "clip_grad_norm_",
