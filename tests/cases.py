@@ -65,9 +65,9 @@ class Case:
 CASES = [Case(name, options) for name, table in TABLES.items() for options in table.cases]
 # torch has no complex rule to compare the extra options with.
 COMPLEX_CASES = [case for case in CASES if not set(case.options) & set(EXTRAS)]
-# The case of each class that keeps the most state.
+# The case of each class that keeps the most state, and those of all kinds of classes.
 RICHEST_OF = {name: Case(name, table.richest) for name, table in TABLES.items()}
-RICHEST = [*RICHEST_OF.values()]
+RICHEST = [case for case in RICHEST_OF.values() if case.table.like is None]
 COUNTING = [case for case in RICHEST if case.table.counts_steps]
 # One for each class that can do without any state.
 STATELESS = [
@@ -94,6 +94,9 @@ every_sparse = pytest.mark.parametrize("name", SPARSE)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
+richest_of_every_class = pytest.mark.parametrize(
+    "case", RICHEST_OF.values(), ids=lambda case: case.name
+)
 richest_by_options = pytest.mark.parametrize("case", RICHEST, ids=str)
 richest_and_stateless = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
 counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)

@@ -61,6 +61,9 @@ class Table:
     extremes: list[Options]
     # Makes options that were drawn valid together, and such that the oracle has all of them.
     settle: Callable[[Options], None] = lambda options: None
+    # Another class whose rule is of the same kind. What hangs on the kind alone (threads, processes,
+    # trainers, memory, interrupts) is tried with that one.
+    like: str | None = None
     counts_steps: bool = True
     takes_sparse: bool = False
     # The constructor makes state, and not the first step.

@@ -4,6 +4,7 @@ from . import Between, Slot, Table
 
 TABLE = Table(
     "Adadelta",
+    like="RMSprop",
     cases=[
         {},
         {"lr": 0.5, "rho": 0.8, "weight_decay": 0.1},

@@ -4,6 +4,7 @@ from . import UNIT, Slot, Table
 
 TABLE = Table(
     "Adamax",
+    like="Adam",
     cases=[
         {},
         {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.1},
