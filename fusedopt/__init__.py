@@ -7,6 +7,7 @@ from .adamax import Adamax
 from .attached import attach, detach
 from .conversion import from_torch, patch, to_torch, unpatch
 from .grad_norm import clip_grad_norm_
+from .lion import Lion
 from .nadam import NAdam
 from .radam import RAdam
 from .rmsprop import RMSprop
@@ -20,6 +21,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Lion",
     "NAdam",
     "RAdam",
     "RMSprop",

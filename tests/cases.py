@@ -24,6 +24,8 @@ TABLES = {
     for table in (importlib.import_module(f"optimizers.{path.stem}").TABLE,)
 }
 NAMES = tuple(TABLES)
+# Those of classes that torch has too.
+TORCH_NAMES = tuple(name for name, table in TABLES.items() if table.published is None)
 # Options that torch.optim does not have; the oracle adds them by hand.
 EXTRAS = ("l1", *(option for table in TABLES.values() for option in table.extras))
 
@@ -89,6 +91,7 @@ def those_with(option: str) -> list[str]:
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+every_torch_name = pytest.mark.parametrize("name", TORCH_NAMES)
 every_name = pytest.mark.parametrize("name", NAMES)
 every_sparse = pytest.mark.parametrize("name", SPARSE)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

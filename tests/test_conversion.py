@@ -19,14 +19,14 @@ import torch
 from cases import (
     CASES,
     EXTRAS,
-    NAMES,
     RICHEST,
     RICHEST_OF,
+    TORCH_NAMES,
     Amp,
     Case,
     bits,
     draw,
-    every_name,
+    every_torch_name,
     leaf,
     richest,
     snapshot,
@@ -52,7 +52,11 @@ def accepts(name, option):
 
 VARIANTS = [
     # A float32 lr would be the precision of the whole step.
-    *(case for case in CASES if not any(map(torch.is_tensor, case.options.values()))),
+    *(
+        case
+        for case in CASES
+        if case.name in TORCH_NAMES and not any(map(torch.is_tensor, case.options.values()))
+    ),
     *(
         Case(case.name, {**case.options, **switch})
         for case in RICHEST
@@ -417,7 +421,7 @@ for name in sys.argv[2:]:
 @convert_to
 def test_a_class_that_nobody_has_used_yet(to):
     """torch makes ``step`` run hooks when the first optimizer of a class is constructed."""
-    command = [sys.executable, "-W", "error", "-c", UNUSED_CLASS, to, *NAMES]
+    command = [sys.executable, "-W", "error", "-c", UNUSED_CLASS, to, *TORCH_NAMES]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -557,7 +561,7 @@ def assert_refused(conversion, opt, *schedulers, error, match):
     assert everything(opt) == before
 
 
-@every_name
+@every_torch_name
 def test_of_the_wrong_class(name):
     ours, theirs = (class_in(library, name) for library in ("fusedopt", "torch"))
 
@@ -610,7 +614,7 @@ def replaced_above_a_scheduler(opt):
 
 
 @convert_to
-@every_name
+@every_torch_name
 @pytest.mark.parametrize(
     "replace", [replaced, replaced_below_a_scheduler, replaced_above_a_scheduler]
 )
@@ -638,10 +642,10 @@ def test_schedulers_of_others(to):
 
 
 TORCH_LACKS = [
-    *((name, {"l1": 0.1}) for name in NAMES),
-    *((name, {"max_grad_norm": 1.0}) for name in NAMES),
-    *((name, {"max_grad_norm": 0.0}) for name in NAMES),
-    *((name, {"amp_fused": True}) for name in NAMES),
+    *((name, {"l1": 0.1}) for name in TORCH_NAMES),
+    *((name, {"max_grad_norm": 1.0}) for name in TORCH_NAMES),
+    *((name, {"max_grad_norm": 0.0}) for name in TORCH_NAMES),
+    *((name, {"amp_fused": True}) for name in TORCH_NAMES),
     ("RMSprop", {"eps_inside_sqrt": True}),
     ("SGD", {"capturable": True}),
     ("Adagrad", {"capturable": True}),
@@ -678,12 +682,12 @@ def test_an_attached_optimizer():
 
 # patch() --------------------------------------------------------------------------------------
 
-STOCK = {name: getattr(torch.optim, name) for name in NAMES}
-OURS = {name: getattr(fusedopt, name) for name in NAMES}
+STOCK = {name: getattr(torch.optim, name) for name in TORCH_NAMES}
+OURS = {name: getattr(fusedopt, name) for name in TORCH_NAMES}
 
 
 def names():
-    return {name: getattr(torch.optim, name) for name in NAMES}
+    return {name: getattr(torch.optim, name) for name in TORCH_NAMES}
 
 
 @pytest.fixture(autouse=True)
@@ -770,7 +774,7 @@ def test_names_that_other_code_has_replaced(foreign, name):
     assert names() == {**OURS, name: foreign}
 
 
-@every_name
+@every_torch_name
 def test_construction_while_patched(name, backend):
     """With positional arguments, as other code writes it."""
     signature = inspect.signature(STOCK[name].__init__).parameters.values()
@@ -787,7 +791,7 @@ def test_construction_while_patched(name, backend):
     assert snapshot(opt) == snapshot(expected)
 
 
-@every_name
+@every_torch_name
 def test_stock_optimizers_while_patched(name, backend):
     values, grads = drawn(6)
     case = RICHEST_OF[name]
@@ -807,7 +811,7 @@ def test_stock_optimizers_while_patched(name, backend):
             assert type(fusedopt.to_torch(twin.opt)) is STOCK[name]
 
 
-@every_name
+@every_torch_name
 def test_what_is_made_while_patched_outlives_it(name, backend):
     values, grads = drawn(4)
     case = RICHEST_OF[name]
@@ -820,7 +824,7 @@ def test_what_is_made_while_patched_outlives_it(name, backend):
         assert snapshot(twin.go(grads[2:]).opt) == snapshot(expected.opt)
 
 
-@every_name
+@every_torch_name
 def test_classes_that_inherit_while_patched(name, backend):
     with fusedopt.patch():
 

@@ -937,7 +937,7 @@ def test_checkpoints_of_stock_modes(name, mode, amp):
     """Both ways, with the step count on the device."""
     case = Case(name, {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})})
     values, grads = draw([(100,), (33,), (2049,)], 6)
-    stock_cls = getattr(torch.optim, name)
+    stock_cls = TABLES[name].stock
     params, checkpoint = [leaf(put(v)) for v in values], None
     for at, build in enumerate((stock_cls, getattr(fusedopt, name), stock_cls)):
         more = {"amp_fused": amp} if at == 1 else {}

@@ -20,6 +20,7 @@ from cases import (
     NAMES,
     RICHEST,
     SPARSE,
+    TABLES,
     Amp,
     Case,
     assert_near,
@@ -745,7 +746,7 @@ def test_copies_keep_the_options(name, duplicate, max_norm, amp, backend):
 
 @every_name
 def test_the_options_are_not_in_checkpoints(name, backend):
-    cls, stock_cls = getattr(fusedopt, name), getattr(torch.optim, name)
+    cls, stock_cls = getattr(fusedopt, name), TABLES[name].stock
     values, grads = draw([(5,)], 2)
     (p,), opt = train(cls, values, grads, max_grad_norm=2.0, amp_fused=True)
     _, stock = train(stock_cls, values, grads)
@@ -828,7 +829,7 @@ def test_capturable_on_the_cpu(case, backend):
 @every_sparse
 def test_capturable_is_in_no_group_unless_on(name, backend):
     """torch has no such option; one that is on travels through its checkpoints."""
-    cls, stock_cls = getattr(fusedopt, name), getattr(torch.optim, name)
+    cls, stock_cls = getattr(fusedopt, name), TABLES[name].stock
     values, grads = draw([(5,)], 2)
     (_,), off = train(cls, values, grads)
     (_,), stock = train(stock_cls, values, grads)

@@ -14,6 +14,7 @@ import torch
 from cases import (
     NAMES,
     RICHEST_OF,
+    TABLES,
     assert_near,
     bits,
     every_name,
@@ -249,9 +250,7 @@ class Model(nn.Linear):
 def test_cycles_are_collected(name, backend):
     options = random.choice([*OPTIONS.values()])
     ours = {cycle: in_a_cycle(getattr(fusedopt, name), cycle, **options) for cycle in CYCLES}
-    stock = {
-        cycle: in_a_cycle(getattr(torch.optim, name), cycle, foreach=False) for cycle in CYCLES
-    }
+    stock = {cycle: in_a_cycle(TABLES[name].stock, cycle, foreach=False) for cycle in CYCLES}
     gc.collect()
     alive = {
         cycle: [type(ref()).__name__ for ref in watched if ref() is not None]

@@ -8,7 +8,14 @@ import warnings
 
 import pytest
 import torch
-from cases import NAMES, assert_trained_alike, every_name, gradient_like, leaf, step_through
+from cases import (
+    TORCH_NAMES,
+    assert_trained_alike,
+    every_torch_name,
+    gradient_like,
+    leaf,
+    step_through,
+)
 
 import fusedopt
 
@@ -27,14 +34,14 @@ DTYPES = (torch.float32, torch.float64, torch.complex64)
 # fused=True takes no complex parameters.
 INPUTS = [
     pytest.param(name, i, dtype, id=f"{name}-{given.desc.replace(' ', '_')}-{dtype}")
-    for name in NAMES
+    for name in TORCH_NAMES
     for i, given in enumerate(_inputs(name))
     for dtype in DTYPES
     if not (dtype.is_complex and given.kwargs.get("fused"))
 ]
 ERRORS = [
     (name, i)
-    for name in NAMES
+    for name in TORCH_NAMES
     for i in range(len(TABLE[name].optim_error_inputs_func("cpu", torch.float32)))
 ]
 
@@ -78,7 +85,7 @@ def test_error_inputs(name, index):
     assert re.search(error.error_regex, str(raised.value))
 
 
-@every_name
+@every_torch_name
 def test_its_schedulers(name, backend):
     for i, constructors in enumerate(TABLE[name].scheduler_inputs):
         runs = []

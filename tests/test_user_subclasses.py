@@ -10,6 +10,7 @@ import pytest
 import seam
 import torch
 from cases import (
+    TABLES,
     bits,
     draw,
     every_name,
@@ -133,9 +134,7 @@ def frozen(value):
 def test_the_options_that_torch_lacks(case):
     """The table of each class says what the two constructors say."""
     cls = getattr(fusedopt, case.name)
-    ours, stock = (
-        set(inspect.signature(c).parameters) for c in (cls, getattr(torch.optim, case.name))
-    )
+    ours, stock = (set(inspect.signature(c).parameters) for c in (cls, case.table.stock))
     not_of_groups = {"max_grad_norm", "amp_fused", "decoupled_weight_decay"}
     assert seam.own_options(cls) == ours - stock - not_of_groups
     assert stock <= {"params", *seam.torch_options(cls)}
@@ -298,7 +297,7 @@ def test_in_the_backward(name, derive, backend):
         opt = fusedopt.attach([param], each, lr=0.1, ema=0.5, l1=0.01)
         for _ in range(2):
             (inputs @ param.T).square().sum().backward()
-        stock = getattr(torch.optim, name)([leaf(values)])
+        stock = TABLES[name].stock([leaf(values)])
         opt.load_state_dict(stock.state_dict())
         (inputs @ param.T).square().sum().backward()
         assert opt.param_groups[0]["ema"] == 0.5
@@ -326,5 +325,5 @@ def test_copies(name, derive, backend):
     other = copy.deepcopy(opt)
     (copied,) = other.param_groups[0]["params"]
     copied.grad = param.grad.clone()
-    other.load_state_dict(getattr(torch.optim, name)([leaf(param)]).state_dict())
+    other.load_state_dict(TABLES[name].stock([leaf(param)]).state_dict())
     assert other.param_groups[0]["ema"] == 0.5

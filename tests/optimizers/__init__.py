@@ -64,6 +64,8 @@ class Table:
     # Another class whose rule is of the same kind. What hangs on the kind alone (threads, processes,
     # trainers, memory, interrupts) is tried with that one.
     like: str | None = None
+    # What is compared with where torch has no class of this name: the published form.
+    published: type[torch.optim.Optimizer] | None = None
     counts_steps: bool = True
     takes_sparse: bool = False
     # The constructor makes state, and not the first step.
@@ -75,8 +77,8 @@ class Table:
     oracle: Callable[[Options], type | None] = lambda options: None
 
     @property
-    def stock(self) -> type[torch.optim.Optimizer]:
-        return getattr(torch.optim, self.name)
+    def stock(self) -> Any:
+        return self.published or getattr(torch.optim, self.name)
 
     @property
     def unsigned(self) -> set[str]:

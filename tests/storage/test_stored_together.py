@@ -10,6 +10,7 @@ import pytest
 import seam
 import torch
 from cases import (
+    TABLES,
     assert_near,
     bits,
     draw,
@@ -206,7 +207,7 @@ def test_options_that_torch_does_not_have(name, backend):
         assert all(option in str(caught.value) for option in WAYS[way][0])
         assert snapshot(opt) == before and type(opt) is getattr(fusedopt, name)
     values, grads = draw([(67, 65)], 3)
-    (p,), stock = train(getattr(torch.optim, name), values, grads[:1])
+    (p,), stock = train(TABLES[name].stock, values, grads[:1])
     opt = fusedopt.from_torch(stock)
     opt.param_groups[0].update(ema=0.5, state_dtype="8bit")
     step_through(opt, [p], grads[1:])
