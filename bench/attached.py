@@ -127,7 +127,7 @@ def tabulate(results: dict[str, dict[str, Any]]) -> Table:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.attached", description=__doc__)
-    names = list(optimizers.NAMES)
+    names = list(optimizers.WIDELY_USED)
     parser.add_argument("--optimizers", nargs="+", type=str.lower, choices=names, default=names)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768, help="a multiple of 64")

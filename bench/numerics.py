@@ -68,7 +68,7 @@ class Contender:
 
 def contenders(name: str, dtype: str, start: Tensor) -> dict[str, Contender]:
     class_name, arguments = optimizers.NAMES[name], {"lr": 1e-3, **ARGUMENTS.get(name, {})}
-    stock, ours = getattr(torch.optim, class_name), getattr(fusedopt, class_name)
+    stock, ours = optimizers.stock(class_name), getattr(fusedopt, class_name)
     modes = optimizers.stock_modes(class_name)
     result = {
         f"torch, {mode}": Contender(start, stock, **arguments, **modes[mode])
@@ -126,7 +126,7 @@ def cell(errors: Errors, label: str, steps: int) -> str:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run the measurement and return the files it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.numerics", description=__doc__)
-    names = list(optimizers.NAMES)
+    names = list(optimizers.WIDELY_USED)
     parser.add_argument("--optimizers", nargs="+", type=str.lower, choices=names, default=names)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--steps", type=int, default=10_000)

@@ -8,6 +8,7 @@ import inspect
 import torch
 
 import fusedopt
+from bench import published_lion
 
 # By the names of the command line: every class that fusedopt has.
 NAMES = {
@@ -15,11 +16,19 @@ NAMES = {
     for name in sorted(fusedopt.__all__)
     if inspect.isclass(getattr(fusedopt, name))
 }
+# Those that a benchmark tries unless it is told otherwise; the new ones cost as much as these.
+WIDELY_USED = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
+
+
+def stock(name: str) -> type[torch.optim.Optimizer]:
+    """`torch.optim.<name>`, or the published form of what torch does not have."""
+    cls: type[torch.optim.Optimizer] = getattr(torch.optim, name, None) or published_lion.Lion
+    return cls
 
 
 def stock_modes(name: str) -> dict[str, dict[str, bool]]:
-    """Constructor arguments of every implementation in `torch.optim.<name>`, slowest first."""
-    parameters = inspect.signature(getattr(torch.optim, name)).parameters
+    """Constructor arguments of every implementation of `stock(name)`, slowest first."""
+    parameters = inspect.signature(stock(name)).parameters
     fused = "fused" in parameters
     modes = {
         "forloop": {"foreach": False, "fused": False} if fused else {"foreach": False},
@@ -37,7 +46,7 @@ def runs(name: str, mode: str, device: torch.device) -> bool:
     param = torch.nn.Parameter(torch.zeros(1, device=device))
     param.grad = torch.zeros_like(param)
     try:
-        getattr(torch.optim, name)([param], **stock_modes(name)[mode]).step()
+        stock(name)([param], **stock_modes(name)[mode]).step()
     except RuntimeError:
         return False
     return True

@@ -31,6 +31,11 @@ OPTIMIZER_COLORS = {
     "sgd": "#edae49",
     "rmsprop": "#d1495b",
     "adagrad": "#5c4d7d",
+    "adadelta": "#9a8c98",
+    "adamax": "#2a9d8f",
+    "lion": "#f4722b",
+    "nadam": "#457b9d",
+    "radam": "#8ab17d",
 }
 STYLE = {
     "axes.axisbelow": True,

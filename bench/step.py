@@ -36,8 +36,8 @@ from bench.workloads import FOR_A_GPU, LARGE, WORKLOADS, shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_BF16 = {
-    "cpu": {"mlp_100x10k": tuple(optimizers.NAMES), "gpt2_124m": ("adam",)},
-    "cuda": dict.fromkeys(LARGE, tuple(optimizers.NAMES)),
+    "cpu": {"mlp_100x10k": optimizers.WIDELY_USED, "gpt2_124m": ("adam",)},
+    "cuda": dict.fromkeys(LARGE, optimizers.WIDELY_USED),
 }
 ARGUMENTS = {"sgd": {"momentum": 0.9}}
 STOCK_MODES = ("forloop", "foreach", "fused")
@@ -169,7 +169,7 @@ def build_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     class_name, arguments = optimizers.NAMES[name], ARGUMENTS.get(name, {})
     clipping = {"max_grad_norm": MAX_GRAD_NORM} if clip else {}
-    ours, stock = getattr(fusedopt, class_name), getattr(torch.optim, class_name)
+    ours, stock = getattr(fusedopt, class_name), optimizers.stock(class_name)
     built = {"fusedopt": ours(model.params, **arguments, **clipping)}
     for mode, flags in optimizers.stock_modes(class_name).items():
         if mode in modes and optimizers.runs(class_name, mode, model.device):
@@ -362,9 +362,14 @@ def significant(value: float) -> str:
 def select_cells(options: argparse.Namespace) -> list[Cell]:
     """All the cells asked for; unless told otherwise, bf16 only where it says something new."""
     dtypes = options.dtypes or list(DTYPES)
-    cells = (Cell(*names) for names in product(options.workloads, dtypes, options.optimizers))
+    names = options.optimizers or list(optimizers.NAMES)
+    cells = [Cell(*names) for names in product(options.workloads, dtypes, names)]
+    if not (options.full or options.optimizers):
+        known = {(workload, name) for workload in WORKLOADS for name in optimizers.WIDELY_USED}
+        known |= {("many_small", name) for name in optimizers.NAMES}
+        cells = [cell for cell in cells if (cell.workload, cell.optimizer) in known]
     if options.full or options.dtypes:
-        return list(cells)
+        return cells
     bf16 = DEFAULT_BF16[options.device.type]
     return [
         cell
@@ -377,7 +382,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     names = list(optimizers.NAMES)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all that fit")
-    parser.add_argument("--optimizers", nargs="+", type=str.lower, choices=names, default=names)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        type=str.lower,
+        choices=names,
+        help="default: all, but only widely used ones for more than many_small",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp32, some bf16")
     parser.add_argument("--modes", nargs="+", choices=STOCK_MODES, default=STOCK_MODES)
     parser.add_argument("--clip", action="store_true", help="and clip the norm of the gradients")

@@ -102,7 +102,7 @@ def builders(name: str, options: argparse.Namespace) -> dict[str, Callable[..., 
     """What builds each contender for optimizer `name`."""
     class_name, arguments = optimizers.NAMES[name], ARGUMENTS.get(name, {})
     mode, flags = optimizers.best_stock_mode(class_name)
-    stock = partial(getattr(torch.optim, class_name), **arguments, **flags)
+    stock = partial(optimizers.stock(class_name), **arguments, **flags)
     ours = partial(getattr(fusedopt, class_name), **arguments)
     result: dict[str, Callable[..., Any]] = {f"torch {mode}, bf16 state": stock}
     result |= {label: partial(ours, **variant) for label, variant in VARIANTS.items()}

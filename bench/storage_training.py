@@ -103,7 +103,7 @@ TASKS: dict[str, Callable[..., float]] = {"gpt": train_gpt, "cnn": train_cnn}
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run the comparison and return the files it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.storage_training", description=__doc__)
-    names = list(optimizers.NAMES)
+    names = list(optimizers.WIDELY_USED)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--optimizers", nargs="+", type=str.lower, choices=names, default=names)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

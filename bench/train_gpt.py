@@ -176,7 +176,7 @@ class Comparison:
             return Contender(mode, model, built, device)
 
         self.name = name
-        self.stock = contender(f"torch {mode}", getattr(torch.optim, class_name), arguments)
+        self.stock = contender(f"torch {mode}", optimizers.stock(class_name), arguments)
         self.ours = contender("fusedopt", getattr(fusedopt, class_name), {})
         self.differences: list[float] = []
 
@@ -308,7 +308,7 @@ def plot_step_times(axis: Axes, results: dict[str, Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.train_gpt", description=__doc__)
-    names = list(optimizers.NAMES)
+    names = list(optimizers.WIDELY_USED)
     parser.add_argument("--optimizers", nargs="+", type=str.lower, choices=names, default=names)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=28, help="a pair that takes longer stops")

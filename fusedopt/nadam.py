@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, optim
 from torch.optim.optimizer import ParamsT
@@ -31,8 +31,16 @@ def _momentum(group: Group, step: float | Tensor) -> float | Tensor:
     return momentum
 
 
-def _advance(group: Group, step: float | Tensor, mu_product: Tensor) -> tuple[Tensor, ...]:
-    return ((mu_product * _momentum(group, step)).to(mu_product.dtype),)
+def _advance(group: Group, step: Any, mu_product: Any) -> tuple[Any, ...]:
+    return (mu_product * _momentum(group, step),)
+
+
+def _sizes(
+    group: Group, step: float | Tensor, mu_product: float | Tensor
+) -> tuple[float | Tensor, float | Tensor]:
+    """What the gradient and its average are multiplied with."""
+    lr, mu, mu_next = number(group["lr"]), _momentum(group, step), _momentum(group, step + 1)
+    return lr * (1 - mu) / (1 - mu_product), lr * mu_next / (1 - mu_product * mu_next)
 
 
 def _update(
@@ -44,27 +52,34 @@ def _update(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
 ) -> tuple[Tensor, ...]:
-    lr, (beta1, beta2) = number(group["lr"]), group["betas"]
+    beta1, beta2 = group["betas"]
     if group["decoupled_weight_decay"]:
         grad = -grad if group["maximize"] else grad
         param = decayed(group, param)
     else:
         grad = penalized_grad(group, grad, param)
-    mu, mu_next = _momentum(group, step), _momentum(group, step + 1)
     exp_avg = exp_avg.lerp(grad, 1 - beta1)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
     denom = exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]
-    of_grad = lr * (1 - mu) / (1 - mu_product)
-    of_avg = lr * mu_next / (1 - mu_product * mu_next)
+    of_grad, of_avg = _sizes(group, step, mu_product)
     return param - (of_grad * grad + of_avg * exp_avg) / denom, exp_avg, exp_avg_sq
 
 
-def _numbers(group: Group, step: float) -> dict[str, float]:
+def _numbers(group: Group, step: float, mu_product: float) -> dict[str, float]:
     lr, l1, decoupled = group["lr"], group.get("l1") or 0.0, group["decoupled_weight_decay"]
     beta1, beta2 = group["betas"]
     bias_corrections((0.0, beta2), step)
+    try:
+        of_grad, of_avg = map(float, _sizes(group, step, mu_product))
+    except ZeroDivisionError as error:
+        raise ZeroDivisionError(
+            f"mu_product = {mu_product:g} makes 1 - mu_product zero at step {step:.0f}; "
+            "it is the product of betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay)) over all "
+            "steps"
+        ) from error
     return {
-        "lr": lr,
+        "lr * (1 - mu) / (1 - mu_product)": of_grad,
+        "lr * mu / (1 - mu_product), of the next step,": of_avg,
         "1 - betas[0]": 1 - beta1,
         "1 - betas[1]": 1 - beta2,
         "weight_decay": 0.0 if decoupled else group["weight_decay"],

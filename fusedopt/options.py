@@ -120,12 +120,14 @@ def _reading_problem(option: Any) -> str | None:
 
 def check_numbers(record: Record) -> None:
     """Raises a Problem if an option, which may be changed at any time, has no meaning now."""
-    step, dtype = _known_step(record), record.param.dtype
+    group, dtype = _known_numbers(record.group), record.param.dtype
+    scalars = _known_scalars(record, group)
+    known = scalars or [1.0, *(scalar.initial / 2 for scalar in record.rule.scalars[1:])]
     try:
-        numbers = record.rule.numbers(_known_numbers(record.group), 1.0 if step is None else step)
+        numbers = record.rule.numbers(group, *known)
     except (ArithmeticError, RuntimeError) as error:
         raise Problem(type(error), str(error)) from error
-    if step is None:
+    if scalars is None:
         return  # what follows depends on it
     wide = dtype in (torch.float64, torch.complex128)
     largest = torch.finfo(torch.float64 if wide else torch.float32).max
@@ -138,18 +140,25 @@ def check_numbers(record: Record) -> None:
             )
 
 
-def _known_step(record: Record) -> float | None:
-    """The number of the next step, see Record.next_scalars; None if only the device knows it."""
-    state = record.state if isinstance(record.state, dict) else {}
-    if not record.rule.counts_steps:
-        return 1.0 if any(state.get(key) is None for key in record.keys) else 2.0
-    count = state.get("step")
-    if count is None:
-        return 1.0
-    if not memory.is_plain(count) or count.device.type != "cpu" or count.numel() != 1:
+def _known_scalars(record: Record, group: Group) -> list[float] | None:
+    """Those of the next step, see Record.next_scalars; None if only the device knows them."""
+    state, rule = record.state if isinstance(record.state, dict) else {}, record.rule
+    if not rule.counts_steps:
+        return [1.0 if any(state.get(key) is None for key in record.keys) else 2.0]
+    count, *others = (_known(state.get(scalar.name), scalar.initial) for scalar in rule.scalars)
+    if count is None or None in others:
         return None
-    number = tensor_kinds.number(count)
-    return None if number is None else number + 1
+    step = count + 1
+    return [step, *rule.advance(group, step, *others)]
+
+
+def _known(scalar: Any, initial: float) -> float | None:
+    """A number that the state keeps, or will keep from now on."""
+    if scalar is None:
+        return initial
+    if not memory.is_plain(scalar) or scalar.device.type != "cpu" or scalar.numel() != 1:
+        return None
+    return tensor_kinds.number(scalar)
 
 
 def _known_numbers(group: Group) -> Group:

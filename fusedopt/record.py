@@ -236,7 +236,8 @@ class Record:
             return [], [1.0 if self.is_first_step else 2.0]
         step, *others = (self.entries[scalar.name] for scalar in self.rule.scalars)
         kept = [step + 1]
-        kept += self.rule.advance(group, self._number(kept[0]), *others)
+        advanced = self.rule.advance(group, self._number(kept[0]), *others)
+        kept += [new.to(old.dtype) for new, old in zip(advanced, others, strict=True)]
         return kept, [*map(self._number, kept)]
 
     def _number(self, scalar: Tensor) -> float | Tensor:

@@ -138,12 +138,12 @@ class Rule:
     # place. The scalars are those of this step; a rule that counts none is given 1 at the first
     # step and 2 at the others.
     update: Callable[..., tuple[Tensor, ...]]
-    # (group, step) -> the numbers that the update takes in the dtype of the parameter, by what they
-    # are. Raises where torch's for-loop cannot compute one.
-    numbers: Callable[[Group, float], dict[str, float]]
+    # (group, *scalars) -> the numbers that the update takes in the dtype of the parameter, by what
+    # they are. Raises where torch's for-loop cannot compute one.
+    numbers: Callable[..., dict[str, float]]
     scalars: tuple[Scalar, ...] = (STEP,)
     # (group, step, *others): the scalars beside the count, out of place, as this step has them.
-    advance: Callable[..., tuple[Tensor, ...]] = lambda group, step: ()
+    advance: Callable[..., tuple[Any, ...]] = lambda group, step: ()
     # Without state, the step is the first one: it gives the state its values.
     first_step_fills_state: bool = False
     # (group, param, grad, state): updates the parameter from a sparse gradient, in place.
