@@ -26,6 +26,8 @@ TABLES = {
 NAMES = tuple(TABLES)
 # Those of classes that torch has too.
 TORCH_NAMES = tuple(name for name, table in TABLES.items() if table.published is None)
+# State that is a number of each parameter.
+SCALARS = ("step", "mu_product")
 # Options that torch.optim does not have; the oracle adds them by hand.
 EXTRAS = ("l1", *(option for table in TABLES.values() for option in table.extras))
 
@@ -249,7 +251,7 @@ def assert_trained_alike(
         here, there = ours.state.get(p, {}), stock.state.get(q, {})
         for key in here:
             if isinstance(here[key], Tensor) and here[key].layout is torch.strided:
-                kind = here[key].dtype if key == "step" else dtype
+                kind = here[key].dtype if key in SCALARS else dtype
                 assert_near(here[key], there[key], f"state {key} of parameter {i}", kind)
 
 

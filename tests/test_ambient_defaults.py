@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from cases import (
+    SCALARS,
     Case,
     bits,
     counting,
@@ -65,7 +66,7 @@ def everything(opt, params):
         (
             bits(p),
             {
-                key: value.item() if key == "step" else bits(value)
+                key: value.item() if key in SCALARS else bits(value)
                 for key, value in sorted(opt.state.get(p, {}).items())
             },
         )
@@ -94,7 +95,7 @@ def test_training(case, options, dtype, ambient, backend):
             after = everything(opt, params)
             saved = [
                 {
-                    key: value.item() if key == "step" else bits(value)
+                    key: value.item() if key in SCALARS else bits(value)
                     for key, value in state.items()
                 }
                 for state in opt.state_dict(stock=True)["state"].values()

@@ -18,6 +18,7 @@ from cases import (
     GRAD_LAYOUTS,
     LAYOUTS,
     RICHEST,
+    SCALARS,
     TABLES,
     TOLERANCE,
     Amp,
@@ -186,8 +187,8 @@ def test_equals_stock(case, dtype):
     for p, q in zip(params, exact, strict=True):
         assert opt.state.get(p, {}).keys() == stock.state.get(q, {}).keys()
         for key, value in opt.state.get(p, {}).items():
-            assert value.device.type == ("cpu" if key == "step" else DEVICE)
-            if dtype.itemsize > 2 or key == "step":
+            assert value.device.type == ("cpu" if key in SCALARS else DEVICE)
+            if dtype.itemsize > 2 or key in SCALARS:
                 assert_near(value, stock.state[q][key], key, torch.float32)
 
 

@@ -10,6 +10,7 @@ import seam
 import torch
 from cases import (
     COUNTING,
+    SCALARS,
     TABLES,
     Case,
     every_case,
@@ -55,7 +56,7 @@ def assert_fake(opt, steps):
         for param in group["params"]:
             for key, value in opt.state[param].items():
                 assert isinstance(value, FakeTensor), key
-                if key == "step":
+                if key in SCALARS:
                     # torch's constructors make that of fused=True by torch.zeros.
                     assert group.get("fused") or seam.number(value) == steps
                 elif not key.endswith("_scale") and key != "rounding_state":

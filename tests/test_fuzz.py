@@ -13,7 +13,7 @@ import random
 
 import pytest
 import torch
-from cases import bits
+from cases import SCALARS, bits
 from conftest import SEED, require_native
 from fuzz import kept
 from fuzz.choices import NATIVE, choose_backend, random_case, random_storage, random_values
@@ -73,7 +73,7 @@ def single_step(number: int) -> None:
         run.ours.step()
         for p in run.params:
             for key, value in run.ours.state.get(p, {}).items():
-                if key == "step":
+                if key in SCALARS:
                     value.fill_(rng.choice((0, 1, 2, 30, 1000, 10**6)))
                 elif key in run.table.slots and not kept.is_code(value):
                     fresh = random_values(rng, p.shape, value.dtype)

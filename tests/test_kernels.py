@@ -18,6 +18,7 @@ import torch
 from cases import (
     DTYPES,
     RICHEST_OF,
+    SCALARS,
     TABLES,
     Case,
     bits,
@@ -196,7 +197,7 @@ def test_every_misalignment(slots, dtype, kernels):
             before = bits(grads.buffer)
             opt.step()
             assert bits(grads.buffer) == before
-            keys = [key for key in opt.state.get(params[0], {}) if key != "step"]
+            keys = [key for key in opt.state.get(params[0], {}) if key not in SCALARS]
             for k, key in enumerate(keys if at == 0 else ()):
                 moved = [s[2] if i % len(keys) == k else 0 for i, s in enumerate(shifts)]
                 memory.append(Memory([opt.state[p][key] for p in params], moved))
@@ -233,7 +234,7 @@ def test_every_mixture_of_dtypes(slots, kernels):
             if at:
                 assert kernels.num_launches() - launches == on_kernels
             for state in (opt.state.get(p, {}) for p in params if at == 0):
-                for key in [key for key in state if key != "step"]:
+                for key in [key for key in state if key not in SCALARS]:
                     value = state[key].to(random.choice(FLOATS))
                     state[key] = Memory([value], [random.choice([0, 0, 0, 4])]).views[0]
         return opt

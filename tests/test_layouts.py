@@ -13,6 +13,7 @@ from cases import (
     DTYPES,
     GRAD_LAYOUTS,
     LAYOUTS,
+    SCALARS,
     Case,
     assert_near,
     assert_trained_alike,
@@ -85,7 +86,7 @@ def test_every_layout_with_every_gradient_layout(case, dtype, backend):
     for p, q, name in zip(params, exact, what, strict=True):
         assert_near(p, q, name, torch.complex64 if dtype.is_complex else dtype)
         for key, value in opt.state[p].items():
-            if key != "step" and dtype != torch.bfloat16:
+            if key not in SCALARS and dtype != torch.bfloat16:
                 assert_near(value, oracle.state[q][key], f"{key}, {name}", dtype)
 
 
@@ -111,7 +112,7 @@ def test_every_count_at_every_misalignment(case, dtype, backend):
     """Against one long parameter, with sentinels around each short one, and around its state,
     whose alignment differs from the parameter's."""
     shifts = [1] if backend == "python" else range(16)
-    keys = [key for key in _state_keys(case) if key != "step"]
+    keys = [key for key in _state_keys(case) if key not in SCALARS]
     params, grads, flat, truth, gaps = [], [], [], [], []
     for shift in shifts:
         values, ((first,), (second,)) = draw([(sum(COUNTS),)], 2, dtype)
@@ -212,7 +213,7 @@ def _replace_state(opt, params):
 def _swap_state_data(opt, params):
     for p in params:
         for key, value in opt.state[p].items():
-            if key != "step":
+            if key not in SCALARS:
                 value.data = value.data * 2
 
 
@@ -231,14 +232,14 @@ def _write_state(opt, params):
 def _permute_state(opt, params):
     for p in params:
         for key, value in opt.state[p].items():
-            if key != "step":
+            if key not in SCALARS:
                 opt.state[p][key] = value.transpose(0, 3).contiguous().transpose(0, 3)
 
 
 def _slice_state(opt, params):
     for p in params:
         for key, value in opt.state[p].items():
-            if key != "step":
+            if key not in SCALARS:
                 base = torch.zeros(*value.shape[:-1], 2 * value.shape[-1], dtype=value.dtype)
                 opt.state[p][key] = base[..., ::2].copy_(value)
 
@@ -282,7 +283,7 @@ def _resize(opt, params):
     for p in params[:1]:
         p.data = p.data[:2].clone()
         for key, value in opt.state[p].items():
-            if key != "step":
+            if key not in SCALARS:
                 opt.state[p][key] = value[:2].clone()
 
 

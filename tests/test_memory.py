@@ -11,6 +11,7 @@ import seam
 import torch
 from cases import (
     COMPLEX_CASES,
+    SCALARS,
     TABLES,
     Case,
     assert_near,
@@ -152,7 +153,7 @@ def test_zero_gradients_where_something_else_has_changed(case, what, backend):
         if what == "parameter":
             p.data = p.detach().clone(memory_format=torch.channels_last)
         for key in state:
-            if what == "state" and key != "step":
+            if what == "state" and key not in SCALARS:
                 value = state[key].clone(memory_format=torch.channels_last)
                 state[key] = value.double() if kind == "zero" else value
     assert_near(*params)
@@ -546,7 +547,7 @@ def test_one_functional_tensor_among_others(case, role, backend):
         if role == "grad":
             params[1].grad = grad + zeros
         for key in kept if role != "grad" else ():
-            if (key == "step") == (role == "step"):
+            if (key in SCALARS) == (role == "step"):
                 state[key] = kept[key] + zeros.sum().to(kept[key].dtype)
         with contextlib.suppress(RuntimeError):
             opt.step()

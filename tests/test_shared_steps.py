@@ -12,6 +12,7 @@ import pytest
 import seam
 import torch
 from cases import (
+    SCALARS,
     Case,
     assert_near,
     counting,
@@ -83,7 +84,7 @@ def test_an_ordinary_tensor_again(case, kind, whose, native, watch):
     step(opts, both)
     rule, plans = watch(opts[0])
     param = both[0][0]
-    tensors = [v for k, v in opts[0].state[param].items() if k != "step"]
+    tensors = [v for k, v in opts[0].state[param].items() if k not in SCALARS]
     tensors = [param] if whose == "parameter" else tensors
     for _ in range(3):
         for tensor in tensors:

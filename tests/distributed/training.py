@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import bits
+from cases import SCALARS, bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -236,7 +236,7 @@ def assert_trained_alike(
 def assert_laid_out_as_parameters(opt: torch.optim.Optimizer) -> None:
     for p, state in opt.state.items():
         for key, value in state.items():
-            if key == "step":
+            if key in SCALARS:
                 assert type(value) is Tensor
                 continue
             assert isinstance(value, DTensor) == isinstance(p, DTensor), (key, type(value))

@@ -18,7 +18,7 @@ from typing import Any
 
 import seam
 import torch
-from cases import GRAD_LAYOUTS, LAYOUTS, Case, bits
+from cases import GRAD_LAYOUTS, LAYOUTS, SCALARS, Case, bits
 from torch import Tensor, nn
 
 from . import kept
@@ -127,7 +127,7 @@ class Lockstep:
             value = torch.where(rounded == param.detach(), state[master], value)
         rule = {}
         for key, slot in state.items():
-            if key == "step":
+            if key in SCALARS:
                 rule[key] = slot.clone()
             elif key in self.table.slots and slot is not None:
                 if kept.is_code(slot):
@@ -285,7 +285,7 @@ class Lockstep:
                     continue
                 unit = self.rounding(group, q)
                 state = self.twin.state.get(q, {})
-                for name in ("lr", "param", "grad", *(key for key in state if key != "step")):
+                for name in ("lr", "param", "grad", *(key for key in state if key not in SCALARS)):
                     moved = {"param": q.detach(), "grad": q.grad, **state}
                     if name != "lr":
                         # The norm that clips has the accuracy of float32.
@@ -320,7 +320,7 @@ class Lockstep:
         for g, i in places:
             q = self.twin.param_groups[g]["params"][i]
             unit = self.rounding(self.twin.param_groups[g], q)
-            names = ["lr", "param", *(k for k in self.twin.state.get(q, {}) if k != "step")]
+            names = ["lr", "param", *(k for k in self.twin.state.get(q, {}) if k not in SCALARS)]
             if place_of(q.grad) not in memory:
                 names.append("grad")
             for name in names:

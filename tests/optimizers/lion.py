@@ -5,7 +5,7 @@ import torch
 from . import UNIT, Slot, Table
 
 
-class Published(torch.optim.Optimizer):
+class Lion(torch.optim.Optimizer):
     """Program 1 of arXiv:2302.06675, by torch's operators in its order; and l1 beside the decay."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Published(torch.optim.Optimizer):
 TABLE = Table(
     "Lion",
     like="SGD",
-    published=Published,
+    published=Lion,
     cases=[
         {},
         {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.1},

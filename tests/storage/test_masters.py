@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import (
+    SCALARS,
     bits,
     draw,
     every_case,
@@ -136,7 +137,7 @@ def test_a_parameter_that_somebody_else_wrote(case, kind, dtype, change, backend
     exact = leaf(expected, F64)
     oracle = case.exact([exact])
     oracle.state[exact] = {
-        k: v.clone().double() for k, v in opt.state[param].items() if k in SLOTS or k == "step"
+        k: v.clone().double() for k, v in opt.state[param].items() if k in SLOTS or k in SCALARS
     }
     param.grad = gradient_like(param)
     exact.grad = param.grad.double()
