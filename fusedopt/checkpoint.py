@@ -197,7 +197,7 @@ def _loaded_scalar(record: Record, scalar: Scalar, saved_group: Group, value: An
         raise Problem(TypeError, f"state[{scalar.name!r}] is {value!r}, not a number") from error
     if scalar is STEP:
         checks.check_count(number)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or (scalar is not STEP and not value.is_floating_point()):
         new = state.new_scalar(record, scalar)
         return torch.tensor(number, dtype=new.dtype, device=new.device)
     if saved_group.get("fused") or saved_group.get("capturable"):

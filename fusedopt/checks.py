@@ -244,6 +244,8 @@ def _check_scalar(record: Record, scalar: Scalar, value: Any) -> None:
         raise Problem(
             RuntimeError, f"`requires_grad` is not supported for `{key}` in differentiable mode"
         )
+    if scalar is not STEP and not value.is_floating_point():
+        raise Problem(TypeError, f"state[{key!r}] is {value.dtype}; it must be floating point")
     if scalar is STEP and value.device.type == "cpu":
         check_count(tensor_kinds.number(value))
 

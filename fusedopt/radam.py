@@ -31,19 +31,18 @@ def _update(
         grad = penalized_grad(group, grad, param)
     exp_avg = exp_avg.lerp(grad, 1 - beta1)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
-    step_size, denom = lr / (1 - beta1**step), exp_avg_sq.sqrt() + eps
+    mean, denom = exp_avg / (1 - beta1**step), exp_avg_sq.sqrt() + eps
     correction2 = 1 - beta2**step
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * step * beta2**step / correction2
     if isinstance(rho, Tensor):
         factor = _rectification(rho.clamp(min=5.0), rho_inf) * correction2**0.5
-        adaptive = step_size * factor * exp_avg / denom
-        update = torch.where(rho > 5.0, adaptive, step_size * exp_avg).to(param.dtype)
+        update = torch.where(rho > 5.0, mean * factor / denom, mean).to(param.dtype)
     elif rho > 5.0:
-        update = step_size * _rectification(rho, rho_inf) * correction2**0.5 * exp_avg / denom
+        update = mean * (_rectification(rho, rho_inf) * correction2**0.5) / denom
     else:
-        update = step_size * exp_avg
-    return param - update, exp_avg, exp_avg_sq
+        update = mean
+    return param - lr * update, exp_avg, exp_avg_sq
 
 
 def _rectification(rho: float | Tensor, rho_inf: float) -> float | Tensor:

@@ -201,15 +201,16 @@ class Record:
     def is_ordinary(self) -> bool:
         """Whether the native module, which steps only what it knows, can do without checks. For
         nearly every one of the thousands of parameters of a model it can."""
-        group, entries, counts = self.group, self.state or {}, self.rule.counts_steps
+        group, entries = self.group, self.state or {}
         if storage_is_on(group) or group.get("capturable"):
             return False
         if group.get("differentiable") or self.param.is_inference():
             return False
-        if type(entries) is not dict or (counts and entries and entries.get("step") is None):
-            return False
         slots = [entries[key] for key in self.keys if entries.get(key) is not None]
-        step, *others = [entries.get(s.name) for s in self.rule.scalars] if counts else [None]
+        scalars = [entries.get(s.name) for s in self.rule.scalars]
+        if type(entries) is not dict or (entries and any(s is None for s in scalars)):
+            return False
+        step, *others = scalars or [None]
         is_ordinary = backend.native.is_ordinary
         return bool(
             is_ordinary([self.param, self.grad, *slots], step)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import (
     RICHEST,
+    TABLES,
     Case,
     bits,
     leaf,
@@ -36,8 +37,8 @@ every_loop = pytest.mark.parametrize("case", LOOPS, ids=str)
 
 # Tensors below 4,096 elements have no codes. The last scales of these are of 64, 1 and 3 elements.
 SIZES = [(), (5,), (0, 3), (4096,), (4097,), (67, 65)]
-UNSIGNED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-SLOTS = ("exp_avg", "grad_avg", "momentum_buffer", *UNSIGNED)
+UNSIGNED = {key for table in TABLES.values() for key in table.unsigned}
+SLOTS = {key for table in TABLES.values() for key in table.slots}
 
 # The ways to store, and the dtypes of parameters that they are tried with.
 WAYS = {

@@ -23,6 +23,7 @@ from cases import (
     bits,
     draw,
     every_name,
+    every_torch_name,
     gradient_like,
     leaf,
     richest,
@@ -76,7 +77,7 @@ def test_signature(name):
     assert described(ours) == described(stock)
 
 
-@every_name
+@every_torch_name
 def test_class(name):
     ours, stock = both(name)
     opt = ours([leaf(torch.ones(1))])

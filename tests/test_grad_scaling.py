@@ -859,7 +859,8 @@ def test_a_capturable_checkpoint_of_stock(name, backend):
     (p,), opt = train(case.ours, values, grads[:2])
     opt.load_state_dict(stock.state_dict())
     assert opt.param_groups[0]["capturable"] is True
-    assert opt.state[p]["step"].dtype == torch.float32 and opt.state[p]["step"].item() == 2
+    if case.table.counts_steps:
+        assert opt.state[p]["step"].dtype == torch.float32 and opt.state[p]["step"].item() == 2
     back = case.stock([leaf(values[0])])
     back.load_state_dict(opt.state_dict())
     assert back.param_groups[0]["capturable"] is True

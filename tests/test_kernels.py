@@ -252,7 +252,8 @@ def test_gradients_are_only_read(case, dtype, kernels):
     before = bits(param.grad)
     with running(kernels):
         case.ours([param]).step()
-    assert param.isnan().all()
+    if case.name != "Lion":  # torch's sign of NaN is zero
+        assert param.isnan().all()
     assert bits(param.grad) == before
 
 

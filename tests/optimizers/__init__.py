@@ -62,8 +62,7 @@ class Table:
     # Makes options that were drawn valid together, and such that the oracle has all of them.
     settle: Callable[[Options], None] = lambda options: None
     # Another class whose rule is of the same kind. What hangs on the kind alone (threads,
-    # processes,
-    # trainers, memory, interrupts) is tried with that one.
+    # processes, trainers, memory, interrupts) is tried with that one.
     like: str | None = None
     # What is compared with where torch has no class of this name: the published form.
     published: type[torch.optim.Optimizer] | None = None

@@ -10,6 +10,7 @@ def settle(options: Options) -> None:
 
 TABLE = Table(
     "NAdam",
+    like="Adam",  # and tests/test_nadam.py
     cases=[
         {},
         {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.1},

@@ -15,7 +15,7 @@ from cases import (
     bits,
     draw,
     every_case,
-    every_name,
+    every_torch_name,
     leaf,
     richest,
     snapshot,
@@ -197,7 +197,7 @@ def test_a_backward_within_a_swap(backend):
     assert snapshot(opt) == before
 
 
-@every_name
+@every_torch_name
 def test_options_that_torch_does_not_have(name, backend):
     for way, dtype in KINDS:
         _, opt = train(getattr(fusedopt, name), *draw([(5,)], 1, dtype), **WAYS[way][0])
