@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import (
     RICHEST,
+    RICHEST_OF,
     TABLES,
     Case,
     bits,
@@ -24,9 +25,9 @@ from torch import nn
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 INF, NAN = math.inf, math.nan
-# A case for each number and meaning of state tensors, which is to say for each loop.
+# A case for each rule, and for each number and meaning of state tensors: for each loop.
 LOOPS = [
-    *RICHEST,
+    *RICHEST_OF.values(),
     Case("SGD", {"lr": 0.1}),
     Case("AdamW", {"lr": 0.1}),
     Case("RMSprop", {"lr": 0.05}),
