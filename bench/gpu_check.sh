@@ -200,10 +200,11 @@ sanitize racecheck
 sanitize initcheck
 
 # --- everything else ---------------------------------------------------------------------------
-# But for what runs the kernels on the CPU: that needs no GPU.
+# But for what runs the kernels on the CPU, several processes or other packages: no GPU needed.
 others=()
-for file in tests/test_*.py tests/storage/test_*.py; do
-  if [[ $file == */test_cuda.py || $file == */test_kernels.py ]]; then
+for file in tests/test_*.py tests/*/test_*.py; do
+  if [[ $file == */test_cuda.py || $file == */test_kernels.py ]] ||
+    [[ $file == tests/distributed/* || $file == tests/interop/* ]]; then
     continue
   elif grep -qE '^(from|import) hypothesis' "$file" && ! has hypothesis; then
     skip "$(basename "$file")" "no hypothesis"
