@@ -54,7 +54,7 @@ def strategy(choice):
 
 @st.composite
 def options(draw):
-    """Any valid options of any class. What makes a rule ill-conditioned is left to test_rules."""
+    """Any valid options of any class. What makes a rule ill-conditioned is left to tests/rules."""
     name = draw(st.sampled_from(NAMES))
     chosen = {"lr": draw(lr), "weight_decay": draw(small), "maximize": draw(flag)}
     if draw(flag):
