@@ -23,7 +23,7 @@ from cases import (
     richest,
     step_through,
 )
-from test_checkpoints import through_a_file
+from checkpoints import through_a_file
 
 import fusedopt
 
