@@ -39,7 +39,7 @@ test: on_host
 # N random programs, 200 N random single steps and 5 N hostile checkpoints, of fresh inputs.
 N ?= 5000
 fuzz: on_host
-	FUSEDOPT_FUZZ=$(N) $(PY) -m pytest tests/test_fuzz.py tests/test_hostile_state.py $(ARGS)
+	FUSEDOPT_FUZZ=$(N) $(PY) -m pytest tests/test_fuzz.py tests/hostile $(ARGS)
 
 # ARGS=address or ARGS=thread for one of both.
 sanitize: build
