@@ -231,12 +231,13 @@ def test_aliases_while_threads_are_quick():
     """Threads that wait actively start at the same time, and would meet in shared elements."""
     script(
         """
-import torch, test_layouts
+import torch
 from cases import RICHEST
+from layouts import test_shared_tensors
 torch.set_num_threads(2)
 for case in RICHEST:
-    test_layouts.test_two_parameters_in_one_storage(case, None)
-    test_layouts.test_gradient_that_is_another_parameter(case, None)
+    test_shared_tensors.test_two_parameters_in_one_storage(case, None)
+    test_shared_tensors.test_gradient_that_is_another_parameter(case, None)
 """,
         OMP_WAIT_POLICY="active",
         GOMP_SPINCOUNT="infinite",

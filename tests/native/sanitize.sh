@@ -73,14 +73,14 @@ address() {
   fault too_far "heap-buffer-overflow"
   fault in_32_bits "signed integer overflow"
   step "tests on the widest instruction set"
-  run "$tests"/test_{native,layouts,errors,grad_scaling}.py \
-    "$tests"/test_{memory,ownership,overlaps,containers,shared_steps,torch_layout,subnormals}.py \
+  run "$tests"/test_{native,errors,shared_steps,torch_layout,subnormals}.py \
+    "$tests"/{layouts,scaling,memory,ownership,overlaps,containers} \
     -k "native and not python and not quick and not instruction_set"
   run "$tests"/test_kernels.py "$tests"/storage -k "not python and not beyond_32 and not instruction_set"
   local isa
   for isa in avx2 baseline; do
     step "tests on $isa"
-    FUSEDOPT_CPU_ISA=$isa run "$tests"/test_{layouts,grad_scaling}.py "$tests"/storage -k "native and \
+    FUSEDOPT_CPU_ISA=$isa run "$tests"/{layouts,scaling,storage} -k "native and \
       (every_count or rule_on_numbers or codes or clipping_is_that_of_torch)"
   done
 }
@@ -92,7 +92,7 @@ thread() {
   fault right "nothing to report"
   fault too_far "data race"
   step "tests with several threads"
-  run "$tests"/test_{native,same_bits,grad_scaling}.py -k "(one_process and AdamW and amsgrad) or \
+  run "$tests"/test_{native,same_bits}.py "$tests"/scaling -k "(one_process and AdamW and amsgrad) or \
     several_threads or lock_is_released or large_and_many or any_number_of_threads"
 }
 
