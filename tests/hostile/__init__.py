@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fusedopt
 
+NATIVE = fusedopt.backend.native
 # What a bad value may raise. A missing option is a KeyError, as in torch; numbers that no
 # constructor takes may divide by zero or overflow in Python, as in torch.
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, ArithmeticError)
@@ -61,6 +62,3 @@ def agree(one: Any, other: Any, tolerance: float = 1e-3) -> None:
     for a, b in zip(numbers(one), numbers(other), strict=True):
         both = a.isfinite() & b.isfinite() & (a.abs() < 1e3)
         torch.testing.assert_close(a[both], b[both], rtol=tolerance, atol=tolerance)
-
-
-NATIVE = fusedopt.backend.native

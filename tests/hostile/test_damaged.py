@@ -31,7 +31,6 @@ many = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-
 STORED: tuple[dict[str, Any], ...] = (
     {},
     {},

@@ -19,8 +19,6 @@ from cases import (
 )
 from torch import nn
 
-# Between steps --------------------------------------------------------------------------------
-
 
 def _runs(case, values, grads, change, dtype=None):
     """Trains ours and stock in the same way, with a change after two steps."""
@@ -268,9 +266,6 @@ def test_no_gradient_at_all(case, backend):
 def test_requires_grad_may_be_turned_off_between_steps(case, backend):
     values, grads = draw([(5,), (6,)], 4)
     _runs(case, values, grads, lambda opt, params: params[0].requires_grad_(False), torch.float32)
-
-
-# Sharing --------------------------------------------------------------------------------------
 
 
 @richest

@@ -170,9 +170,6 @@ def _outside(buffer, views):
     return bits(buffer[mask])
 
 
-# Between steps --------------------------------------------------------------------------------
-
-
 @richest
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
