@@ -206,9 +206,11 @@ class Record:
             return False
         if group.get("differentiable") or self.param.is_inference():
             return False
+        if type(entries) is not dict:
+            return False
         slots = [entries[key] for key in self.keys if entries.get(key) is not None]
         scalars = [entries.get(s.name) for s in self.rule.scalars]
-        if type(entries) is not dict or (entries and any(s is None for s in scalars)):
+        if entries and any(scalar is None for scalar in scalars):
             return False
         step, *others = scalars or [None]
         is_ordinary = backend.native.is_ordinary

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from cases import (
-    RICHEST,
     RICHEST_OF,
+    SCALARS,
     TABLES,
     Case,
     bits,
@@ -228,7 +228,7 @@ def twin_of(case, opt, params, place=None):
         twins[-1] = (place(twins[-1])[0] if place else twins[-1]).requires_grad_()
     twin = case.ours(twins)
     for q, state in zip(twins, states, strict=True):
-        count = {"step": state["step"].clone()} if "step" in state else {}
+        count = {key: state[key].clone() for key in SCALARS if key in state}
         if count or numbers(state):
             twin.state[q] = count | numbers(state)
     return twins, twin

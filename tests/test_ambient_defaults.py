@@ -60,6 +60,11 @@ stored = pytest.mark.parametrize(("options", "dtype"), STORED, ids=str)
 SHAPES = [(70, 71), (5,), ()]
 
 
+def skip_if_torch_rounds_otherwise(name, ambient):
+    if name == "NAdam" and ambient == "float64":
+        pytest.skip("mu_product is rounded to the default dtype, as torch does: test_nadam.py")
+
+
 def everything(opt, params):
     """Every bit that a step writes. The count of steps may have another dtype."""
     return [
@@ -239,6 +244,7 @@ def test_sparse_gradients(name, ambient, backend):
 @every_name
 @ambient
 def test_a_learning_rate_that_is_an_integer(name, ambient, backend):
+    skip_if_torch_rounds_otherwise(name, ambient)
     values, grads = draw([(5,), ()], 3)
     results = []
     for within in (contextlib.nullcontext, AMBIENT[ambient]):
@@ -270,6 +276,7 @@ def test_clipping(ambient, backend):
 @every_name
 @ambient
 def test_in_the_backward(name, ambient, backend):
+    skip_if_torch_rounds_otherwise(name, ambient)
     values, inputs = torch.randn(70, 71), torch.randn(3, 71)
     results = []
     for within in (contextlib.nullcontext, AMBIENT[ambient]):

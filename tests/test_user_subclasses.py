@@ -14,6 +14,7 @@ from cases import (
     bits,
     draw,
     every_name,
+    every_torch_name,
     gradient_like,
     leaf,
     richest,
@@ -305,7 +306,7 @@ def test_in_the_backward(name, derive, backend):
     assert runs[0] == runs[1]
 
 
-@every_name
+@every_torch_name
 def test_to_torch_knows_every_option(name):
     """An average with a decay of 0 is one."""
     opt = getattr(fusedopt, name)([leaf(torch.ones(3))], ema=0.0)

@@ -389,7 +389,7 @@ class Lockstep:
         state, other = self.ours.state.get(p, {}), self.twin.state.get(q, {})
         master = kept.master(group, p)
         where = f"{self.case}, {self.stored}, parameter {tuple(p.shape)}, {p.dtype}"
-        known = {k for k, v in state.items() if v is not None} & {"step", *self.table.slots}
+        known = {k for k, v in state.items() if v is not None} & {*SCALARS, *self.table.slots}
         if not group.get("eps_inside_sqrt"):  # that oracle keeps what it does not need
             assert known == {k for k, v in other.items() if v is not None}, where
         unit = max(unit for _, unit in runs)

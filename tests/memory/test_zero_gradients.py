@@ -156,6 +156,8 @@ def test_zero_gradients_of_differentiable_steps(name, backend):
             opt.step()
         return torch.autograd.grad(param.square().sum(), scale)[0]
 
+    if name == "Adamax":
+        pytest.skip("torch's Adamax cannot be differentiated through two steps")
     expected = through(TABLES[name].stock, foreach=False)
     assert_near(through(getattr(fusedopt, name)), expected)
 

