@@ -73,12 +73,15 @@ def single_step(number: int) -> None:
         run.ours.step()
         for p in run.params:
             for key, value in run.ours.state.get(p, {}).items():
-                if key in SCALARS:
+                if key == "mu_product":
+                    value.fill_(rng.choice((0.9, 0.3, 1e-3, 1e-20, 0.0)))
+                elif key in SCALARS:
                     value.fill_(rng.choice((0, 1, 2, 30, 1000, 10**6)))
                 elif key in run.table.slots and not kept.is_code(value):
                     fresh = random_values(rng, p.shape, value.dtype)
                     if key in run.table.unsigned:
-                        fresh = (fresh.abs() if not fresh.is_complex() else fresh) + 1
+                        parts = torch.view_as_real(fresh) if fresh.is_complex() else fresh
+                        parts.copy_(parts.abs() + 1)
                     value.copy_(fresh)
     run.set_gradients(rng)
     run.step()
