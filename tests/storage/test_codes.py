@@ -31,6 +31,15 @@ from stored import (
 import fusedopt
 
 
+ROOTS = [
+    ("0x1.3156b4p+37", "0x1.d4c018p+37"),
+    ("-0x1.aade48p-9", "0x1.8e0540p-6"),
+    ("0x1.254fbcp+32", "0x1.7ff6cap+34"),
+    ("-0x1.65cad0p+17", "0x1.e14b2ep+17"),
+    ("-0x1.5ed260p+48", "0x1.2cb0ecp+51"),
+]
+
+
 def coded(values, dtype):
     """Codes and scales of float32 values: of SGD's momentum after one step, or of Adagrad's sum,
     the squares of the values. By hand, so that small tensors have them, too."""
@@ -77,6 +86,18 @@ def test_codes_are_the_same_everywhere(dtype, kernels):
         for codes, scale in found[1:]:
             assert_bits(codes, found[0][0], f"{count} codes")
             assert_bits(scale, found[0][1], f"{count} scales")
+
+
+def test_roots_between_two_codes(native):
+    """A root that is off by one bit gives another code for these numbers, as MKL's did."""
+    for value, scale in ROOTS:
+        values = torch.zeros(64)
+        values[0], values[1] = float.fromhex(scale), float.fromhex(value)
+        found = []
+        for module in (fusedopt.backend.native, None):
+            with mock.patch.object(fusedopt.backend, "native", module):
+                found.append(coded(values.repeat(64), torch.int8)[0])
+        assert_bits(found[1], found[0], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
