@@ -30,7 +30,6 @@ from stored import (
 
 import fusedopt
 
-
 ROOTS = [
     ("0x1.3156b4p+37", "0x1.d4c018p+37"),
     ("-0x1.aade48p-9", "0x1.8e0540p-6"),
