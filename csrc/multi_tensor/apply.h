@@ -12,6 +12,7 @@
 namespace fusedopt {
 
 class LaunchPlan;
+struct DeviceKernel;
 struct PreparedUpdate;
 
 // Updates elements [begin, begin + count) of one tensor.
@@ -22,22 +23,7 @@ using ChunkKernel = void (*)(const PreparedUpdate& update, void* const* slots, s
 using ArraysKernel = void (*)(const PreparedUpdate& update, void* const* arrays,
                               std::int64_t count);
 
-// A kernel on the device: there is one for each update of each rule, in float and in double.
-struct DeviceKernel {
-  int num_slots;    // pointers of a tensor
-  int num_scalars;  // that a tensor has on the device if the kernel prepares
-  bool is_plain;
-  void (*launch)(const LaunchTable& table, void* stream);
-};
-
 constexpr std::size_t kMaxCoefficientBytes = 160;
-
-// How the values of a step are stored, where that is not plain (SlotDtypes::is_plain).
-struct StoredAs {
-  SlotDtypes dtypes;
-  float ema_weight = 0;  // ema += ema_weight * (param - ema)
-  double step = 0;       // of the update, unless only the device knows it
-};
 
 // The update of one step, with its kernel chosen and its coefficients folded.
 struct PreparedUpdate {
@@ -90,22 +76,19 @@ const char* name(Isa isa);
 template <Isa isa, typename Rule>
 PreparedUpdate prepare_cpu(const Rule& rule, const Scalars& scalars, const StoredAs& stored);
 
-// Defined in apply_cuda.cuh; ops/ instantiates it for every rule.
+// Defined in prepare_gpu.h; ops/ instantiates it for every rule.
 template <typename Rule>
-PreparedUpdate prepare_cuda(const Rule& rule, const Scalars& scalars, const StoredAs& stored,
-                            bool on_device);
+PreparedUpdate prepare_gpu(const Rule& rule, const Scalars& scalars, const StoredAs& stored,
+                           bool on_device);
 
 enum class Where { kCpu, kGpu, kGpuPrepares };
 
 template <typename Rule>
 PreparedUpdate prepare(const Rule& rule, const Scalars& scalars, const StoredAs& stored,
                        Where where) {
-#if FUSEDOPT_HAS_CUDA
-  if (where != Where::kCpu)
-    return prepare_cuda(rule, scalars, stored, where == Where::kGpuPrepares);
-#else
-  static_cast<void>(where);
-#endif
+  if (where != Where::kCpu) {
+    return prepare_gpu(rule, scalars, stored, where == Where::kGpuPrepares);
+  }
   switch (cpu_isa()) {
 #if FUSEDOPT_HAS_AVX512
     case Isa::avx512:
@@ -125,9 +108,5 @@ LaunchPlan chunks_of(const Step& step);
 
 // False if the scaling says that the step is skipped: then nothing was written.
 bool apply_cpu(Step* step, const LaunchPlan& chunks, int num_threads);
-
-// Launches the step on the stream of the device. With step counts on the device it needs
-// kMaxTableTensors zeros there, which are zeros again afterwards. Throws std::runtime_error.
-void apply_cuda(const Step& step, int device, void* stream, std::uint32_t* tickets);
 
 }  // namespace fusedopt

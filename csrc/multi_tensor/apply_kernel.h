@@ -1,12 +1,11 @@
 #pragma once
 
 // What one block of the device does, as ordinary functions of the table and of the indices of block
-// and thread. nvcc makes kernels of them (apply_cuda.cuh); the tests run them on the CPU, over all
+// and thread. Kernels are made of them (update_on_device.h); the tests run them on the CPU, over all
 // blocks and threads.
 
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
@@ -16,9 +15,10 @@
 #include "launch_table.h"
 #include "tuning.h"
 
+#if defined(FUSEDOPT_KERNELS_ON_HOST)
+#include <stdexcept>
+#endif
 #if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #define FUSEDOPT_UNROLL _Pragma("unroll")
 #else
 #define FUSEDOPT_UNROLL
@@ -40,7 +40,7 @@ struct alignas(kBytes) Bytes {
 // What would be a misaligned address on the device is an error on the host, too.
 template <int kBytes>
 FUSEDOPT_HD void check_alignment([[maybe_unused]] const void* address) {
-#if defined(FUSEDOPT_CUDA_ON_HOST)
+#if defined(FUSEDOPT_KERNELS_ON_HOST)
   if (reinterpret_cast<std::uintptr_t>(address) % kBytes != 0) {
     throw std::logic_error("a kernel reads or writes a misaligned address");
   }
@@ -94,7 +94,9 @@ FUSEDOPT_HD void store_bytes(void* to, const Bytes<kBytes>& bytes) {
 FUSEDOPT_HD float half_to_float(std::uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
 FUSEDOPT_HD float half_to_float(std::uint16_t bits, Float16) {
 #if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(bits));
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
 #else
   return to_float(Float16{bits});
 #endif
@@ -103,20 +105,23 @@ FUSEDOPT_HD float half_to_float(std::uint16_t bits, Float16) {
 // Two at a time: the GPU has an instruction for it. It writes a NaN as 0x7FFF, the CPU as 0x7FC0.
 FUSEDOPT_HD std::uint32_t pack_halves(float low, float high, BFloat16) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   std::uint32_t bits;
-  std::memcpy(&bits, &pair, sizeof(bits));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 #else
   return to_bfloat16(low).bits | static_cast<std::uint32_t>(to_bfloat16(high).bits) << 16;
 #endif
 }
 FUSEDOPT_HD std::uint32_t pack_halves(float low, float high, Float16) {
-#if defined(__CUDA_ARCH__)
-  const __half2 pair = __floats2half2_rn(low, high);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   std::uint32_t bits;
-  std::memcpy(&bits, &pair, sizeof(bits));
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
+#elif defined(__CUDA_ARCH__)
+  std::uint16_t low_bits, high_bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(low_bits) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(high_bits) : "f"(high));
+  return low_bits | static_cast<std::uint32_t>(high_bits) << 16;
 #else
   return to_float16(low).bits | static_cast<std::uint32_t>(to_float16(high).bits) << 16;
 #endif

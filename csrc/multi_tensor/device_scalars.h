@@ -9,11 +9,14 @@
 
 namespace fusedopt {
 
-// Adds one to a count that goes back to zero after `last`, and returns what it was.
+// Adds one to a count that goes back to zero after `last`, and returns what it was. Who gets `last`
+// sees what all others did before, and does what follows after they have done it.
 FUSEDOPT_HD std::uint32_t take_ticket(std::uint32_t* tickets, std::uint32_t last) {
 #if defined(__CUDA_ARCH__)
   __threadfence();
-  return atomicInc(tickets, last);
+  const std::uint32_t ticket = atomicInc(tickets, last);
+  if (ticket == last) __threadfence();
+  return ticket;
 #else
   const std::uint32_t ticket = *tickets;
   *tickets = ticket == last ? 0 : ticket + 1;

@@ -3,7 +3,7 @@
 // grad_norm on the device, by blocks and threads, as apply_kernel.h has it for the updates.
 
 #include "apply_kernel.h"
-#include "grad_norm.h"
+#include "norm_sum.h"
 
 namespace fusedopt {
 

@@ -7,20 +7,13 @@
 #include "../storage/philox.h"
 #include "../storage/split_master.h"
 #include "../storage/stochastic.h"
-#include "apply.h"
 #include "apply_kernel.h"
+#include "slot_dtypes.h"
 
 namespace fusedopt {
 
 constexpr int kLaneElements = 8;
 constexpr int kScaleLanes = kScaleElements / kLaneElements;
-
-// What the table holds for a kernel that needs to know how values are stored.
-template <typename What>
-struct Stored {
-  What what;  // an update, or the rule if the device prepares it
-  StoredAs as;
-};
 
 template <typename Update>
 struct StoredTask {
@@ -344,7 +337,7 @@ __device__ void run_stored_block(const StoredTask<Update>& task) {
   }
 }
 
-#else  // FUSEDOPT_CUDA_ON_HOST
+#else  // FUSEDOPT_KERNELS_ON_HOST
 
 // All of the block, one scale after the other.
 template <typename Update>

@@ -39,13 +39,16 @@ constexpr int kStoredElements = 256;
 
 // The constants below have not been measured on a GPU yet.
 
-// What a kernel takes as arguments: 32,764 bytes since CUDA 12.1, 4 KB before.
-#if !defined(CUDART_VERSION) || CUDART_VERSION >= 12010
-constexpr std::size_t kMaxArgumentBytes = 32764;
+// What a kernel takes as arguments: 32,764 bytes since CUDA 12.1; the compiler is told where it is less.
+#if defined(FUSEDOPT_ARGUMENT_BYTES)
+constexpr std::size_t kMaxArgumentBytes = FUSEDOPT_ARGUMENT_BYTES;
 #else
-constexpr std::size_t kMaxArgumentBytes = 4096;
+constexpr std::size_t kMaxArgumentBytes = 32764;
 #endif
-constexpr std::size_t kTableBytes = kMaxArgumentBytes / 16 * 16 - 96;
+constexpr std::size_t table_bytes(std::size_t argument_bytes) {
+  return argument_bytes / 16 * 16 - 96;
+}
+constexpr std::size_t kTableBytes = table_bytes(kMaxArgumentBytes);
 
 // Threads of a block, and elements of one tensor that a block updates: each thread has eight
 // elements in flight, eight times over.

@@ -2,23 +2,22 @@
 
 #include <stdexcept>
 
-#include "../multi_tensor/apply_cuda.h"
+#include "../device/apply_gpu.h"
+#include "../device/gpu.h"
 
 namespace fusedopt {
 
 void Launch::check_capture(const std::string& owner) const {
-  if constexpr (kHasCuda) {
-    const std::vector<GroupRecord>& groups = work_->records_->groups;
-    for (const Queue& queue : queues_) {
-      if (queue.tickets == nullptr || !is_capturing(queue.stream)) continue;
-      for (std::size_t g = 0; g < groups.size(); ++g) {
-        if (groups[g].capturable) continue;
-        throw std::runtime_error(owner +
-                                 ": step() is being captured into a CUDA graph, but param group " +
-                                 std::to_string(g) +
-                                 " has capturable=False; construct the optimizer with "
-                                 "capturable=True");
-      }
+  const std::vector<GroupRecord>& groups = work_->records_->groups;
+  for (const Queue& queue : queues_) {
+    if (queue.tickets == nullptr || !is_capturing(queue.stream)) continue;
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+      if (groups[g].capturable) continue;
+      throw std::runtime_error(owner +
+                               ": step() is being captured into a CUDA graph, but param group " +
+                               std::to_string(g) +
+                               " has capturable=False; construct the optimizer with "
+                               "capturable=True");
     }
   }
 }
@@ -26,12 +25,10 @@ void Launch::check_capture(const std::string& owner) const {
 void Launch::run(int num_threads) {
   std::vector<Step>& steps = work_->steps_;
   for (const std::size_t p : work_->stepping_) work_->records_->params[p].first_step = false;
-  if constexpr (kHasCuda) {
-    for (std::size_t s = 1; s < steps.size(); ++s) {
-      if (steps[s].tasks.empty()) continue;
-      const Queue& queue = queues_[s - 1];
-      apply_cuda(steps[s], static_cast<int>(s) - 1, queue.stream, queue.tickets);
-    }
+  for (std::size_t s = 1; s < steps.size(); ++s) {
+    if (steps[s].tasks.empty()) continue;
+    const Queue& queue = queues_[s - 1];
+    apply_gpu(steps[s], static_cast<int>(s) - 1, queue.stream, queue.tickets);
   }
   const bool skipped = !steps.empty() && !apply_cpu(&steps[0], chunks_, num_threads);
   write_scalars(skipped);

@@ -11,7 +11,7 @@
 
 namespace fusedopt {
 
-// Where a GPU takes its work, and the zeros that its kernels count in; see apply_cuda.
+// Where a GPU takes its work, and the zeros that its kernels count in; see apply_gpu.
 struct Queue {
   void* stream = nullptr;
   std::uint32_t* tickets = nullptr;

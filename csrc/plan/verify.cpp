@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../multi_tensor/apply_cuda.h"
+#include "../device/gpu.h"
 #include "../multi_tensor/tensor_lists.h"
 #include "../storage/blockwise8.h"
 
@@ -41,7 +41,7 @@ bool can_list(const ParamRecord& param, Role role, const TensorView& now) {
 }  // namespace
 
 bool Verification::counts_on_device(const ParamRecord& param, const TensorView& step) const {
-  if constexpr (kCudaOnHost) {
+  if constexpr (kKernelsOnHost) {
     const GroupRecord& group = records_->groups[param.group];
     return group.capturable || group.amp_fused;
   }

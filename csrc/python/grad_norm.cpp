@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "../multi_tensor/apply_cuda.h"
+#include "../device/apply_gpu.h"
 #include "../multi_tensor/tensor_lists.h"
 #include "module.h"
 #include "torch.h"
@@ -12,12 +12,10 @@ namespace {
 
 void measure(const std::vector<GradToMeasure>& grads, const GradNorm& norm, int device,
              int num_threads) {
-  if constexpr (kHasCuda) {
-    if (device != kCpu) {
-      void* const stream = current_stream(device);
-      const py::gil_scoped_release release;
-      return grad_norm_cuda(grads, norm, device, stream);
-    }
+  if (device != kCpu) {
+    void* const stream = current_stream(device);
+    const py::gil_scoped_release release;
+    return grad_norm_gpu(grads, norm, device, stream);
   }
   const py::gil_scoped_release release;
   grad_norm_cpu(grads, norm, num_threads);

@@ -11,5 +11,6 @@ void export_layout(pybind11::module_& module);
 void export_grad_norm(pybind11::module_& module);
 void export_plan(pybind11::module_& module);
 void export_rules(pybind11::module_& module);
+void export_device(pybind11::module_& module);
 
 }  // namespace fusedopt

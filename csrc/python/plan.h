@@ -35,7 +35,7 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // Memory for what the kernels of a device count, all zero; see apply_cuda. Tensors on a device
+  // Memory for what the kernels of a device count, all zero; see apply_gpu. Tensors on a device
   // without it take the Python rule.
   void add_tickets(const py::object& tensor);
   // `storage`: the options that decide how values are stored, by name.

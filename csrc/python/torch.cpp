@@ -1,7 +1,7 @@
 #include "torch.h"
 
+#include "../device/gpu.h"
 #include "../multi_tensor/apply.h"
-#include "../multi_tensor/apply_cuda.h"
 #include "../multi_tensor/parallel.h"
 #include "../multi_tensor/tensor_lists.h"
 #include "module.h"
@@ -57,7 +57,7 @@ bool read_dtype(const dlpack::DataType& type, Dtype* dtype) {
 
 bool read_device(const dlpack::Device& device, int* out) {
   if (device.type == dlpack::kCpu) return *out = kHostDevice, true;
-  return device.type == dlpack::kCuda && !kCudaOnHost && (*out = device.id, kHasCuda);
+  return device.type == dlpack::kCuda && !kKernelsOnHost && (*out = device.id, true);
 }
 
 }  // namespace
@@ -136,7 +136,7 @@ void bump_versions(const std::vector<PyObject*>& written) {
 
 void* current_stream(int device) {
   void* stream = nullptr;
-  if constexpr (!kCudaOnHost) {
+  if constexpr (!kKernelsOnHost) {
     if (torch.exchange->current_work_stream(dlpack::kCuda, device, &stream) != 0) {
       throw py::error_already_set();
     }

@@ -1,6 +1,6 @@
 #pragma once
 
-// Marks the functions that the CPU compilers and nvcc both compile. They are always inlined on the
+// Marks the functions that the CPU compilers and NVRTC both compile. They are always inlined on the
 // CPU: a copy that the linker could share between instruction-set levels must not exist.
 #if defined(__CUDACC__)
 #define FUSEDOPT_HD __host__ __device__ __forceinline__

@@ -20,7 +20,7 @@ struct Number {
   bool is_double = false;  // else a float is at the address
 
   FUSEDOPT_HD operator double() const {
-#if defined(__CUDA_ARCH__) || defined(FUSEDOPT_CUDA_ON_HOST)
+#if defined(__CUDA_ARCH__) || defined(FUSEDOPT_KERNELS_ON_HOST)
     if (address != nullptr) {
       return is_double ? *static_cast<const double*>(address) : *static_cast<const float*>(address);
     }

@@ -1,22 +1,16 @@
+#include "apply_gpu.h"
+
 #include <algorithm>
-#include <atomic>
-#include <stdexcept>
 #include <utility>
 
-#include "apply.h"
-#include "apply_cuda.h"
-#include "launch_table.h"
-#include "tuning.h"
-
-#if !defined(FUSEDOPT_CUDA_ON_HOST)
-#include <cuda_runtime.h>
-#endif
+#include "../multi_tensor/device_kernel.h"
+#include "../multi_tensor/table_packer.h"
+#include "../multi_tensor/tuning.h"
+#include "gpu.h"
 
 namespace fusedopt {
 
 namespace {
-
-std::atomic<std::int64_t> launches{0};
 
 bool is_aligned(const TensorTask& task, const SlotDtypes& dtypes, std::size_t elements) {
   for (int s = 0; s < dtypes.num_slots; ++s) {
@@ -46,7 +40,7 @@ Access access_of(const TensorTask& task, const SlotDtypes& dtypes, void* const* 
 // Launches the tensors of the step that get `kernel`, with coefficients that are prepared here or on
 // the device; as many per launch as one table holds.
 void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, std::size_t bytes,
-                void* stream, std::uint32_t* tickets, const DeviceGuard& guard) {
+                std::uint32_t* tickets, const Gpu& gpu) {
   const int num_scalars = on_device ? kernel.num_scalars : 0;
   const bool needs_tickets =
       num_scalars != 0 || !kernel.is_plain;  // which may count what it rounds with
@@ -59,8 +53,7 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
     table.scaling = step.scaling;
     table.on_device = on_device;
     table.tickets = needs_tickets ? tickets : nullptr;
-    kernel.launch(table, stream);
-    guard.launched();
+    gpu.launch(kernel, table);
     index.assign(index.size(), -1);
   };
   for (const TensorTask& task : step.tasks) {
@@ -89,8 +82,8 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
 
 }  // namespace
 
-void apply_cuda(const Step& step, int device, void* stream, std::uint32_t* tickets) {
-  const DeviceGuard guard(device);
+void apply_gpu(const Step& step, int device, void* stream, std::uint32_t* tickets) {
+  const Gpu gpu(device, stream);
   // One launch, or more if there are several kernels among the updates, of which there may be one
   // for each tensor.
   std::vector<std::pair<const DeviceKernel*, bool>> launched;
@@ -98,88 +91,38 @@ void apply_cuda(const Step& step, int device, void* stream, std::uint32_t* ticke
     const std::pair<const DeviceKernel*, bool> kernel{update.device_kernel, update.on_device};
     if (std::find(launched.begin(), launched.end(), kernel) != launched.end()) continue;
     launched.push_back(kernel);
-    launch_all(step, *update.device_kernel, update.on_device, update.num_bytes, stream, tickets,
-               guard);
+    launch_all(step, *update.device_kernel, update.on_device, update.num_bytes, tickets, gpu);
   }
 }
 
-std::int64_t num_launches() { return launches; }
-
-#if defined(FUSEDOPT_CUDA_ON_HOST)
-
-std::string cuda_problem(int) { return ""; }
-bool is_capturing(void*) { return false; }
-DeviceGuard::DeviceGuard(int device) : device_(device) {}
-DeviceGuard::~DeviceGuard() = default;
-void DeviceGuard::launched() const { ++launches; }
-
-#else
-
-namespace {
-
-void check(cudaError_t error, const char* what, int device) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("fusedopt: ") + what + " on cuda:" + std::to_string(device) +
-                           " failed: " + cudaGetErrorString(error));
-}
-
-std::string version(int number) {  // 13000 is 13.0
-  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-}
-
-// There to be asked about: every kernel of the module is built for the same architectures.
-__global__ void probe_kernel() {}
-
-}  // namespace
-
-std::string cuda_problem(int device) {
-  int driver = 0, major = 0, minor = 0;
-  const cudaError_t has_driver = cudaDriverGetVersion(&driver);
-  if (has_driver != cudaSuccess || driver / 1000 < CUDART_VERSION / 1000) {
-    return "this driver knows CUDA " + version(driver) + ", fusedopt was built with CUDA " +
-           version(CUDART_VERSION) + ": update the driver, or build with an older nvcc";
+void grad_norm_gpu(const std::vector<GradToMeasure>& grads, GradNorm norm, int device,
+                   void* stream) {
+  const Gpu gpu(device, stream);
+  TablePacker packer(1, sizeof(GradNorm));
+  LaunchTable table;
+  norm.first_partial = 0;
+  const auto flush = [&] {
+    if (packer.empty()) return;
+    packer.add_update(&norm);
+    packer.pack(&table);
+    gpu.launch(grad_norm_kernel(), table);
+    norm.first_partial += table.num_chunks;
+  };
+  for (const GradToMeasure& grad : grads) {
+    if (grad.numel == 0) continue;
+    TableTensor tensor;
+    tensor.pointers[0] = grad.data;
+    tensor.numel = grad.numel;
+    tensor.num_chunks = static_cast<std::uint32_t>(grad.num_chunks());
+    const bool aligned = reinterpret_cast<std::uintptr_t>(grad.data) % 16 == 0;
+    SlotDtypes dtypes;
+    dtypes.slots[dtypes.num_slots++] = grad.dtype;
+    tensor.info =
+        TensorInfo::pack(0, aligned ? Access::kVectors : Access::kUnaligned, dtypes, false);
+    if (!packer.fits(tensor.num_chunks, true)) flush();
+    packer.add(tensor);
   }
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  const DeviceGuard guard(device);
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();  // it has been heard
-  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
-      error != cudaErrorInvalidDeviceFunction && error != cudaErrorInvalidKernelImage) {
-    check(error, "loading the kernels", device);
-  }
-  const std::string arch = std::to_string(major) + std::to_string(minor);
-  return "the kernels are built for " FUSEDOPT_CUDA_ARCHS ", cuda:" + std::to_string(device) +
-         " is sm_" + arch + " (" + cudaGetErrorString(error) +
-         "): build with FUSEDOPT_CUDA_ARCHS=" + arch;
+  flush();
 }
-
-bool is_capturing(void* stream) {
-  if (stream == nullptr) return false;  // the legacy stream cannot be captured
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
-    cudaGetLastError();  // another stream's capture: the launch will tell
-    return false;
-  }
-  return status != cudaStreamCaptureStatusNone;
-}
-
-DeviceGuard::DeviceGuard(int device) : device_(device) {
-  check(cudaGetDevice(&previous_), "cudaGetDevice", device);
-  if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice", device);
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (previous_ != device_ && previous_ >= 0) cudaSetDevice(previous_);
-}
-
-void DeviceGuard::launched() const {
-  check(cudaGetLastError(), "a launch", device_);
-  ++launches;
-}
-
-#endif
 
 }  // namespace fusedopt

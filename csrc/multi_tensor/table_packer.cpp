@@ -1,4 +1,4 @@
-#include "launch_table.h"
+#include "table_packer.h"
 
 #include <cstring>
 
