@@ -44,7 +44,7 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
   const int num_scalars = on_device ? kernel.num_scalars : 0;
   const bool needs_tickets =
       num_scalars != 0 || !kernel.is_plain;  // which may count what it rounds with
-  TablePacker packer(kernel.num_slots + num_scalars, bytes);
+  TablePacker packer(kernel.num_slots + num_scalars, bytes, gpu.table_bytes());
   std::vector<std::int64_t> index(step.updates.size(), -1);  // of an update in the table, or -1
   LaunchTable table;
   const auto flush = [&] {
@@ -98,14 +98,19 @@ void apply_gpu(const Step& step, int device, void* stream, std::uint32_t* ticket
 void grad_norm_gpu(const std::vector<GradToMeasure>& grads, GradNorm norm, int device,
                    void* stream) {
   const Gpu gpu(device, stream);
-  TablePacker packer(1, sizeof(GradNorm));
+  TablePacker packer(1, sizeof(GradNorm), gpu.table_bytes());
   LaunchTable table;
   norm.first_partial = 0;
   const auto flush = [&] {
     if (packer.empty()) return;
     packer.add_update(&norm);
     packer.pack(&table);
-    gpu.launch(grad_norm_kernel(), table);
+    try {
+      gpu.launch(grad_norm_kernel(), table);
+    } catch (...) {
+      gpu.try_to_zero(norm.ticket);  // the launches before this one have counted
+      throw;
+    }
     norm.first_partial += table.num_chunks;
   };
   for (const GradToMeasure& grad : grads) {

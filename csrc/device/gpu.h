@@ -4,6 +4,7 @@
 
 #include "../multi_tensor/device_kernel.h"
 #include "../multi_tensor/tensor_view.h"
+#include "driver.h"
 
 namespace fusedopt {
 
@@ -17,18 +18,29 @@ constexpr bool kKernelsOnHost = false;
 // The device of a tensor that can be read and written from here.
 constexpr int kHostDevice = kKernelsOnHost ? 0 : kCpu;
 
-// A device as it is used by one step.
+// A GPU at work on a stream: its context is that of this thread meanwhile. All throw DeviceProblem.
 class Gpu {
  public:
-  Gpu(int device, void* stream) : device_(device), stream_(stream) {}
+  Gpu(int device, cuda::Stream stream);
+  ~Gpu();
+  Gpu(const Gpu&) = delete;
+  Gpu& operator=(const Gpu&) = delete;
+
+  // How large a table may be.
+  std::size_t table_bytes() const { return table_bytes_; }
+  // Of a kernel that was loaded.
   void launch(const DeviceKernel& kernel, const LaunchTable& table) const;
+  // Without an error: for memory that a failure left behind.
+  void try_to_zero(std::uint32_t* word) const;
 
  private:
-  int device_;
-  void* stream_;
+  const Driver& driver_;
+  const int device_;
+  const cuda::Stream stream_;
+  std::size_t table_bytes_;
 };
 
-bool is_capturing(void* stream);
+bool is_capturing(cuda::Stream stream);
 
 // Kernels launched since the module was loaded.
 std::int64_t num_launches();

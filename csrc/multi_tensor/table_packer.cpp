@@ -10,10 +10,12 @@ constexpr std::uint64_t kMaxChunks = 0x7FFFFFFF;  // blocks of a launch
 
 }  // namespace
 
-TablePacker::TablePacker(std::uint32_t num_pointers, std::size_t update_bytes)
+TablePacker::TablePacker(std::uint32_t num_pointers, std::size_t update_bytes,
+                         std::size_t table_bytes)
     : num_pointers_(num_pointers),
       update_stride_(static_cast<std::uint32_t>((update_bytes + 15) / 16 * 16)),
-      update_bytes_(update_bytes) {}
+      update_bytes_(update_bytes),
+      table_bytes_(table_bytes) {}
 
 std::size_t TablePacker::bytes(std::size_t num_tensors, std::size_t num_updates) const {
   const std::size_t per_tensor =
@@ -23,7 +25,7 @@ std::size_t TablePacker::bytes(std::size_t num_tensors, std::size_t num_updates)
 
 bool TablePacker::fits(std::uint32_t num_chunks, bool new_update) const {
   const std::size_t num_updates = updates_.size() / update_stride_ + new_update;
-  return bytes(tensors_.size() + 1, num_updates) <= kTableBytes && num_updates <= 0x10000 &&
+  return bytes(tensors_.size() + 1, num_updates) <= table_bytes_ && num_updates <= 0x10000 &&
          num_chunks_ + num_chunks <= kMaxChunks;
 }
 

@@ -21,7 +21,9 @@ struct TableTensor {
 // Collects tensors and updates as long as they fit, then lays the table out.
 class TablePacker {
  public:
-  TablePacker(std::uint32_t num_pointers, std::size_t update_bytes);
+  // `table_bytes`: how many of LaunchTable::data the kernel has.
+  TablePacker(std::uint32_t num_pointers, std::size_t update_bytes,
+              std::size_t table_bytes = kTableBytes);
 
   bool empty() const { return tensors_.empty(); }
   // Whether one more tensor fits, with a new update or without.
@@ -35,7 +37,7 @@ class TablePacker {
   std::size_t bytes(std::size_t num_tensors, std::size_t num_updates) const;
 
   const std::uint32_t num_pointers_, update_stride_;
-  const std::size_t update_bytes_;
+  const std::size_t update_bytes_, table_bytes_;
   std::vector<TableTensor> tensors_;
   std::vector<std::byte> updates_;
   std::uint64_t num_chunks_ = 0;

@@ -34,6 +34,7 @@ struct ParamRecord {
 
   bool python = false;            // takes the Python rule, and
   bool for_memory = false;        // only because it shares memory with another parameter
+  bool is_refused = false;        // in this step, by its GPU: see KernelState
   bool in_order = false;          // in this step, because its gradient is what another one writes
   bool first_step = false;        // its state is new: see Scalars::step
   bool device_step = false;       // its step count is on its device

@@ -1,5 +1,6 @@
 #include "work.h"
 
+#include <algorithm>
 #include <limits>
 #include <unordered_set>
 
@@ -31,6 +32,7 @@ void Work::clear() {
   for (const std::size_t p : in_order_) records_->params[p].in_order = false;
   in_order_.clear();
   readers_.clear();
+  unknown_kernels_.clear();
 }
 
 bool Work::add(std::size_t p, const TensorView& grad) {
@@ -55,6 +57,8 @@ bool Work::add(std::size_t p, const TensorView& grad) {
                                            : Where::kGpu;
   task.update = prepared_update(param.group, scalars, dtypes, param.device, where);
   if (task.update == kUndefined) return false;  // the Python side says why
+  records_->params[p].is_refused = task.update == kRefused;
+  if (param.is_refused) return false;
   step_on(param.device).tasks.push_back(task);
   stepping_.push_back(p);
   return true;
@@ -87,6 +91,17 @@ void Work::add_pointers(const ParamRecord& param, TensorTask* task) {
   }
 }
 
+bool Work::is_refused(const DeviceKernel& kernel, int device) {
+  const KernelState state = state_of_ == nullptr ? KernelState::kReady : state_of_(kernel, device);
+  const std::pair needed(&kernel, device);
+  if (state == KernelState::kUnknown &&
+      std::find(unknown_kernels_.begin(), unknown_kernels_.end(), needed) ==
+          unknown_kernels_.end()) {
+    unknown_kernels_.push_back(needed);
+  }
+  return state == KernelState::kRefused;
+}
+
 Step& Work::step_on(int device) {
   const auto index = static_cast<std::size_t>(device + 1);
   if (index >= steps_.size()) steps_.resize(index + 1);
@@ -114,6 +129,9 @@ std::uint32_t Work::prepared_update(std::uint32_t group, const Scalars& scalars,
       return kUndefined;
     }
     updates.push_back(record.rule->prepare(scalars, {dtypes, record.ema_weight}, where));
+    if (where != Where::kCpu && is_refused(*updates.back().device_kernel, device)) {
+      found->second = kRefused;
+    }
   }
   prepared.last_key = key;
   return prepared.last_index = found->second;

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../device/kernel_state.h"
 #include "../multi_tensor/apply.h"
 #include "overlaps.h"
 #include "record.h"
@@ -26,8 +27,10 @@ struct ScalarToWrite {
 
 class Work {
  public:
-  Work(bool has_step, Records* records, const Overlaps* overlaps)
-      : has_step_(has_step), records_(records), overlaps_(overlaps) {}
+  // `state_of`: what is known of a kernel of a GPU; without it, all are ready.
+  using StateOf = KernelState (*)(const DeviceKernel& kernel, int device);
+  Work(bool has_step, Records* records, const Overlaps* overlaps, StateOf state_of = nullptr)
+      : has_step_(has_step), records_(records), overlaps_(overlaps), state_of_(state_of) {}
 
   // Forgets the last step.
   void clear();
@@ -53,6 +56,9 @@ class Work {
   // Those that need the Python side.
   const std::vector<std::size_t>& odd() const { return odd_; }
 
+  // The kernels that have to be loaded first. Where one is refused, parameters are left.
+  const NeededKernels& unknown_kernels() const { return unknown_kernels_; }
+
   void set_scaling(int device, const StepScaling& scaling) { step_on(device).scaling = scaling; }
   // Whether a scalar on the host depends on what only a GPU knows: whether it takes this step.
   bool awaits_device() const;
@@ -67,17 +73,19 @@ class Work {
     UpdateKey last_key;
     std::uint32_t last_index = 0;
   };
-  static constexpr std::uint32_t kUndefined = ~0u;
+  static constexpr std::uint32_t kUndefined = ~0u, kRefused = ~1u;
 
   bool advance(const ParamRecord& param, Scalars* scalars);
   void add_pointers(const ParamRecord& param, TensorTask* task);
   std::uint32_t prepared_update(std::uint32_t group, const Scalars& scalars,
                                 const SlotDtypes& dtypes, int device, Where where);
   Step& step_on(int device);
+  bool is_refused(const DeviceKernel& kernel, int device);
 
   const bool has_step_;
   Records* const records_;
   const Overlaps* const overlaps_;
+  const StateOf state_of_;
 
   std::vector<Step> steps_;  // the CPU first, then the GPUs
   std::vector<ScalarToWrite> scalars_;
@@ -86,6 +94,7 @@ class Work {
   std::vector<PreparedUpdates> prepared_;          // by group
   std::unordered_map<const void*, double> ahead_;  // steps in this work by shared step count
   std::vector<std::size_t> odd_, in_order_;
+  NeededKernels unknown_kernels_;
   std::vector<std::pair<std::size_t, std::size_t>> readers_;  // with who writes their gradient
 };
 

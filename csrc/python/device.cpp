@@ -1,13 +1,21 @@
-#include <string>
+#include "device.h"
 
+#include <cstring>
+#include <stdexcept>
+
+#include "../device/gpu.h"
 #include "../device/kernel_source.h"
+#include "../device/kernels.h"
+#include "../device/loader.h"
 #include "../rules/sample_options.h"
 #include "module.h"
-
-namespace py = pybind11;
+#include "torch.h"
 
 namespace fusedopt {
+
 namespace {
+
+py::handle tell;  // see backend.py; never released
 
 const DeviceKernel& kernel_named(const std::string& name) {
   for (const DeviceKernel* const kernel : all_kernels()) {
@@ -18,21 +26,74 @@ const DeviceKernel& kernel_named(const std::string& name) {
 
 }  // namespace
 
+void load_needed(const NeededKernels& needed, const std::string& owner) {
+  for (const auto& [kernel, device] : needed) {
+    if (!is_capturing(current_stream(device))) continue;
+    throw std::runtime_error(owner + " loads kernels, which cannot be captured into a CUDA graph: " +
+                             "run a step before the capture");
+  }
+  LoadReport report;
+  {
+    const py::gil_scoped_release release;
+    report = load_kernels(needed);
+  }
+  if (!report.slow.empty()) tell(false, report.slow);
+  for (const std::string& refused : report.refused) tell(true, refused);
+}
+
+namespace {
+
+// The library that brings NVRTC and the driver, or why there is none; and what is told of kernels:
+// whether it is a warning, and the text.
+void use_gpu(const std::string& library, const std::string& problem, const py::object& told) {
+  self_test_setting();  // a bad FUSEDOPT_SELF_TEST is an error now, not at the first step
+  tell = told.inc_ref();
+  use_library(library, problem);
+  forget_devices();
+}
+
+py::list kernels() {
+  py::list names;
+  for (const DeviceKernel* const kernel : all_kernels()) names.append(kernel->name);
+  return names;
+}
+
+py::list options(const std::string& architecture, std::size_t argument_bytes) {
+  py::list all;
+  for (const std::string& option : kernel_options(architecture, argument_bytes)) all.append(option);
+  return all;
+}
+
+#if defined(FUSEDOPT_KERNELS_ON_HOST)
+
+// What a driver that stands in for CUDA's calls to launch a kernel. Whether there is such a kernel.
+int run_on_host(const char* name, const void* table) {
+  for (const DeviceKernel* const kernel : all_kernels()) {
+    if (kernel->name != name) continue;
+    kernel->on_host(*static_cast<const LaunchTable*>(table));
+    return 1;
+  }
+  return 0;
+}
+
+#endif
+
+}  // namespace
+
 void export_device(py::module_& module) {
-  module.def("kernels", [] {
-    py::list names;
-    for (const DeviceKernel* const kernel : all_kernels()) names.append(kernel->name);
-    return names;
-  });
+  module.attr("KERNEL_DEVICE") = kKernelsOnHost ? "cpu" : "cuda";
+  module.def("use_gpu", &use_gpu);
+  module.def("device_problem", &device_problem);
+  module.def("describe_device", &describe_device);
+  module.def("describe_cache", &describe_cache);
+  module.def("num_launches", &num_launches);
+  module.def("kernels", &kernels);
   module.def("kernel_source",
              [](const std::string& name) { return kernel_source(kernel_named(name)); });
-  module.def("kernel_options", [](const std::string& architecture, std::size_t argument_bytes) {
-    py::list options;
-    for (const std::string& option : kernel_options(architecture, argument_bytes)) {
-      options.append(option);
-    }
-    return options;
-  });
+  module.def("kernel_options", &options);
+#if defined(FUSEDOPT_KERNELS_ON_HOST)
+  module.attr("RUN_ON_HOST") = reinterpret_cast<std::uintptr_t>(&run_on_host);
+#endif
 }
 
 }  // namespace fusedopt

@@ -3,7 +3,9 @@
 #include <vector>
 
 #include "../device/apply_gpu.h"
+#include "../device/kernels.h"
 #include "../multi_tensor/tensor_lists.h"
+#include "device.h"
 #include "module.h"
 #include "torch.h"
 
@@ -23,7 +25,7 @@ void measure(const std::vector<GradToMeasure>& grads, const GradNorm& norm, int 
 
 // Measures the norm of gradients on one device. `clip` is a float64 tensor there: what StepScaling
 // reads, a zero for the kernel to count in, and room for sums. None if done; the size that `clip`
-// must have if it is too small; or a list of the gradients that are no dense float tensors.
+// must have if it is too small; False if the kernel of this GPU is refused; or a list of the gradients that are no dense float tensors.
 py::object grad_norm_of(const py::list& tensors, const py::object& clip,
                         const py::object& loss_scale, double max_norm, bool skip_nonfinite,
                         int num_threads) {
@@ -62,6 +64,13 @@ py::object grad_norm_of(const py::list& tensors, const py::object& clip,
       throw py::value_error("loss_scale must be a float32 tensor on the device of the gradients");
     }
     norm.loss_scale = static_cast<const float*>(scale.data);
+  }
+  if (space.device != kCpu) {
+    const DeviceKernel& kernel = grad_norm_kernel();
+    if (kernel_state(kernel, space.device) == KernelState::kUnknown) {
+      load_needed({{&kernel, space.device}}, "the first norm");
+    }
+    if (kernel_state(kernel, space.device) == KernelState::kRefused) return py::bool_(false);
   }
   measure(grads, norm, space.device, num_threads);
   return py::none();

@@ -2,7 +2,6 @@
 
 #include <string>
 
-#include "../device/gpu.h"
 #include "../multi_tensor/apply.h"
 #include "../multi_tensor/launch_table.h"
 #include "../multi_tensor/memory_floor.h"
@@ -53,10 +52,6 @@ PYBIND11_MODULE(FUSEDOPT_MODULE_NAME, module) {
   export_rules(module);
   export_device(module);
   module.def("describe", &describe);
-  module.def("describe_cuda", [] { return FUSEDOPT_CUDA_STATUS; });  // with CUDA or why not
-  module.def("cuda_problem", [](int) { return kKernelsOnHost ? "" : "no kernels"; });
-  module.def("num_launches", &num_launches);
-  module.attr("KERNEL_DEVICE") = kKernelsOnHost ? "cpu" : "";
   module.attr("NUM_TICKETS") = kMaxTableTensors;
   module.def("memory_floor", &memory_floor_of, py::arg("reads"), py::arg("writes"),
              py::arg("num_threads"));

@@ -5,6 +5,7 @@
 
 #include "../multi_tensor/tensor_lists.h"
 #include "../plan/launch.h"
+#include "device.h"
 #include "module.h"
 
 namespace fusedopt {
@@ -36,7 +37,8 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
 
 py::tuple Plan::locate(std::size_t entry) const {
   const ParamRecord& param = records_.params.at(entry);
-  return py::make_tuple(param.group, param.index, !param.python && !param.in_order);
+  const bool can_copy = !param.python && !param.in_order && !param.is_refused;
+  return py::make_tuple(param.group, param.index, can_copy);
 }
 
 Outcome Plan::step(const py::object& groups, const py::object& state, int num_threads,
@@ -62,6 +64,11 @@ Outcome Plan::step(const py::object& groups, const py::object& state, int num_th
     overlaps_.list(&records_);
     // The gradients were compared with the places where the tensors were before.
     if (!overlaps_.are_known(records_) || !look(list, all, grads)) return stale;
+  }
+  if (!work_.unknown_kernels().empty()) {
+    load_needed(work_.unknown_kernels(), owner_ + ": the first step");
+    // Without the lock anything may have happened.
+    if (!look(list, all, grads)) return stale;
   }
   work_.finish();
   if (!work_.odd().empty()) return {false, false, work_.odd()};

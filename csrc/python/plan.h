@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "../device/kernels.h"
 #include "../plan/overlaps.h"
 #include "../plan/record.h"
 #include "../plan/verify.h"
@@ -72,7 +73,7 @@ class Plan {
   Recogniser recogniser_;
   GroupReader group_reader_;
   Recorder recorder_{&records_, &overlaps_, &verification_, &recogniser_};
-  Work work_{rule_.has_step, &records_, &overlaps_};
+  Work work_{rule_.has_step, &records_, &overlaps_, &kernel_state};
   Inspector inspector_{rule_, &records_, &overlaps_, &verification_, &recogniser_, &work_};
   std::map<int, std::pair<py::object, std::uint32_t*>> tickets_;  // by device
   bool running_ = false;

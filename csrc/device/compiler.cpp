@@ -1,0 +1,82 @@
+#include "compiler.h"
+
+#include "../multi_tensor/tuning.h"
+#include "kernel_source.h"
+
+namespace fusedopt {
+
+namespace {
+
+constexpr int kLargeArguments = 12010;  // 32,764 bytes since CUDA 12.1
+constexpr std::size_t kSmallArgumentBytes = 4096;
+
+class OwnedProgram {
+ public:
+  OwnedProgram(const Driver& driver, const std::string& name, const std::string& source)
+      : driver_(driver) {
+    driver.check(driver.create_program(&program_, source.c_str(), name.c_str(), 0, nullptr, nullptr),
+                 "giving NVRTC a program");
+  }
+  ~OwnedProgram() { driver_.destroy_program(&program_); }
+  OwnedProgram(const OwnedProgram&) = delete;
+  OwnedProgram& operator=(const OwnedProgram&) = delete;
+
+  template <typename Size, typename Get>
+  std::string read(Size&& size_of, Get&& get, const char* what) const {
+    std::size_t size = 0;
+    driver_.check(size_of(program_, &size), what);
+    std::string text(size, '\0');
+    driver_.check(get(program_, text.data()), what);
+    return text;
+  }
+
+  operator cuda::Program() const { return program_; }
+
+ private:
+  const Driver& driver_;
+  cuda::Program program_ = nullptr;
+};
+
+}  // namespace
+
+Compilation::Compilation(const Driver& driver, int architecture)
+    : driver_(driver), is_known_(driver.knows(architecture)) {
+  architecture_ = is_known_ ? architecture : driver.newest_known;
+  const bool is_large = driver.version >= kLargeArguments && driver.nvrtc >= kLargeArguments;
+  argument_bytes_ = is_large ? kMaxArgumentBytes : kSmallArgumentBytes;
+}
+
+std::vector<std::string> Compilation::options() const {
+  const std::string prefix = is_known_ ? "sm_" : "compute_";
+  return kernel_options(prefix + std::to_string(architecture_), argument_bytes_);
+}
+
+std::string Compilation::key(const std::string& source) const {
+  std::string key = "NVRTC " + version_name(driver_.nvrtc) + "\n";
+  for (const std::string& option : options()) key += option + "\n";
+  return key + source;
+}
+
+std::string Compilation::compile(const std::string& name, const std::string& source) const {
+  const OwnedProgram program(driver_, name, source);
+  const std::vector<std::string> options = this->options();
+  std::vector<const char*> words;
+  for (const std::string& option : options) words.push_back(option.c_str());
+  const cuda::Result result =
+      driver_.compile_program(program, static_cast<int>(words.size()), words.data());
+  if (result == cuda::kBuiltinOperationFailure) {
+    throw DeviceProblem(
+        "NVRTC cannot find libnvrtc-builtins, which belongs beside it: install torch, or the "
+        "package of NVRTC that it needs, again");
+  }
+  if (result != 0) {
+    const std::string log = program.read(driver_.log_size, driver_.get_log, "reading NVRTC's log");
+    throw DeviceProblem("NVRTC " + version_name(driver_.nvrtc) + " cannot compile it (" +
+                        std::to_string(result) + "): " + log.substr(0, 2000));
+  }
+  const char* const what = "reading what NVRTC compiled";
+  return is_known_ ? program.read(driver_.cubin_size, driver_.get_cubin, what)
+                   : program.read(driver_.ptx_size, driver_.get_ptx, what);
+}
+
+}  // namespace fusedopt

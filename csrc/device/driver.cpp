@@ -1,0 +1,139 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <filesystem>
+#include <mutex>
+#include <vector>
+
+namespace fusedopt {
+
+namespace {
+
+constexpr int kOldestDriver = 12000;  // R525
+constexpr int kOldestNvrtc = 12000;
+
+struct Library {
+  std::mutex mutex;
+  std::string path, problem = "no library of torch's was named";
+  bool is_loaded = false;
+  Driver driver;
+  std::atomic<pid_t> process{0};  // which has initialized the driver
+};
+
+Library& library() {
+  static Library* const library = new Library;  // threads may outlive the statics
+  return *library;
+}
+
+// NVRTC opens its builtins by name, and finds them only where the process has opened them before.
+void open_builtins(const Driver& driver) {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(driver.nvrtc_version), &info) == 0) return;
+  std::error_code none;
+  const auto folder = std::filesystem::canonical(info.dli_fname, none).parent_path();
+  for (const auto& entry : std::filesystem::directory_iterator(folder, none)) {
+    const std::string name = entry.path().filename().string();
+    if (name.rfind("libnvrtc-builtins", 0) == 0 && name.find(".alt.") == std::string::npos) {
+      dlopen(entry.path().c_str(), RTLD_NOW | RTLD_GLOBAL);
+    }
+  }
+}
+
+void load(const std::string& path, Driver* driver) {
+  void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) {
+    throw DeviceProblem(std::string("torch's NVRTC and the driver cannot be loaded: ") + dlerror());
+  }
+  const auto find = [&](const char* symbol) {
+    void* const found = dlsym(handle, symbol);
+    if (found == nullptr) {
+      throw DeviceProblem("the driver or NVRTC of " + path + " has no " + symbol +
+                          ": update the driver, or torch");
+    }
+    return found;
+  };
+#define FUSEDOPT_FIND(name, symbol, parameters) \
+  driver->name = reinterpret_cast<decltype(driver->name)>(find(#symbol));
+  FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_FIND)
+#undef FUSEDOPT_FIND
+  int major = 0, minor = 0;
+  driver->check(driver->nvrtc_version(&major, &minor), "asking NVRTC for its version");
+  driver->nvrtc = major * 1000 + minor * 10;
+  if (driver->nvrtc < kOldestNvrtc) {
+    throw DeviceProblem("NVRTC is " + version_name(driver->nvrtc) + ", fusedopt needs " +
+                        version_name(kOldestNvrtc) + ": update torch");
+  }
+  driver->check(driver->driver_version(&driver->version), "asking the driver for its version");
+  if (driver->version < kOldestDriver) {
+    throw DeviceProblem("this driver knows CUDA " + version_name(driver->version) +
+                        ", fusedopt needs " + version_name(kOldestDriver) + ": update the driver");
+  }
+  driver->check(driver->init(0), "starting the driver");
+  driver->check(driver->device_count(&driver->num_devices), "counting the GPUs");
+  int count = 0;
+  driver->check(driver->num_architectures(&count), "asking NVRTC for its architectures");
+  std::vector<int> known(static_cast<std::size_t>(count));
+  driver->check(driver->get_architectures(known.data()), "asking NVRTC for its architectures");
+  for (const int architecture : known) {
+    driver->newest_known = std::max(driver->newest_known, architecture);
+  }
+  open_builtins(*driver);
+}
+
+}  // namespace
+
+void Driver::check(cuda::Result result, const std::string& what) const {
+  if (result == 0) return;
+  const char* text = nullptr;
+  if (error_string(result, &text) != 0 || text == nullptr) text = "unknown error";
+  throw DeviceProblem(what + " failed: " + text + " (" + std::to_string(result) + ")");
+}
+
+bool Driver::knows(int architecture) const {
+  int count = 0;
+  check(num_architectures(&count), "asking NVRTC for its architectures");
+  std::vector<int> known(static_cast<std::size_t>(count));
+  check(get_architectures(known.data()), "asking NVRTC for its architectures");
+  return std::find(known.begin(), known.end(), architecture) != known.end();
+}
+
+void use_library(const std::string& path, const std::string& problem) {
+  Library& loaded = library();
+  const std::lock_guard<std::mutex> lock(loaded.mutex);
+  loaded.path = path;
+  loaded.problem = problem;
+  loaded.is_loaded = false;
+  loaded.process = 0;
+}
+
+const Driver& driver() {
+  Library& loaded = library();
+  // Before the lock, which a thread of the parent may have held.
+  const pid_t process = loaded.process;
+  if (process != 0 && process != getpid()) {
+    throw DeviceProblem(
+        "this process was forked from one that had used the GPU: start it with the method 'spawn'");
+  }
+  const std::lock_guard<std::mutex> lock(loaded.mutex);
+  if (!loaded.is_loaded && loaded.problem.empty()) {
+    try {
+      load(loaded.path, &loaded.driver);
+      loaded.is_loaded = true;
+      loaded.process = getpid();
+    } catch (const DeviceProblem& problem) {
+      loaded.problem = problem.what();
+    }
+  }
+  if (!loaded.is_loaded) throw DeviceProblem(loaded.problem);
+  return loaded.driver;
+}
+
+std::string version_name(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace fusedopt

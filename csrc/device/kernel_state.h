@@ -1,0 +1,19 @@
+#pragma once
+
+#include <utility>
+#include <vector>
+
+namespace fusedopt {
+
+struct DeviceKernel;
+
+enum class KernelState {
+  kUnknown,  // nobody has asked for it yet: see load_kernels
+  kReady,
+  kRefused,
+};
+
+// Kernels that somebody needs, with the device.
+using NeededKernels = std::vector<std::pair<const DeviceKernel*, int>>;
+
+}  // namespace fusedopt

@@ -1,0 +1,163 @@
+#include "loader.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+
+#include "cache.h"
+#include "gpu.h"
+#include "kernel_source.h"
+#include "kernels.h"
+#include "self_test.h"
+
+namespace fusedopt {
+
+namespace {
+
+constexpr char kPassed[] = "passed";
+constexpr double kSlowSeconds = 1;
+
+// What is done here may be done while another thread captures a graph.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const Driver& driver) : driver_(driver), mode_(cuda::kRelaxed) {
+    driver_.check(driver_.exchange_capture_mode(&mode_), "allowing loads during a capture");
+  }
+  ~RelaxedCapture() { driver_.exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  const Driver& driver_;
+  int mode_;
+};
+
+class Loader {
+ public:
+  Loader(const DeviceKernel& kernel, int index)
+      : kernel_(kernel),
+        index_(index),
+        driver_(driver()),
+        device_(device(index)),
+        source_(kernel_source(kernel)),
+        key_(device_.compilation.key(source_)) {}
+
+  // Throws DeviceProblem. True if it was compiled.
+  bool load() {
+    const Gpu gpu(index_, nullptr);
+    const RelaxedCapture relaxed(driver_);
+    std::optional<std::string> binary = cache_.read(kernel_.name, key_);
+    const bool was_kept = binary && try_to_load(*binary) == 0;
+    if (!was_kept) {
+      binary = device_.compilation.compile(kernel_.name, source_);
+      const cuda::Result result = try_to_load(*binary);
+      if (result == cuda::kUnsupportedPtxVersion) {
+        throw DeviceProblem("NVRTC " + version_name(driver_.nvrtc) +
+                            " does not know this GPU, and the driver, which knows CUDA " +
+                            version_name(driver_.version) +
+                            ", not what NVRTC makes for others: update the driver, or torch");
+      }
+      driver_.check(result, "loading it");
+      cache_.write(kernel_.name, key_, *binary);
+    }
+    prove();
+    return !was_kept;
+  }
+
+ private:
+  cuda::Result try_to_load(const std::string& binary) const {
+    cuda::Module module = nullptr;
+    cuda::Function function = nullptr;
+    int local_bytes = 0;
+    if (const cuda::Result error = driver_.load_module(&module, binary.c_str())) return error;
+    cuda::Result error = driver_.get_function(&function, module, kernel_.name.c_str());
+    // What is loaded lazily is loaded now: a launch may be in a capture.
+    if (error == 0) {
+      error = driver_.function_attribute(&local_bytes, cuda::kLocalBytes, function);
+    }
+    if (error != 0) {
+      driver_.unload_module(module);
+      return error;
+    }
+    keep_function(kernel_, index_, function);
+    return 0;
+  }
+
+  void prove() const {
+    const SelfTest setting = self_test_setting();
+    if (setting == SelfTest::kNever) return;
+    const std::string name = kernel_.name + "-verdict";
+    const std::string key =
+        device_.model + ", driver " + version_name(driver_.version) + "\n" + key_;
+    std::optional<std::string> verdict;
+    if (setting == SelfTest::kOnce) verdict = cache_.read(name, key);
+    if (!verdict) {
+      const std::string difference = self_test(kernel_, index_);
+      verdict = difference.empty() ? kPassed : difference;
+      cache_.write(name, key, *verdict);
+    }
+    if (*verdict != kPassed) throw DeviceProblem(*verdict);
+  }
+
+  const DeviceKernel& kernel_;
+  const int index_;
+  const Driver& driver_;
+  const Device& device_;
+  const std::string source_, key_;
+  const Cache cache_;
+};
+
+std::string seconds(double count) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f", count);
+  return text;
+}
+
+}  // namespace
+
+LoadReport load_kernels(const NeededKernels& needed) {
+  static std::mutex* const mutex = new std::mutex;  // threads may outlive the statics
+  const std::lock_guard<std::mutex> lock(*mutex);
+  LoadReport report;
+  int compiled = 0;
+  const auto start = std::chrono::steady_clock::now();
+  for (const auto& [kernel, device] : needed) {
+    if (kernel_state(*kernel, device) != KernelState::kUnknown) continue;  // another thread was here
+    try {
+      compiled += Loader(*kernel, device).load();
+      set_state(*kernel, device, KernelState::kReady);
+    } catch (const DeviceProblem& problem) {
+      set_state(*kernel, device, KernelState::kRefused);
+      report.refused.push_back("the kernel " + kernel->name + " is not used on cuda:" +
+                               std::to_string(device) + ": " + problem.what());
+    }
+  }
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  if (compiled > 0 && taken.count() >= kSlowSeconds) {
+    const Cache cache;
+    report.slow = "compiled " + std::to_string(compiled) + (compiled == 1 ? " kernel" : " kernels") +
+                  " in " + seconds(taken.count()) + " s, " +
+                  (cache.problem().empty() ? "kept in " + cache.folder()
+                                           : "not kept: " + cache.problem());
+  }
+  return report;
+}
+
+SelfTest self_test_setting() {
+  const char* const value = std::getenv("FUSEDOPT_SELF_TEST");
+  const std::string text = value == nullptr ? "" : value;
+  if (text.empty()) return SelfTest::kOnce;
+  if (text == "always") return SelfTest::kAlways;
+  if (text == "never") return SelfTest::kNever;
+  throw std::invalid_argument("FUSEDOPT_SELF_TEST=" + text + ": it is always or never");
+}
+
+std::string describe_cache() {
+  const Cache cache;
+  return cache.problem().empty() ? "kept in " + cache.folder() : "not kept: " + cache.problem();
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,30 @@
+#pragma once
+
+// From a kernel's source to one that is loaded and has proven itself.
+
+#include <string>
+#include <vector>
+
+#include "kernel_state.h"
+
+namespace fusedopt {
+
+// What a load came to, in words.
+struct LoadReport {
+  std::vector<std::string> refused;  // what is not used, and why
+  std::string slow;                  // if it took seconds: what did
+};
+
+// Compiles and tries out what is not in the cache, and loads. Afterwards each is ready or refused. Takes
+// seconds: without the interpreter lock. Not while a stream of this thread is captured.
+LoadReport load_kernels(const NeededKernels& needed);
+
+// FUSEDOPT_SELF_TEST: whether a compiled kernel is tried out before its first use: once on a machine,
+// in every process, or never. Throws std::invalid_argument if it is none of them.
+enum class SelfTest { kOnce, kAlways, kNever };
+SelfTest self_test_setting();
+
+// Where compiled kernels are kept, or why they are not.
+std::string describe_cache();
+
+}  // namespace fusedopt
