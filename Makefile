@@ -16,18 +16,13 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2
 INSTALLED := build/installed$(subst /,-,/$(ENV))
 OFFLINE := echo "make: pip could not fetch everything; going on with what is installed (make clean, then make tries again)" >&2
 
-# With CUDA for the GPUs of this machine; without a GPU, only if either variable asks for it.
-export FUSEDOPT_CUDA_ARCHS := $(or $(FUSEDOPT_CUDA_ARCHS),$(sort $(subst .,,$(shell \
-  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]'))))
-export FUSEDOPT_CUDA := $(or $(FUSEDOPT_CUDA),$(if $(FUSEDOPT_CUDA_ARCHS),auto,0))
-
 .PHONY: build on_host test fuzz sanitize bench docs lint sdist wheel clean
 build: $(INSTALLED)
 
-# The CUDA kernels as C++, for tests without a GPU; where there is what a native module needs.
+# The GPU's kernels on the CPU, for tests without a GPU; where there is what a native module needs.
 on_host: build
 	@! ls fusedopt/_native*.so >/dev/null 2>&1 || { export PATH="$(ENV)/bin:$$PATH"; \
-	  cmake -S csrc -B build/on_host -G Ninja -DFUSEDOPT_CUDA=on_host \
+	  cmake -S csrc -B build/on_host -G Ninja -DFUSEDOPT_KERNELS_ON_HOST=ON \
 	    -DPython_EXECUTABLE='$(abspath $(PY))' >/dev/null && ninja -C build/on_host --quiet; }
 
 # By pytest-xdist in as many processes as there are cores, up to 8, all tests of a file in one. WORKERS=0:
@@ -56,7 +51,7 @@ lint: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	PATH="$(ENV)/bin:$$PATH" clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	PATH="$(ENV)/bin:$$PATH" clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 
 # Both go into build/dist. The wheel is made from the source distribution without an index, for every
 # Linux with the glibc of this machine or a later one; pyproject.toml says why libgomp is not in it.
@@ -77,12 +72,6 @@ clean:
 	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-# What was installed with other settings is out of date.
-SETTINGS := FUSEDOPT_CUDA=$(FUSEDOPT_CUDA) FUSEDOPT_CUDA_ARCHS=$(FUSEDOPT_CUDA_ARCHS)
-ifneq ($(SETTINGS),$(shell cat $(INSTALLED) 2>/dev/null))
-.PHONY: $(INSTALLED)
-endif
-
 $(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@echo "make: installing into $(ENV)"
 	@mkdir -p build
@@ -95,7 +84,7 @@ $(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@$(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -W ignore -c \
 	  'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*" || $(OFFLINE)
 	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: not all was built, see above"
-	@echo '$(SETTINGS)' >$@
+	@touch $@
 
 # With a system-wide torch the environment sees that torch, and pip comes from the system too.
 .venv/bin/python:

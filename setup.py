@@ -2,8 +2,7 @@
 
 A failed build does not fail the installation: fusedopt works without its native module, and
 ``python -m fusedopt.info`` shows the complete error, which travels in ``_build_error.txt``.
-FUSEDOPT_REQUIRE_NATIVE=1 makes a failure an error, FUSEDOPT_NATIVE=0 skips the build. The same goes
-for its CUDA part, which csrc/cuda.cmake decides about: FUSEDOPT_CUDA=1 insists on it, 0 skips it.
+FUSEDOPT_REQUIRE_NATIVE=1 makes a failure an error, FUSEDOPT_NATIVE=0 skips the build.
 """
 
 import os
@@ -18,9 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CUDA = os.environ.get("FUSEDOPT_CUDA", "").lower() or "auto"
-# What CMake and the compilers read.
-VARIABLES = "CXX CXXFLAGS LDFLAGS CUDA_HOME CUDA_PATH CUDAHOSTCXX CUDAFLAGS".split()
+VARIABLES = ("CXX", "CXXFLAGS", "LDFLAGS")  # what CMake and the compilers read
 
 
 def find_tool(name: str, bin_dir: str) -> str:
@@ -49,7 +46,7 @@ class BuildNative(build_ext):
         try:
             self.compile()
         except Exception as error:
-            if CUDA not in ("auto", "0") or os.environ.get("FUSEDOPT_REQUIRE_NATIVE") == "1":
+            if os.environ.get("FUSEDOPT_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"fusedopt's native module could not be built: {error}") from None
             self.leave_reason(f"{error}\n")
             self.warn(
@@ -64,16 +61,6 @@ class BuildNative(build_ext):
             (package / "_build_error.txt").write_text(reason)
 
     def compile(self) -> None:
-        try:
-            self.compile_with(CUDA)
-        except RuntimeError as error:
-            if CUDA != "auto":
-                raise
-            self.compile_with("failed")  # raises if CUDA was not the reason
-            self.leave_reason(f"The build with CUDA failed: {error}\n")
-            self.warn("fusedopt: CUDA: off, its build failed: see `python -m fusedopt.info`")
-
-    def compile_with(self, cuda: str) -> None:
         cmake = find_tool("cmake", "CMAKE_BIN_DIR") or "cmake"
         ninja = find_tool("ninja", "BIN_DIR")
         build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
@@ -81,19 +68,17 @@ class BuildNative(build_ext):
         configure += [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={import_module('pybind11').get_cmake_dir()}",
-            f"-DFUSEDOPT_CUDA={cuda}",
-            f"-DFUSEDOPT_CUDA_ARCHS={os.environ.get('FUSEDOPT_CUDA_ARCHS', '')}",
         ]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
 
         # Objects are kept for the next build as long as it is configured in the same way.
         flags = [f"{name}={os.environ.get(name, '')}" for name in VARIABLES]
-        configured = "\n".join([*configure, *flags, f"nvcc={shutil.which('nvcc')}"])
+        configured = "\n".join([*configure, *flags])
         stamp = build_dir / "configured.txt"
         if not stamp.exists() or stamp.read_text() != configured:
             shutil.rmtree(build_dir, ignore_errors=True)
-        call(configure)  # also finds an nvcc that was not there before
+        call(configure)
         stamp.write_text(configured)
         call([cmake, "--build", str(build_dir), "--parallel"])
         call([cmake, "--install", str(build_dir), "--prefix", self.build_lib])

@@ -100,11 +100,10 @@ facts() {
   echo "commit $COMMIT, FUSEDOPT_TEST_SEED=$FUSEDOPT_TEST_SEED"
   uname -srm
   "$python" --version
-  for tool in gcc nvcc cmake ninja compute-sanitizer; do
+  for tool in gcc cmake ninja compute-sanitizer; do
     echo "$tool: $(command -v "$tool" || echo missing)"
   done
   gcc --version | head -n 1
-  ! command -v nvcc >/dev/null || nvcc --version | tail -n 2
   "$python" -m pip list 2>/dev/null | grep -iE \
     '^(cmake|hypothesis|matplotlib|ninja|numpy|pybind11|pytest|rich|setuptools|torch|triton)'
   if command -v nvidia-smi >/dev/null; then
@@ -126,7 +125,6 @@ facts >>"$log" 2>&1
 
 if [[ $dry == 1 ]]; then
   device=cpu
-  export FUSEDOPT_CUDA=0
 else
   device=cuda
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
@@ -136,7 +134,6 @@ else
     echo "gpu_check: no GPU; DRY_RUN=1 checks this script without one" | tee -a "$log" >&2
     exit 2
   fi
-  export FUSEDOPT_CUDA=1 FUSEDOPT_CUDA_ARCHS=${capability/./}
 fi
 echo "gpu_check of $COMMIT on ${capability:-no GPU}, log in $log"
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
+import sys
 import traceback
 import warnings
 from collections import defaultdict
@@ -24,13 +26,35 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def build_error() -> str:
-    """What setup.py left when the native module, or the CUDA part of it, could not be built."""
+    """What setup.py left when the native module could not be built."""
     file = Path(__file__).with_name("_build_error.txt")
     return file.read_text() if file.exists() else ""
 
 
+def _gpu_library() -> tuple[str, str]:
+    """The library with which torch brings NVRTC and the driver, or why there is none."""
+    if torch.version.hip is not None:
+        return "", "this torch is built for ROCm, and the kernels are for CUDA"
+    if torch.version.cuda is None:
+        return "", "this torch is built without CUDA"
+    library = Path(torch.__file__).with_name("lib") / "libcaffe2_nvrtc.so"
+    return (str(library), "") if library.exists() else ("", f"torch has no {library}")
+
+
+def _tell(is_warning: bool, text: str) -> None:
+    """What the native module has to say when it has loaded kernels: that one of them is not used, or
+    that it took more than a second. The latter goes to the logger "fusedopt", or to stderr where
+    logging is not set up."""
+    if is_warning:
+        warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=2)
+    elif (logger := logging.getLogger("fusedopt")).hasHandlers():
+        logger.info(text)
+    else:
+        print(f"fusedopt: {text}", file=sys.stderr)
+
+
 def _bind(module: Any) -> None:
-    """Hands torch's DLPack exchange table to the native module."""
+    """Hands the native module torch's DLPack exchange table, and where the driver is."""
     for name in ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"):
         table = getattr(torch.Tensor, name, None)
         if table is not None:
@@ -43,6 +67,7 @@ def _bind(module: Any) -> None:
                 memory.reading_problem,
                 defaultdict,
             )
+            module.use_gpu(*_gpu_library(), _tell)
             module.layout_problem = torch_layout.prove(module) or ""
             return
     raise ImportError(
@@ -81,16 +106,16 @@ native, error = _load(os.environ.get("FUSEDOPT_BACKEND", ""))
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the native module has kernels, in the sense of a GPU's, for a device that it can use.
+    """Whether the native module has kernels, in the sense of a GPU's, for a device.
 
-    If it was built with kernels that this GPU or its driver cannot run, warns once and says why.
+    If this GPU, its driver or NVRTC is not what the kernels need, warns once and says why.
     """
     return native is not None and device.type == native.KERNEL_DEVICE and not _problem(device)
 
 
 @functools.cache
 def _problem(device: torch.device) -> str:
-    problem: str = native.cuda_problem(device.index or 0)
+    problem: str = native.device_problem(device.index or 0)
     if problem:
         warnings.warn(
             f"fusedopt: steps on {device} take the (slow) Python rule: {problem}",
@@ -118,6 +143,16 @@ def capture_error(what: str) -> RuntimeError:
     return RuntimeError(
         f"{what}, which cannot be captured into a CUDA graph: run a step before the capture"
     )
+
+
+def use_on_stream(tensor: Tensor, streams: dict[Tensor, int]) -> None:
+    """Keeps the memory until the current stream has done what it is given now, if the stream is not
+    the one in ``streams``, where it is the last."""
+    if tensor.is_cuda:
+        stream = torch._C._cuda_getCurrentRawStream(tensor.device.index)
+        if streams.get(tensor) != stream:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            streams[tensor] = stream
 
 
 def lasting_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

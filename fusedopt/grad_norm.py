@@ -37,6 +37,7 @@ class GradNorm:
         # the memory.
         self._clip: dict[Bucket, Tensor] = {}
         self._outgrown: list[Tensor] = []
+        self._streams: dict[Tensor, int] = {}
 
     def measure(
         self,
@@ -96,6 +97,7 @@ class GradNorm:
                 _norm(grads, loss_scale), max_norm, skip_nonfinite
             )
             return self._clip[bucket]
+        backend.use_on_stream(self._clip[bucket], self._streams)
         answer = backend.native.grad_norm(
             grads,
             self._clip[bucket],
@@ -105,6 +107,11 @@ class GradNorm:
             torch.get_num_threads(),
         )
         if answer is None:
+            return self._clip[bucket]
+        if answer is False:
+            self._clip[bucket][:_HEADER] = _clip_of(
+                _norm(grads, loss_scale), max_norm, skip_nonfinite
+            )
             return self._clip[bucket]
         if isinstance(answer, int):
             self._outgrown.append(self._clip[bucket])

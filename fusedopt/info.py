@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
 from . import __version__, backend
+
+
+def _gpus(native: Any) -> list[str]:
+    """What runs on each GPU, or why nothing does. Uses none of them."""
+    if not torch.cuda.is_available():
+        return [f"cuda:    {native.device_problem(0) or 'this torch cannot use the GPUs'}"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        problem = native.device_problem(index)
+        lines.append(f"cuda:{index}:  {problem or native.describe_device(index)}")
+    return [*lines, f"kernels: {native.describe_cache()}"]
 
 
 def report() -> str:
@@ -21,8 +33,7 @@ def report() -> str:
         problem = backend.native.layout_problem
         slow = f"asked of torch at each step, which is slower: {problem}"
         lines.append(f"tensors: {slow if problem else 'recognised'}")
-        lines.append(f"cuda:    {backend.native.describe_cuda()}")
-        lines += [f"         {line}" for line in backend.build_error().splitlines()]
+        lines += _gpus(backend.native)
     else:
         first, *rest = (backend.error or "").splitlines()
         lines.append(f"native:  not used: {first}")

@@ -37,6 +37,7 @@ class Stepper:
         # Memory on the devices, kept for good: a captured graph goes on using it.
         self._norm = GradNorm()
         self._tickets: dict[torch.device, Tensor] = {}
+        self._streams: dict[Tensor, int] = {}  # the last that used the tickets
 
     def step(self, members: Members) -> None:
         amp_fused = members.optimizer.amp_fused
@@ -77,6 +78,8 @@ class Stepper:
         """
         if plan is None:
             return _NoPlan()
+        for tickets in self._tickets.values():
+            backend.use_on_stream(tickets, self._streams)
         known, owner, created = members.state, members.owner, members.created
         is_plain = all(map(is_plain_dict, (known, owner, *created.values())))
         outcome = plan.step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import importlib.util
@@ -10,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from torch.optim.optimizer import (
 
 # Before the import: tests of several threads are to have them on a busy machine, too.
 os.environ.setdefault("FUSEDOPT_CPU_THREADS", "always")
+# Tests leave nothing in the cache of this user, nor take anything from there.
+if "FUSEDOPT_CACHE_DIR" not in os.environ:
+    os.environ["FUSEDOPT_CACHE_DIR"] = tempfile.mkdtemp(prefix="fusedopt-cache-")
+    atexit.register(shutil.rmtree, os.environ["FUSEDOPT_CACHE_DIR"], ignore_errors=True)
 
 import seam
 
@@ -97,6 +103,31 @@ def require_native() -> None:
         skip_or_fail(fusedopt.backend.error or "no native module")
 
 
+class StandIn:
+    """tests/native/stand_in_driver.cpp, which takes the place of CUDA's driver and NVRTC."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.library = compiled(folder, "stand_in_driver", "-O1", *flags)
+        self.library.stand_in_calls.restype = ctypes.c_long
+        self.library.stand_in_run_with.argtypes = [ctypes.c_void_p]
+        self.path = str(folder / "stand_in_driver.so")
+
+    def set(self, **settings: int) -> None:
+        for name, value in settings.items():
+            self.library.stand_in_set(name.encode(), ctypes.c_long(value))
+
+    def fail(self, function: str, result: int, after: int = 0) -> None:
+        """The calls after so many fail with this; 0: no longer."""
+        self.library.stand_in_fail(function.encode(), result, after)
+
+    def calls(self, function: str) -> int:
+        return self.library.stand_in_calls(function.encode())
+
+    def run_with(self, launch: int) -> None:
+        """The address of what a launch calls: with the kernel's name and its argument."""
+        self.library.stand_in_run_with(launch)
+
+
 @functools.cache
 def _load_kernels() -> Any:
     place = Path(os.environ.get("FUSEDOPT_ON_HOST") or Path(__file__).parents[1] / "build/on_host")
@@ -107,6 +138,9 @@ def _load_kernels() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     seam.bind(module)
+    driver = StandIn(Path(tempfile.mkdtemp(prefix="fusedopt-driver-")))
+    driver.run_with(module.RUN_ON_HOST)
+    seam.use_driver(module, driver.path)
     return module
 
 

@@ -164,6 +164,13 @@ def bind(module: Any) -> None:
     fusedopt.backend._bind(module)
 
 
+def use_driver(module: Any, library: str, problem: str = "") -> None:
+    """Another library in the place of that with which torch brings NVRTC and the driver; what the
+    module knew of GPUs is forgotten."""
+    module.use_gpu(library, problem, fusedopt.backend._tell)
+    forget_gpu_problems()
+
+
 def forget_gpu_problems() -> None:
     """Whether a GPU can run the kernels is asked again, and said again."""
     fusedopt.backend._problem.cache_clear()

@@ -149,21 +149,21 @@ def test_info_as_installed():
 
 def test_a_gpu_that_the_kernels_cannot_run_on(kernels, monkeypatch):
     """One warning, which says why and what to do, and right steps without a launch."""
-    problem = "the kernels are built for sm_90, cuda:0 is sm_75: build with FUSEDOPT_CUDA_ARCHS=75"
+    problem = "it is sm_70, and the kernels need sm_75 (Turing) or newer"
     monkeypatch.setattr(fusedopt.backend, "native", kernels)
-    monkeypatch.setattr(kernels, "cuda_problem", lambda device: problem)
+    monkeypatch.setattr(kernels, "device_problem", lambda device: problem)
     seam.forget_gpu_problems()
     launches = kernels.num_launches()
     params = [torch.linspace(-1, 1, 37).requires_grad_() for _ in range(2)]
     ours, stock = fusedopt.Adam(params[:1]), torch.optim.Adam(params[1:], foreach=False)
     try:
-        with pytest.warns(RuntimeWarning, match="Python rule: the kernels are built") as caught:
+        with pytest.warns(RuntimeWarning, match="Python rule: it is sm_70") as caught:
             for _ in range(3):
                 for p, opt in zip(params, (ours, stock), strict=True):
                     p.grad = p.detach() * 2 + 0.3
                     opt.step()
     finally:
         seam.forget_gpu_problems()
-    assert len(caught) == 1 and "FUSEDOPT_CUDA_ARCHS=75" in str(caught[0].message)
+    assert len(caught) == 1 and "need sm_75" in str(caught[0].message)
     assert kernels.num_launches() == launches
     torch.testing.assert_close(*params)

@@ -56,7 +56,7 @@ constexpr int kBlockThreads = 256;
 constexpr std::int64_t kBlockElements = 16384;
 
 // Blocks that fit a multiprocessor at least, which is to say 128 registers per thread. Without it
-// nvcc 13.0 saves registers in two double kernels of RMSprop for sm_90 and spills.
+// CUDA 13.0 saves registers in two double kernels of RMSprop for sm_90 and spills.
 constexpr int kMinBlocks = 2;
 
 // Elements of which one block sums the squares, and the columns it does it in: the order of the sum

@@ -15,6 +15,14 @@
 #include "../../csrc/plan/written_memory.cpp"
 #include "../../csrc/torch_layout.cpp"
 
+namespace fusedopt {
+
+// Nothing here is on a GPU.
+void apply_gpu(const Step&, int, void*, std::uint32_t*) {}
+bool is_capturing(void*) { return false; }
+
+}  // namespace fusedopt
+
 using namespace fusedopt;
 
 namespace {

@@ -21,10 +21,10 @@ fail() {
   exit 1
 }
 
-# build DIR CUDA
+# build DIR KERNELS_ON_HOST
 build() {
   step "build $1"
-  cmake -S csrc -B "$1" -G Ninja -DPython_EXECUTABLE="$python" -DFUSEDOPT_CUDA="$2" \
+  cmake -S csrc -B "$1" -G Ninja -DPython_EXECUTABLE="$python" -DFUSEDOPT_KERNELS_ON_HOST="$2" \
     -DFUSEDOPT_SANITIZE="$kind" -DCMAKE_BUILD_TYPE=Debug >/dev/null
   nice ninja -C "$1" --quiet
 }
@@ -65,8 +65,8 @@ run() {
 
 address() {
   libraries=(libasan.so libubsan.so)
-  build "$dir" 0
-  build "$dir/on_host" on_host
+  build "$dir" OFF
+  build "$dir/on_host" ON
   export FUSEDOPT_ON_HOST=$dir/on_host
   step "faults"
   fault right "nothing to report"
@@ -87,7 +87,7 @@ address() {
 
 thread() {
   libraries=(libtsan.so)
-  build "$dir" 0
+  build "$dir" OFF
   step "faults"
   fault right "nothing to report"
   fault too_far "data race"
