@@ -11,9 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted((ROOT / "fusedopt").glob("*.py"))
-NATIVE = sorted(
-    path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")
-)
+NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))
 # From the ground to the top.
 FLOORS = ("update_rules", "storage", "multi_tensor", "ops", "rules", "device", "plan", "python")
 KERNEL_BODIES = {"apply_kernel.h", "stored_kernel.h"}

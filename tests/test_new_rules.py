@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from cases import assert_near, same_bits
-from conftest import compiled
 
 import fusedopt
 
@@ -188,51 +185,3 @@ def test_rules_say_what_they_keep(native):
     assert rules["nadam"]["scalars"] == ["step", "mu_product"]
     for kept in rules.values():
         assert set(kept["unsigned"]) <= set(kept["slots"])
-
-
-@pytest.fixture(scope="module")
-def nadam(tmp_path_factory):
-    """tests/native/second_scalar.cpp, as a function."""
-    csrc = Path(__file__).parents[1] / "csrc"
-    sources = [csrc / "multi_tensor/launch_table.cpp", csrc / "multi_tensor/apply_cuda.cu"]
-    defined = ["-DFUSEDOPT_HAS_CUDA=1", "-DFUSEDOPT_CUDA_ON_HOST=1", "-DFUSEDOPT_ISA=baseline"]
-    flags = ["-O1", "-ffp-contract=off", "-fvisibility=hidden", *defined, f"-I{csrc}"]
-    folder = tmp_path_factory.mktemp("native")
-    library = compiled(folder, "second_scalar", *flags, "-x", "c++", *map(str, sources))
-    function = library.nadam
-    function.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool]
-    function.argtypes += [ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool]
-    function.restype = None
-    return function
-
-
-@pytest.mark.parametrize("on_device", [False, True], ids=["cpu", "kernels"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"weight_decay": 0.1, "maximize": True},
-        {"weight_decay": 0.1, "decoupled_weight_decay": True, "momentum_decay": 0.1},
-    ],
-    ids=str,
-)
-def test_nadam(options, on_device, nadam):
-    """With its second number, that the kernel keeps on the device."""
-    value, grads = torch.randn(40_000), [[torch.randn(40_000)] for _ in range(8)]
-    wide = [[grad.double()] for (grad,) in grads]
-    stock = {"momentum_decay": 4e-3, "weight_decay": 0.0, **ADAM, **options}
-    (expected,), theirs = run(
-        lambda p: torch.optim.NAdam(p, **stock, foreach=False), [value.double()], wide
-    )
-    names = ["exp_avg", "exp_avg_sq", "step", "mu_product"]
-    param, scalars = value.clone(), (torch.tensor(0.0), torch.tensor(1.0))
-    state = dict(zip(names, (torch.zeros(40_000), torch.zeros(40_000), *scalars), strict=True))
-    numbers = (stock["lr"], *stock["betas"], stock["eps"], stock["weight_decay"], 0.0)
-    numbers = (ctypes.c_double * 7)(*numbers, stock["momentum_decay"])
-    flags = stock.get("maximize", False), stock.get("decoupled_weight_decay", False)
-    for (grad,) in grads:
-        tensors = [t.data_ptr() for t in (param, grad, *state.values())]
-        nadam(numbers, *flags, (ctypes.c_void_p * 6)(*tensors), 40_000, on_device)
-    assert_near(param, expected, "param", torch.float32)
-    for name in names:
-        assert_near(state[name], theirs.state[expected][name], name, torch.float32)

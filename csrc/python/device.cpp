@@ -7,6 +7,7 @@
 #include "../device/kernel_source.h"
 #include "../device/kernels.h"
 #include "../device/loader.h"
+#include "../device/self_test.h"
 #include "../rules/sample_options.h"
 #include "module.h"
 #include "torch.h"
@@ -76,6 +77,14 @@ int run_on_host(const char* name, const void* table) {
   return 0;
 }
 
+// The trial alone, for tests.
+std::string try_out(const std::string& name) {
+  const DeviceKernel& kernel = kernel_named(name);
+  const py::gil_scoped_release release;
+  const LoadReport report = load_kernels({{&kernel, 0}});
+  return report.refused.empty() ? self_test(kernel, 0) : report.refused[0];
+}
+
 #endif
 
 }  // namespace
@@ -92,6 +101,7 @@ void export_device(py::module_& module) {
              [](const std::string& name) { return kernel_source(kernel_named(name)); });
   module.def("kernel_options", &options);
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
+  module.def("try_out", &try_out);
   module.attr("RUN_ON_HOST") = reinterpret_cast<std::uintptr_t>(&run_on_host);
 #endif
 }

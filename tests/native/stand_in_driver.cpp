@@ -84,6 +84,14 @@ EXPORT void stand_in_set(const char* name, long value) {
   const std::lock_guard<std::recursive_mutex> lock(state().mutex);
   state().settings[name] = value;
 }
+// All settings as at first, and no failures.
+EXPORT void stand_in_reset() {
+  const std::lock_guard<std::recursive_mutex> lock(state().mutex);
+  const State fresh;
+  state().settings = fresh.settings;
+  state().failures.clear();
+  state().calls.clear();
+}
 // 0 for `result`: it does not fail any more.
 EXPORT void stand_in_fail(const char* function, int result, int after) {
   const std::lock_guard<std::recursive_mutex> lock(state().mutex);
