@@ -42,9 +42,9 @@ def _gpu_library() -> tuple[str, str]:
 
 
 def _tell(is_warning: bool, text: str) -> None:
-    """What the native module has to say when it has loaded kernels: that one of them is not used, or
-    that it took more than a second. The latter goes to the logger "fusedopt", or to stderr where
-    logging is not set up."""
+    """What the native module has to say when it has loaded kernels: that one of them is not used,
+    or that it took more than a second. The latter goes to the logger "fusedopt", or to stderr
+    where logging is not set up."""
     if is_warning:
         warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=2)
     elif (logger := logging.getLogger("fusedopt")).hasHandlers():

@@ -1,5 +1,6 @@
-"""From the first step on a GPU to kernels that are ready: the driver, the compiler, the cache and the
-trial, with a library of the tests' own in the place of torch's. The steps stay right whatever fails."""
+"""From the first step on a GPU to kernels that are ready: the driver, the compiler, the cache and
+the trial, with a library of the tests' own in the place of torch's. Whatever fails, the steps are
+right."""
 
 from __future__ import annotations
 
