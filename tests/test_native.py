@@ -124,7 +124,9 @@ def test_instruction_sets_agree_bit_for_bit():
         assert not differ, isa
 
 
-@pytest.mark.parametrize("variable", ["FUSEDOPT_CPU_ISA", "FUSEDOPT_CPU_THREADS"])
+@pytest.mark.parametrize(
+    "variable", ["FUSEDOPT_CPU_ISA", "FUSEDOPT_CPU_THREADS", "FUSEDOPT_SELF_TEST"]
+)
 def test_settings_that_do_not_exist(variable):
     code = "import fusedopt.info; print(fusedopt.info.report())"
     chosen = {variable: "x", "FUSEDOPT_BACKEND": ""}  # native would be an error at import

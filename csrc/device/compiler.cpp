@@ -14,8 +14,9 @@ class OwnedProgram {
  public:
   OwnedProgram(const Driver& driver, const std::string& name, const std::string& source)
       : driver_(driver) {
-    driver.check(driver.create_program(&program_, source.c_str(), name.c_str(), 0, nullptr, nullptr),
-                 "giving NVRTC a program");
+    driver.check(
+        driver.create_program(&program_, source.c_str(), name.c_str(), 0, nullptr, nullptr),
+        "giving NVRTC a program");
   }
   ~OwnedProgram() { driver_.destroy_program(&program_); }
   OwnedProgram(const OwnedProgram&) = delete;

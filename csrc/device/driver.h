@@ -35,47 +35,46 @@ enum Errors {
 }  // namespace cuda
 
 // Name and parameters of each function; X(pop_context, cuCtxPopCurrent_v2, (cuda::Context*)), say.
-#define FUSEDOPT_CUDA_FUNCTIONS(X)                                                               \
-  X(init, cuInit, (unsigned))                                                                    \
-  X(driver_version, cuDriverGetVersion, (int*))                                                  \
-  X(error_string, cuGetErrorString, (cuda::Result, const char**))                                \
-  X(device_count, cuDeviceGetCount, (int*))                                                      \
-  X(get_device, cuDeviceGet, (cuda::Device*, int))                                               \
-  X(device_name, cuDeviceGetName, (char*, int, cuda::Device))                                    \
-  X(device_attribute, cuDeviceGetAttribute, (int*, int, cuda::Device))                           \
-  X(retain_context, cuDevicePrimaryCtxRetain, (cuda::Context*, cuda::Device))                    \
-  X(push_context, cuCtxPushCurrent_v2, (cuda::Context))                                          \
-  X(pop_context, cuCtxPopCurrent_v2, (cuda::Context*))                                           \
-  X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int*))                            \
-  X(load_module, cuModuleLoadData, (cuda::Module*, const void*))                                 \
-  X(unload_module, cuModuleUnload, (cuda::Module))                                               \
-  X(get_function, cuModuleGetFunction, (cuda::Function*, cuda::Module, const char*))             \
-  X(function_attribute, cuFuncGetAttribute, (int*, int, cuda::Function))                         \
-  X(launch, cuLaunchKernel,                                                                      \
-    (cuda::Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,       \
-     cuda::Stream, void**, void**))                                                              \
-  X(is_capturing, cuStreamIsCapturing, (cuda::Stream, int*))                                     \
-  X(create_stream, cuStreamCreate, (cuda::Stream*, unsigned))                                    \
-  X(destroy_stream, cuStreamDestroy_v2, (cuda::Stream))                                          \
-  X(wait, cuStreamSynchronize, (cuda::Stream))                                                   \
-  X(allocate, cuMemAlloc_v2, (cuda::Pointer*, std::size_t))                                      \
-  X(release, cuMemFree_v2, (cuda::Pointer))                                                      \
-  X(copy_to_device, cuMemcpyHtoDAsync_v2,                                                        \
-    (cuda::Pointer, const void*, std::size_t, cuda::Stream))                                     \
-  X(copy_to_host, cuMemcpyDtoHAsync_v2, (void*, cuda::Pointer, std::size_t, cuda::Stream))       \
-  X(fill_words, cuMemsetD32Async, (cuda::Pointer, unsigned, std::size_t, cuda::Stream))          \
-  X(nvrtc_version, nvrtcVersion, (int*, int*))                                                   \
-  X(num_architectures, nvrtcGetNumSupportedArchs, (int*))                                        \
-  X(get_architectures, nvrtcGetSupportedArchs, (int*))                                           \
-  X(create_program, nvrtcCreateProgram,                                                          \
-    (cuda::Program*, const char*, const char*, int, const char* const*, const char* const*))     \
-  X(destroy_program, nvrtcDestroyProgram, (cuda::Program*))                                      \
-  X(compile_program, nvrtcCompileProgram, (cuda::Program, int, const char* const*))              \
-  X(log_size, nvrtcGetProgramLogSize, (cuda::Program, std::size_t*))                             \
-  X(get_log, nvrtcGetProgramLog, (cuda::Program, char*))                                         \
-  X(cubin_size, nvrtcGetCUBINSize, (cuda::Program, std::size_t*))                                \
-  X(get_cubin, nvrtcGetCUBIN, (cuda::Program, char*))                                            \
-  X(ptx_size, nvrtcGetPTXSize, (cuda::Program, std::size_t*))                                    \
+#define FUSEDOPT_CUDA_FUNCTIONS(X)                                                                 \
+  X(init, cuInit, (unsigned))                                                                      \
+  X(driver_version, cuDriverGetVersion, (int*))                                                    \
+  X(error_string, cuGetErrorString, (cuda::Result, const char**))                                  \
+  X(device_count, cuDeviceGetCount, (int*))                                                        \
+  X(get_device, cuDeviceGet, (cuda::Device*, int))                                                 \
+  X(device_name, cuDeviceGetName, (char*, int, cuda::Device))                                      \
+  X(device_attribute, cuDeviceGetAttribute, (int*, int, cuda::Device))                             \
+  X(retain_context, cuDevicePrimaryCtxRetain, (cuda::Context*, cuda::Device))                      \
+  X(push_context, cuCtxPushCurrent_v2, (cuda::Context))                                            \
+  X(pop_context, cuCtxPopCurrent_v2, (cuda::Context*))                                             \
+  X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int*))                              \
+  X(load_module, cuModuleLoadData, (cuda::Module*, const void*))                                   \
+  X(unload_module, cuModuleUnload, (cuda::Module))                                                 \
+  X(get_function, cuModuleGetFunction, (cuda::Function*, cuda::Module, const char*))               \
+  X(function_attribute, cuFuncGetAttribute, (int*, int, cuda::Function))                           \
+  X(launch, cuLaunchKernel,                                                                        \
+    (cuda::Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,         \
+     cuda::Stream, void**, void**))                                                                \
+  X(is_capturing, cuStreamIsCapturing, (cuda::Stream, int*))                                       \
+  X(create_stream, cuStreamCreate, (cuda::Stream*, unsigned))                                      \
+  X(destroy_stream, cuStreamDestroy_v2, (cuda::Stream))                                            \
+  X(wait, cuStreamSynchronize, (cuda::Stream))                                                     \
+  X(allocate, cuMemAlloc_v2, (cuda::Pointer*, std::size_t))                                        \
+  X(release, cuMemFree_v2, (cuda::Pointer))                                                        \
+  X(copy_to_device, cuMemcpyHtoDAsync_v2, (cuda::Pointer, const void*, std::size_t, cuda::Stream)) \
+  X(copy_to_host, cuMemcpyDtoHAsync_v2, (void*, cuda::Pointer, std::size_t, cuda::Stream))         \
+  X(fill_words, cuMemsetD32Async, (cuda::Pointer, unsigned, std::size_t, cuda::Stream))            \
+  X(nvrtc_version, nvrtcVersion, (int*, int*))                                                     \
+  X(num_architectures, nvrtcGetNumSupportedArchs, (int*))                                          \
+  X(get_architectures, nvrtcGetSupportedArchs, (int*))                                             \
+  X(create_program, nvrtcCreateProgram,                                                            \
+    (cuda::Program*, const char*, const char*, int, const char* const*, const char* const*))       \
+  X(destroy_program, nvrtcDestroyProgram, (cuda::Program*))                                        \
+  X(compile_program, nvrtcCompileProgram, (cuda::Program, int, const char* const*))                \
+  X(log_size, nvrtcGetProgramLogSize, (cuda::Program, std::size_t*))                               \
+  X(get_log, nvrtcGetProgramLog, (cuda::Program, char*))                                           \
+  X(cubin_size, nvrtcGetCUBINSize, (cuda::Program, std::size_t*))                                  \
+  X(get_cubin, nvrtcGetCUBIN, (cuda::Program, char*))                                              \
+  X(ptx_size, nvrtcGetPTXSize, (cuda::Program, std::size_t*))                                      \
   X(get_ptx, nvrtcGetPTX, (cuda::Program, char*))
 
 // Why a GPU, or a kernel, cannot be used, and what to do about it.
@@ -87,9 +86,9 @@ struct Driver {
 #define FUSEDOPT_MEMBER(name, symbol, parameters) cuda::Result(*name) parameters = nullptr;
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_MEMBER)
 #undef FUSEDOPT_MEMBER
-  int version = 0;        // of CUDA that the driver knows: 12040 is 12.4
-  int nvrtc = 0;          // likewise
-  int newest_known = 0;   // architecture of NVRTC, 90 for sm_90
+  int version = 0;       // of CUDA that the driver knows: 12040 is 12.4
+  int nvrtc = 0;         // likewise
+  int newest_known = 0;  // architecture of NVRTC, 90 for sm_90
   int num_devices = 0;
 
   // Throws DeviceProblem if a function failed: what it did, in words.

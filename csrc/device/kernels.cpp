@@ -107,8 +107,8 @@ cuda::Function function_of(const DeviceKernel& kernel, int device) {
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.kernels.find({&kernel, device});
   if (found == all.kernels.end() || found->second.function == nullptr) {
-    throw DeviceProblem("fusedopt: " + kernel.name + " is not loaded on cuda:" +
-                        std::to_string(device));
+    throw DeviceProblem("fusedopt: " + kernel.name +
+                        " is not loaded on cuda:" + std::to_string(device));
   }
   return found->second.function;
 }

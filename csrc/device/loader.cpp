@@ -125,7 +125,8 @@ LoadReport load_kernels(const NeededKernels& needed) {
   int compiled = 0;
   const auto start = std::chrono::steady_clock::now();
   for (const auto& [kernel, device] : needed) {
-    if (kernel_state(*kernel, device) != KernelState::kUnknown) continue;  // another thread was here
+    if (kernel_state(*kernel, device) != KernelState::kUnknown)
+      continue;  // another thread was here
     try {
       compiled += Loader(*kernel, device).load();
       set_state(*kernel, device, KernelState::kReady);
@@ -138,10 +139,10 @@ LoadReport load_kernels(const NeededKernels& needed) {
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
   if (compiled > 0 && taken.count() >= kSlowSeconds) {
     const Cache cache;
-    report.slow = "compiled " + std::to_string(compiled) + (compiled == 1 ? " kernel" : " kernels") +
-                  " in " + seconds(taken.count()) + " s, " +
-                  (cache.problem().empty() ? "kept in " + cache.folder()
-                                           : "not kept: " + cache.problem());
+    report.slow =
+        "compiled " + std::to_string(compiled) + (compiled == 1 ? " kernel" : " kernels") + " in " +
+        seconds(taken.count()) + " s, " +
+        (cache.problem().empty() ? "kept in " + cache.folder() : "not kept: " + cache.problem());
   }
   return report;
 }

@@ -22,8 +22,8 @@ struct NormTrial {
     static constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16,
                                         Dtype::kFloat64};
     trial.add_zeros(1);
-    for (const std::int64_t numel : {std::int64_t{1}, std::int64_t{13}, std::int64_t{2048 + 77},
-                                     kNormElements + 5}) {
+    for (const std::int64_t numel :
+         {std::int64_t{1}, std::int64_t{13}, std::int64_t{2048 + 77}, kNormElements + 5}) {
       for (const Dtype dtype : kDtypes) {
         for (const int shift : {0, 1}) {
           if (numel > kNormElements && (dtype != Dtype::kFloat32 || shift != 0)) continue;

@@ -87,8 +87,8 @@ void SelfTest::add(const Sample& sample, const SlotDtypes& dtypes, std::int64_t 
     if (is_float(dtype)) {
       if (entry.slots[s].is_unsigned) trial_.make_magnitudes(placed.pointers[slot]);
     } else {
-      const std::size_t scales =
-          trial_.add(Dtype::kFloat32, num_scales(numel), 0, entry.slots[s].name + std::string("_scale"));
+      const std::size_t scales = trial_.add(Dtype::kFloat32, num_scales(numel), 0,
+                                            entry.slots[s].name + std::string("_scale"));
       trial_.make_magnitudes(scales);
       placed.pointers[kScales + slot - 2] = scales;
     }
@@ -250,8 +250,8 @@ std::string self_test(const DeviceKernel& kernel, int device) {
     std::size_t next = 0;
     const auto add = [&](std::size_t dtypes, std::int64_t numel, int shift) {
       const Sample& sample = samples[next++ % samples.size()];
-      const auto all = combinations(*sample.entry, sample.rule->state_mask(), kernel.is_plain,
-                                    in_double);
+      const auto all =
+          combinations(*sample.entry, sample.rule->state_mask(), kernel.is_plain, in_double);
       if (dtypes < all.size()) test.add(sample, all[dtypes], numel, shift);
       return dtypes + 1 < all.size();
     };

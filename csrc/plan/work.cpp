@@ -94,9 +94,8 @@ void Work::add_pointers(const ParamRecord& param, TensorTask* task) {
 bool Work::is_refused(const DeviceKernel& kernel, int device) {
   const KernelState state = state_of_ == nullptr ? KernelState::kReady : state_of_(kernel, device);
   const std::pair needed(&kernel, device);
-  if (state == KernelState::kUnknown &&
-      std::find(unknown_kernels_.begin(), unknown_kernels_.end(), needed) ==
-          unknown_kernels_.end()) {
+  if (state == KernelState::kUnknown && std::find(unknown_kernels_.begin(), unknown_kernels_.end(),
+                                                  needed) == unknown_kernels_.end()) {
     unknown_kernels_.push_back(needed);
   }
   return state == KernelState::kRefused;

@@ -30,7 +30,8 @@ const DeviceKernel& kernel_named(const std::string& name) {
 void load_needed(const NeededKernels& needed, const std::string& owner) {
   for (const auto& [kernel, device] : needed) {
     if (!is_capturing(current_stream(device))) continue;
-    throw std::runtime_error(owner + " loads kernels, which cannot be captured into a CUDA graph: " +
+    throw std::runtime_error(owner +
+                             " loads kernels, which cannot be captured into a CUDA graph: " +
                              "run a step before the capture");
   }
   LoadReport report;

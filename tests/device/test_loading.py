@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -300,6 +301,18 @@ def test_gpus_of_several_architectures(driver, kernels):
     assert "sm_70" in kernels.device_problem(1)
     assert "cuda:2 is not among them" in kernels.device_problem(2)
     assert "sm_90: kernels compiled by NVRTC 12.8" in kernels.describe_device(0)
+
+
+def test_the_builtins_beside_nvrtc_are_opened(driver, kernels, tmp_path):
+    """NVRTC finds them only where they are open."""
+    library = tmp_path / "libcaffe2_nvrtc.so"
+    builtins = tmp_path / "libnvrtc-builtins.so.12.8"
+    for copy in (library, builtins):
+        shutil.copy(driver.path, copy)
+    seam.use_driver(kernels, str(library))
+    assert str(builtins) not in Path("/proc/self/maps").read_text()
+    assert kernels.device_problem(0) == ""
+    assert str(builtins) in Path("/proc/self/maps").read_text()
 
 
 def test_a_driver_that_does_not_start(driver, kernels):

@@ -25,9 +25,12 @@ struct Failure {
 
 struct State {
   std::recursive_mutex mutex;
-  std::map<std::string, long> settings{{"driver_version", 13000}, {"nvrtc_version", 12080},
-                                       {"device_count", 1},       {"major", 9},
-                                       {"minor", 0},              {"capturing", 0}};
+  std::map<std::string, long> settings{{"driver_version", 13000},
+                                       {"nvrtc_version", 12080},
+                                       {"device_count", 1},
+                                       {"major", 9},
+                                       {"minor", 0},
+                                       {"capturing", 0}};
   std::map<std::string, Failure> failures;
   std::map<std::string, long> calls;
   void* nvrtc = nullptr;
@@ -58,8 +61,7 @@ long setting(const char* name) {
 
 template <typename... Arguments>
 int forward(const char* name, Arguments... arguments) {
-  auto* const function =
-      reinterpret_cast<int (*)(Arguments...)>(dlsym(state().nvrtc, name));
+  auto* const function = reinterpret_cast<int (*)(Arguments...)>(dlsym(state().nvrtc, name));
   return function == nullptr ? kNotFound : function(arguments...);
 }
 
@@ -125,9 +127,7 @@ EXPORT long stand_in_image(const char** image) {
     return result;                                       \
   }
 
-EXPORT int cuInit(unsigned) {
-  BEGIN return 0;
-}
+EXPORT int cuInit(unsigned) { BEGIN return 0; }
 EXPORT int cuDriverGetVersion(int* version) {
   BEGIN* version = static_cast<int>(setting("driver_version"));
   return 0;
@@ -178,7 +178,10 @@ EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
 }
 EXPORT int cuModuleLoadData(Module** module, const void* image) {
   BEGIN const char* const text = static_cast<const char*>(image);
-  const bool is_machine_code = std::memcmp(text, "\x7F" "ELF", 4) == 0;
+  const bool is_machine_code = std::memcmp(text,
+                                           "\x7F"
+                                           "ELF",
+                                           4) == 0;
   const std::string mine = "stand-in: ";
   if (!is_machine_code && std::strstr(text, ".entry") == nullptr &&
       std::strncmp(text, mine.c_str(), mine.size()) != 0) {
@@ -224,9 +227,7 @@ EXPORT int cuStreamDestroy_v2(void* stream) {
   BEGIN delete static_cast<char*>(stream);
   return 0;
 }
-EXPORT int cuStreamSynchronize(void*) {
-  BEGIN return 0;
-}
+EXPORT int cuStreamSynchronize(void*) { BEGIN return 0; }
 EXPORT int cuMemAlloc_v2(unsigned long long* memory, std::size_t bytes) {
   BEGIN void* made = nullptr;
   if (posix_memalign(&made, 256, bytes) != 0) return kOutOfMemory;
@@ -252,8 +253,7 @@ EXPORT int cuMemsetD32Async(unsigned long long to, unsigned value, std::size_t c
 
 // NVRTC --------------------------------------------------------------------------------------
 
-#define BEGIN_NVRTC(...) \
-  BEGIN if (state().nvrtc != nullptr) return forward(__func__, __VA_ARGS__);
+#define BEGIN_NVRTC(...) BEGIN if (state().nvrtc != nullptr) return forward(__func__, __VA_ARGS__);
 
 EXPORT int nvrtcVersion(int* major, int* minor) {
   BEGIN_NVRTC(major, minor)
