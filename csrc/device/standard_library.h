@@ -54,6 +54,17 @@ struct decay<const T> : decay<T> {};
 template <typename T>
 using decay_t = typename decay<T>::type;
 
+template <typename T>
+struct numeric_limits;
+template <>
+struct numeric_limits<float> {
+  static constexpr float max() { return 0x1.fffffep127f; }
+};
+template <>
+struct numeric_limits<double> {
+  static constexpr double max() { return 0x1.fffffffffffffp1023; }
+};
+
 template <size_t...>
 struct index_sequence {};
 template <size_t kCount, size_t... kRest>
