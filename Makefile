@@ -16,7 +16,10 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2
 INSTALLED := build/installed$(subst /,-,/$(ENV))
 OFFLINE := echo "make: pip could not fetch everything; going on with what is installed (make clean, then make tries again)" >&2
 
-.PHONY: build on_host test fuzz sanitize bench docs lint sdist wheel clean
+# With which tests compile the kernels, each in a folder of its own.
+NVRTC := nvidia-cuda-nvrtc-cu12==12.1.105 nvidia-cuda-nvrtc-cu12==12.8.93 nvidia-cuda-nvrtc==13.0.88
+
+.PHONY: build on_host test kernels fuzz sanitize bench docs lint sdist wheel clean
 build: $(INSTALLED)
 
 # The GPU's kernels on the CPU, for tests without a GPU; where there is what a native module needs.
@@ -28,8 +31,22 @@ on_host: build
 # By pytest-xdist in as many processes as there are cores, up to 8, all tests of a file in one. WORKERS=0:
 # in one process.
 WORKERS ?= $(shell $(PY) -c 'import os, xdist; print(min(os.cpu_count(), 8))' 2>/dev/null)
-test: on_host
+test: on_host build/nvrtc/tried
 	$(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),--dist=loadfile -n $(WORKERS)) $(ARGS)
+
+# All tests of the GPU's kernels on their compiled code, and the machine code of each for every GPU: an
+# hour and a half on one core. Tensors of 2^32 elements are too many for this.
+kernels: on_host build/nvrtc/tried
+	FUSEDOPT_COMPILED_KERNELS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) \
+	  tests/test_machine_code.py tests/test_ptx.py tests/test_compiled_kernels.py \
+	  tests/test_kernels.py tests/test_new_rules.py tests/storage \
+	  -k '(kernels or machine_code or ptx) and not beyond_32' $(ARGS)
+
+build/nvrtc/tried: | build
+	@mkdir -p build/nvrtc
+	@for package in $(NVRTC); do \
+	  $(PIP) --no-deps --upgrade --target "build/nvrtc/$${package##*==}" $$package || $(OFFLINE); done
+	@touch $@
 
 # N random programs, 200 N random single steps and 5 N hostile checkpoints, of fresh inputs.
 N ?= 5000

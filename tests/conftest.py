@@ -150,6 +150,10 @@ def _load_kernels() -> Any:
     seam.bind(module)
     stand_in().run_with(module.RUN_ON_HOST)
     seam.use_driver(module, stand_in().path)
+    if os.environ.get("FUSEDOPT_COMPILED_KERNELS", "0") not in ("", "0"):
+        import compiled_kernels  # which needs this module
+
+        compiled_kernels.use_always(module, stand_in())
     return module
 
 

@@ -1,0 +1,74 @@
+"""What each NVRTC makes of the kernels for each GPU: registers and local memory as the machine code
+says, and accesses of 16 bytes as the PTX does. No GPU is needed.
+
+``make kernels`` compiles every kernel with every NVRTC for every GPU that this knows, which takes
+half an hour; here each kernel is compiled once, and each pair of NVRTC and GPU is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import compiled_kernels
+import nvrtc
+
+# Two blocks of 256 threads on a multiprocessor.
+MOST_REGISTERS = 128
+
+
+def pairs() -> list[tuple[nvrtc.Nvrtc, int]]:
+    return [(compiler, gpu) for compiler in nvrtc.compilers() for gpu in compiler.architectures]
+
+
+def most_local_bytes(compiler: nvrtc.Nvrtc, kernel: str, gpu: int) -> int:
+    """NVRTC 12.8 takes the dtypes of a StoredAs apart by way of local memory for these GPUs: one
+    thread, once a block. 13.0 does not."""
+    return 8 if kernel.endswith("_stored") and gpu >= 100 and compiler.version[0] == 12 else 0
+
+
+def problem_of(module: Any, compiler: nvrtc.Nvrtc, kernel: str, gpu: int) -> str | None:
+    cubin = compiler.cubin(module, kernel, gpu)
+    most = most_local_bytes(compiler, kernel, gpu)
+    if cubin.registers <= MOST_REGISTERS and cubin.local_bytes <= most:
+        return None
+    return (
+        f"{kernel}, {compiler}, sm_{gpu}: {cubin.registers} registers, "
+        f"{cubin.local_bytes} bytes of local memory"
+    )
+
+
+def test_every_kernel_fits_the_registers(kernels):
+    compiled_kernels.require_compiler()
+    names, all_pairs = kernels.kernels(), pairs()
+    wanted = [
+        (compiler, kernel, gpu)
+        for k, kernel in enumerate(names)
+        for n, (compiler, gpu) in enumerate(all_pairs)
+        if compiled_kernels.ALL or n == k % len(all_pairs)
+    ]
+    problems = [problem_of(kernels, *choice) for choice in wanted]
+    assert [problem for problem in problems if problem] == []
+
+
+SIXTEEN_BYTES = re.compile(r"\b(ld|st)\.global(?:\.\w+)*\.(?:v4\.[busf]32|v2\.[busf]64)\b")
+
+
+def test_memory_moves_16_bytes_at_a_time(kernels):
+    compiler = compiled_kernels.require_compiler()
+    for kernel in kernels.kernels():
+        found = set(SIXTEEN_BYTES.findall(compiled_kernels.ptx_of(compiler, kernels, kernel)))
+        assert found == ({"ld"} if kernel.endswith("grad_norm") else {"ld", "st"}), kernel
+
+
+def test_what_is_read_from_machine_code(kernels):
+    """A kernel with an array that is too large for registers and indexed by what it is given."""
+    source = """
+    extern "C" __global__ void spilling(const int* from, int* to) {
+      int kept[100];
+      for (int i = 0; i < 100; ++i) kept[i] = from[i];
+      to[0] = kept[from[100]];
+    }"""
+    cubin = compiled_kernels.require_compiler().assemble(source, ["--gpu-architecture=sm_90"])
+    assert cubin.local_bytes >= 400
+    assert 0 < cubin.registers <= 255
