@@ -35,7 +35,7 @@ test: on_host build/nvrtc/tried
 	$(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),--dist=loadfile -n $(WORKERS)) $(ARGS)
 
 # All tests of the GPU's kernels on their compiled code, and the machine code of each for every GPU: an
-# hour and a half on one core. Tensors of 2^32 elements are too many for this.
+# hour on one core. Tensors of 2^32 elements are too many for this.
 kernels: on_host build/nvrtc/tried
 	FUSEDOPT_COMPILED_KERNELS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) \
 	  tests/test_machine_code.py tests/test_ptx.py tests/test_compiled_kernels.py \

@@ -2,7 +2,7 @@
 says, and accesses of 16 bytes as the PTX does. No GPU is needed.
 
 ``make kernels`` compiles every kernel with every NVRTC for every GPU that this knows, which takes
-half an hour; here each kernel is compiled once, and each pair of NVRTC and GPU is.
+eight minutes; here each kernel is compiled once, and each pair of NVRTC and GPU is.
 """
 
 from __future__ import annotations
