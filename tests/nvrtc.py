@@ -3,6 +3,7 @@ says. What it compiles here is what fusedopt compiles on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -17,6 +18,18 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 # How large a table may be, where the driver knows CUDA 12.1.
 ARGUMENT_BYTES = 32764
+
+
+@contextlib.contextmanager
+def _kept_locale() -> Iterator[None]:
+    """NVRTC leaves the thread with the locale "C"."""
+    libc = ctypes.CDLL(None)
+    libc.uselocale.restype, libc.uselocale.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before = libc.uselocale(None)
+    try:
+        yield
+    finally:
+        libc.uselocale(before)
 
 
 class NotCompiled(Exception):
@@ -68,7 +81,8 @@ class Nvrtc:
         try:
             given = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
             try:
-                self._call("nvrtcCompileProgram", program, len(options), given)
+                with _kept_locale():
+                    self._call("nvrtcCompileProgram", program, len(options), given)
             except NotCompiled as error:
                 log = self._text("ProgramLog", program).rstrip(b"\0").decode()
                 raise NotCompiled(log) from error

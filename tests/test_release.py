@@ -67,7 +67,7 @@ def test_version_is_in_one_place():
     line = re.compile(rf"(?i)version[_\W]{{1,6}}{re.escape(fusedopt.__version__)}\b")
     files = [*ROOT.glob("*.toml"), ROOT / "setup.py", *ROOT.glob("*.md"), *ROOT.rglob("docs/*.md")]
     files += [*(ROOT / "fusedopt").glob("*.py"), *(ROOT / "csrc").rglob("CMakeLists.txt")]
-    found = [path.name for path in files if line.search(path.read_text())]
+    found = [path.name for path in files if line.search(path.read_text("utf-8"))]
     assert found == ["__init__.py"]
 
 

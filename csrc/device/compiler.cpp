@@ -1,5 +1,11 @@
 #include "compiler.h"
 
+#if defined(__APPLE__)
+#include <xlocale.h>
+#else
+#include <locale.h>
+#endif
+
 #include "../multi_tensor/tuning.h"
 #include "kernel_source.h"
 
@@ -9,6 +15,18 @@ namespace {
 
 constexpr int kLargeArguments = 12010;  // 32,764 bytes since CUDA 12.1
 constexpr std::size_t kSmallArgumentBytes = 4096;
+
+// NVRTC leaves the thread with the locale "C" (12.1 to 13.0), in which Python takes files for ASCII.
+class KeptLocale {
+ public:
+  KeptLocale() : before_(uselocale(nullptr)) {}
+  ~KeptLocale() { uselocale(before_); }
+  KeptLocale(const KeptLocale&) = delete;
+  KeptLocale& operator=(const KeptLocale&) = delete;
+
+ private:
+  const locale_t before_;
+};
 
 class OwnedProgram {
  public:
@@ -59,6 +77,7 @@ std::string Compilation::key(const std::string& source) const {
 }
 
 std::string Compilation::compile(const std::string& name, const std::string& source) const {
+  const KeptLocale locale;
   const OwnedProgram program(driver_, name, source);
   const std::vector<std::string> options = this->options();
   std::vector<const char*> words;

@@ -5,6 +5,7 @@ right."""
 from __future__ import annotations
 
 import ctypes
+import locale
 import os
 import random
 import shutil
@@ -96,6 +97,13 @@ def test_a_step_compiles_what_it_needs_and_nothing_else(driver, kernels):
     fusedopt.SGD([opt.param_groups[0]["params"][0]], lr=0.1).step()
     assert compilations() == 2
     assert stand_in().library.stand_in_contexts() == 0
+
+
+def test_the_locale_of_the_thread_stays(driver, kernels):
+    """NVRTC leaves it as "C", in which Python takes the files that it opens for ASCII."""
+    before = locale.nl_langinfo(locale.CODESET)
+    adam().step()
+    assert compilations() == 1 and locale.nl_langinfo(locale.CODESET) == before
 
 
 def test_the_next_process_takes_it_from_the_cache(driver, kernels):

@@ -3,6 +3,7 @@
 // a real NVRTC, it compiles with that. Tests set what it says and which calls fail.
 
 #include <dlfcn.h>
+#include <locale.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -290,6 +291,7 @@ EXPORT int nvrtcDestroyProgram(Program** program) {
 EXPORT int nvrtcCompileProgram(Program* program, int count, const char* const* options) {
   BEGIN_NVRTC(program, count, options)
   for (int i = 0; i < count; ++i) program->options += std::string(options[i]) + " ";
+  uselocale(newlocale(LC_ALL_MASK, "C", nullptr));  // as NVRTC does
   return 0;
 }
 EXPORT int nvrtcGetProgramLogSize(Program* program, std::size_t* size) {

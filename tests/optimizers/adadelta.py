@@ -19,7 +19,7 @@ TABLE = Table(
     drawn={"rho": (0.9, 0.5, 0.0), "eps": (1e-6, 1e-3)},
     mild={"rho": Between(0.5, 0.95)},
     extremes=[
-        {"rho": 0.99999},
+        {"rho": 0.99},  # nearer to 1, float16 keeps too little of the squares
         {"rho": 0.0},
         {"rho": 1.0},
         {"eps": 1e-30},
