@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Shared, Slot, number, penalized_grad
+from .rule import Group, Rule, Shared, Slot, number, penalized_grad, penalty_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,8 +35,7 @@ def _numbers(group: Group, step: float) -> dict[str, float]:
     return {
         "lr": group["lr"],
         "1 - rho": 1 - group["rho"],
-        "weight_decay": group["weight_decay"],
-        "l1": group.get("l1") or 0.0,
+        **penalty_numbers(group),
     }
 
 
@@ -61,16 +60,15 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
     Source: Zeiler, *ADADELTA: An Adaptive Learning Rate Method* (arXiv:1212.5701).
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides.
+        {params}
         lr (float or Tensor of one element): factor :math:`\gamma` of the step (default: 1.0).
         rho (float): decay of the averages, in [0, 1] (default: 0.9).
         eps (float): added under both roots (default: 1e-6).
         weight_decay (float): L2 coefficient :math:`\lambda` (default: 0).
         foreach: accepted and stored as torch does; the update is always fused.
-        capturable (bool): as in torch; needs parameters on an accelerator (default: False).
-        maximize (bool): ascend (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
+        {capturable}
+        {maximize}
+        {differentiable}
         {shared}
 
     State per parameter: ``step`` (0-dim), ``square_avg`` and ``acc_delta``, of the parameter's

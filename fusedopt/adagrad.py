@@ -19,6 +19,7 @@ from .rule import (
     add_sparse,
     number,
     penalized_grad,
+    penalty_numbers,
     storage_is_on,
 )
 
@@ -65,8 +66,7 @@ def _numbers(group: Group, step: float) -> dict[str, float]:
         )
     return {
         "lr / (1 + (step - 1) * lr_decay)": group["lr"] / divisor,
-        "weight_decay": group["weight_decay"],
-        "l1": group.get("l1") or 0.0,
+        **penalty_numbers(group),
     }
 
 
@@ -102,18 +102,17 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     Optimization* (JMLR 12, 2011).
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides. Gradients may be sparse (COO) if there are no penalties.
+        {params}
+            Gradients may be sparse (COO) if there are no penalties.
         lr (float or Tensor of one element): step size :math:`\gamma` (default: 1e-2).
         lr_decay (float): :math:`\eta` (default: 0).
         weight_decay (float): L2 coefficient :math:`\lambda` (default: 0).
         initial_accumulator_value (float): :math:`s_0` (default: 0).
         eps (float): :math:`\epsilon` (default: 1e-10).
         foreach, fused: accepted and stored as torch does; the update is always fused.
-        maximize (bool): ascend (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
-        capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
-            accelerator (default: False).
+        {maximize}
+        {differentiable}
+        {capturable}
         {shared}
 
     State per parameter, made by the constructor (by the first step with ``state_dtype``,

@@ -15,10 +15,10 @@ from .rule import (
     Shared,
     Slot,
     bias_corrections,
-    decayed,
     lerp_weight,
     number,
-    penalized_grad,
+    penalized,
+    penalty_numbers,
 )
 
 if TYPE_CHECKING:
@@ -36,11 +36,7 @@ def _update(
 ) -> tuple[Tensor, ...]:
     lr, eps = number(group["lr"]), group["eps"]
     beta1, beta2 = map(number, group["betas"])
-    if group["decoupled_weight_decay"]:
-        grad = -grad if group["maximize"] else grad
-        param = decayed(group, param)
-    else:
-        grad = penalized_grad(group, grad, param)
+    grad, param = penalized(group, grad, param, group["decoupled_weight_decay"])
     exp_avg = exp_avg.lerp(grad, lerp_weight(1 - beta1, grad))
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
     step_size = lr / (1 - beta1**step)
@@ -52,15 +48,12 @@ def _update(
 
 def _numbers(group: Group, step: float) -> dict[str, float]:
     corrections = bias_corrections(group["betas"], step)
-    lr, l1, weight_decay = group["lr"], group.get("l1") or 0.0, group["weight_decay"]
-    decoupled = group["decoupled_weight_decay"]
-    beta1, beta2 = group["betas"]
+    lr, (beta1, beta2) = group["lr"], group["betas"]
     return {
         "lr / (1 - betas[0] ** step)": lr / corrections[0],
         "1 - betas[0]": 1 - beta1,
         "1 - betas[1]": 1 - beta2,
-        "weight_decay": 0.0 if decoupled else weight_decay,
-        "lr * l1" if decoupled else "l1": lr * l1 if decoupled and l1 else l1,
+        **penalty_numbers(group, group["decoupled_weight_decay"]),
     }
 
 
@@ -95,8 +88,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     Kale & Kumar, *On the Convergence of Adam and Beyond* (2018) for ``amsgrad``.
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides.
+        {params}
         lr (float or Tensor of one element): step size (default: 1e-3).
         betas (pair of float or Tensor): decay of the two averages, in [0, 1)
             (default: (0.9, 0.999)).
@@ -104,9 +96,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         weight_decay (float): L2 coefficient :math:`\lambda` (default: 0).
         amsgrad (bool): use AMSGrad (default: False).
         foreach, fused: accepted and stored as torch does; the update is always fused.
-        maximize (bool): ascend (default: False).
-        capturable (bool): as in torch; needs parameters on an accelerator (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
+        {maximize}
+        {capturable}
+        {differentiable}
         decoupled_weight_decay (bool): apply the penalties to the parameter, as AdamW
             (default: False).
         {shared}

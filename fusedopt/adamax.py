@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Shared, Slot, bias_corrections, number, penalized_grad
+from .rule import (
+    Group,
+    Rule,
+    Shared,
+    Slot,
+    bias_corrections,
+    number,
+    penalized_grad,
+    penalty_numbers,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,8 +44,7 @@ def _numbers(group: Group, step: float) -> dict[str, float]:
     return {
         "lr / (1 - betas[0] ** step)": group["lr"] / bias_corrections((beta1,), step)[0],
         "1 - betas[0]": 1 - beta1,
-        "weight_decay": group["weight_decay"],
-        "l1": group.get("l1") or 0.0,
+        **penalty_numbers(group),
     }
 
 
@@ -60,17 +68,16 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
     Source: Kingma & Ba, *Adam: A Method for Stochastic Optimization* (arXiv:1412.6980), section 7.
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides.
+        {params}
         lr (float or Tensor of one element): step size :math:`\gamma` (default: 2e-3).
         betas (pair of float): decay of the average and of the maximum, in [0, 1)
             (default: (0.9, 0.999)).
         eps (float): added to the absolute gradient (default: 1e-8).
         weight_decay (float): L2 coefficient :math:`\lambda` (default: 0).
         foreach: accepted and stored as torch does; the update is always fused.
-        maximize (bool): ascend (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
-        capturable (bool): as in torch; needs parameters on an accelerator (default: False).
+        {maximize}
+        {differentiable}
+        {capturable}
         {shared}
 
     State per parameter: ``step`` (0-dim), ``exp_avg`` and ``exp_inf``, of the parameter's dtype,

@@ -83,6 +83,12 @@ class GradNorm:
         skip_nonfinite: bool,
     ) -> Tensor:
         device = bucket[0]
+
+        def by_torch() -> Tensor:
+            norm = _norm(grads, loss_scale)
+            self._clip[bucket][:_HEADER] = _clip_of(norm, max_norm, skip_nonfinite)
+            return self._clip[bucket]
+
         # What these make does not outlive the step.
         if any(map(_is_left_to_torch, grads)) or (grads and tensor_kinds.is_transforming()):
             clip = _clip_of(_norm(grads, loss_scale), max_norm, skip_nonfinite)
@@ -93,10 +99,7 @@ class GradNorm:
             self._clip[bucket][:_HEADER] = 0
             return self._clip[bucket]
         if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
-            self._clip[bucket][:_HEADER] = _clip_of(
-                _norm(grads, loss_scale), max_norm, skip_nonfinite
-            )
-            return self._clip[bucket]
+            return by_torch()
         backend.use_on_stream(self._clip[bucket], self._streams)
         answer = backend.native.grad_norm(
             grads,
@@ -109,10 +112,7 @@ class GradNorm:
         if answer is None:
             return self._clip[bucket]
         if answer is False:
-            self._clip[bucket][:_HEADER] = _clip_of(
-                _norm(grads, loss_scale), max_norm, skip_nonfinite
-            )
-            return self._clip[bucket]
+            return by_torch()
         if isinstance(answer, int):
             self._outgrown.append(self._clip[bucket])
             self._clip[bucket] = self._zeros(answer, dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Shared, Slot, decayed, number
+from .rule import Group, Rule, Shared, Slot, number, penalized, penalty_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,20 +19,19 @@ def _update(
     group: Group, step: float | Tensor, param: Tensor, grad: Tensor, exp_avg: Tensor
 ) -> tuple[Tensor, ...]:
     lr, (beta1, beta2) = number(group["lr"]), map(number, group["betas"])
-    grad = -grad if group["maximize"] else grad
+    grad, param = penalized(group, grad, param, is_decoupled=True)
     direction = (beta1 * exp_avg + (1 - beta1) * grad).sign()
     exp_avg = beta2 * exp_avg + (1 - beta2) * grad
-    return decayed(group, param) - lr * direction, exp_avg
+    return param - lr * direction, exp_avg
 
 
 def _numbers(group: Group, step: float) -> dict[str, float]:
-    lr, l1 = group["lr"], group.get("l1") or 0.0
     beta1, beta2 = group["betas"]
     return {
-        "lr": lr,
+        "lr": group["lr"],
         "1 - betas[0]": 1 - beta1,
         "1 - betas[1]": 1 - beta2,
-        "lr * l1": lr * l1 if l1 else l1,
+        **penalty_numbers(group, is_decoupled=True),
     }
 
 
@@ -66,10 +65,9 @@ class Lion(FusedOptimizer):
             [0, 1) (default: (0.9, 0.99)).
         weight_decay (float): decoupled coefficient :math:`\lambda` (default: 0).
         foreach: accepted and stored as torch's classes do; the update is always fused.
-        maximize (bool): ascend (default: False).
-        capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
-            accelerator (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
+        {maximize}
+        {capturable}
+        {differentiable}
         {shared}
 
     State per parameter: ``exp_avg``, of the parameter's dtype, shape and strides. float16 and

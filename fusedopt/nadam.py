@@ -16,9 +16,9 @@ from .rule import (
     Shared,
     Slot,
     bias_corrections,
-    decayed,
     number,
-    penalized_grad,
+    penalized,
+    penalty_numbers,
 )
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ def _update(
     exp_avg_sq: Tensor,
 ) -> tuple[Tensor, ...]:
     beta1, beta2 = group["betas"]
-    if group["decoupled_weight_decay"]:
-        grad = -grad if group["maximize"] else grad
-        param = decayed(group, param)
-    else:
-        grad = penalized_grad(group, grad, param)
+    grad, param = penalized(group, grad, param, group["decoupled_weight_decay"])
     exp_avg = exp_avg.lerp(grad, 1 - beta1)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
     denom = exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]
@@ -66,7 +62,6 @@ def _update(
 
 
 def _numbers(group: Group, step: float, mu_product: float) -> dict[str, float]:
-    lr, l1, decoupled = group["lr"], group.get("l1") or 0.0, group["decoupled_weight_decay"]
     beta1, beta2 = group["betas"]
     bias_corrections((0.0, beta2), step)
     try:
@@ -82,8 +77,7 @@ def _numbers(group: Group, step: float, mu_product: float) -> dict[str, float]:
         "lr * mu / (1 - mu_product), of the next step,": of_avg,
         "1 - betas[0]": 1 - beta1,
         "1 - betas[1]": 1 - beta2,
-        "weight_decay": 0.0 if decoupled else group["weight_decay"],
-        "lr * l1" if decoupled else "l1": lr * l1 if decoupled and l1 else l1,
+        **penalty_numbers(group, group["decoupled_weight_decay"]),
     }
 
 
@@ -113,8 +107,7 @@ class NAdam(FusedOptimizer, optim.NAdam):
     Source: Dozat, *Incorporating Nesterov Momentum into Adam* (2016).
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides.
+        {params}
         lr (float or Tensor of one element): step size :math:`\gamma` (default: 2e-3).
         betas (pair of float): decay of the two averages, in [0, 1) (default: (0.9, 0.999)).
         eps (float): added to the root (default: 1e-8).
@@ -123,9 +116,9 @@ class NAdam(FusedOptimizer, optim.NAdam):
         decoupled_weight_decay (bool): apply the penalties to the parameter, as AdamW
             (default: False).
         foreach: accepted and stored as torch does; the update is always fused.
-        maximize (bool): ascend (default: False).
-        capturable (bool): as in torch; needs parameters on an accelerator (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
+        {maximize}
+        {capturable}
+        {differentiable}
         {shared}
 
     State per parameter: ``step`` and ``mu_product``, the product of all :math:`\mu` so far (both

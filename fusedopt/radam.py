@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Shared, Slot, bias_corrections, decayed, number, penalized_grad
+from .rule import Group, Rule, Shared, Slot, bias_corrections, number, penalized, penalty_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,11 +24,7 @@ def _update(
     exp_avg_sq: Tensor,
 ) -> tuple[Tensor, ...]:
     lr, eps, (beta1, beta2) = number(group["lr"]), group["eps"], group["betas"]
-    if group["decoupled_weight_decay"]:
-        grad = -grad if group["maximize"] else grad
-        param = decayed(group, param)
-    else:
-        grad = penalized_grad(group, grad, param)
+    grad, param = penalized(group, grad, param, group["decoupled_weight_decay"])
     exp_avg = exp_avg.lerp(grad, 1 - beta1)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
     mean, denom = exp_avg / (1 - beta1**step), exp_avg_sq.sqrt() + eps
@@ -52,14 +48,12 @@ def _rectification(rho: float | Tensor, rho_inf: float) -> float | Tensor:
 
 
 def _numbers(group: Group, step: float) -> dict[str, float]:
-    lr, l1, decoupled = group["lr"], group.get("l1") or 0.0, group["decoupled_weight_decay"]
-    beta1, beta2 = group["betas"]
+    lr, (beta1, beta2) = group["lr"], group["betas"]
     return {
         "lr / (1 - betas[0] ** step)": lr / bias_corrections(group["betas"], step)[0],
         "1 - betas[0]": 1 - beta1,
         "1 - betas[1]": 1 - beta2,
-        "weight_decay": 0.0 if decoupled else group["weight_decay"],
-        "lr * l1" if decoupled else "l1": lr * l1 if decoupled and l1 else l1,
+        **penalty_numbers(group, group["decoupled_weight_decay"]),
     }
 
 
@@ -89,8 +83,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
     (arXiv:1908.03265).
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides.
+        {params}
         lr (float or Tensor of one element): step size :math:`\gamma` (default: 1e-3).
         betas (pair of float): decay of the two averages, in [0, 1) (default: (0.9, 0.999)).
         eps (float): added to the root (default: 1e-8).
@@ -98,9 +91,9 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         decoupled_weight_decay (bool): apply the penalties to the parameter, as AdamW
             (default: False).
         foreach: accepted and stored as torch does; the update is always fused.
-        maximize (bool): ascend (default: False).
-        capturable (bool): as in torch; needs parameters on an accelerator (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
+        {maximize}
+        {capturable}
+        {differentiable}
         {shared}
 
     State per parameter: ``step`` (0-dim), ``exp_avg`` and ``exp_avg_sq``, of the parameter's dtype,

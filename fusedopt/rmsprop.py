@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Shared, Slot, number, penalized_grad
+from .rule import Group, Rule, Shared, Slot, number, penalized_grad, penalty_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,8 +41,7 @@ def _numbers(group: Group, step: float) -> dict[str, float]:
     return {
         "lr": group["lr"],
         "1 - alpha": 1 - group["alpha"],
-        "weight_decay": group["weight_decay"],
-        "l1": group.get("l1") or 0.0,
+        **penalty_numbers(group),
     }
 
 
@@ -86,18 +85,17 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     Sequences With Recurrent Neural Networks* (arXiv:1308.0850) for ``centered``.
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides.
+        {params}
         lr (float or Tensor of one element): step size :math:`\gamma` (default: 1e-2).
         alpha (float): decay of the averages (default: 0.99).
         eps (float): :math:`\epsilon` (default: 1e-8).
         weight_decay (float): L2 coefficient :math:`\lambda` (default: 0).
         momentum (float): :math:`\mu` (default: 0).
         centered (bool): normalise by the estimated variance (default: False).
-        capturable (bool): as in torch; needs parameters on an accelerator (default: False).
+        {capturable}
         foreach: accepted and stored as torch does; the update is always fused.
-        maximize (bool): ascend (default: False).
-        differentiable (bool): let autograd run through ``step()`` (default: False).
+        {maximize}
+        {differentiable}
         eps_inside_sqrt (bool): add eps under the root (default: False).
         {shared}
 

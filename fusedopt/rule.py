@@ -76,12 +76,24 @@ def with_shared_parameters(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=[*own, *shared])
 
 
+# What classes say alike of arguments of torch's.
+_ARGUMENTS = {
+    "{params}": """params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or
+    complex, of any shape and strides.""",
+    "{maximize}": "maximize (bool): ascend (default: False).",
+    "{capturable}": """capturable (bool): the step can be captured into a CUDA graph; needs
+    parameters on an accelerator (default: False).""",
+    "{differentiable}": "differentiable (bool): let autograd run through ``step()`` "
+    "(default: False).",
+}
+
+
 def with_shared(docstring: str) -> str:
-    """The docstring of a class with the shared options in the places that it has for them."""
+    """The docstring of a class with what the classes share in the places that it has for that."""
     assert Shared.__doc__
-    arguments = textwrap.dedent(Shared.__doc__.split("Args:\n", 1)[1].rstrip())
+    shared = textwrap.dedent(Shared.__doc__.split("Args:\n", 1)[1].rstrip())
     names = textwrap.fill(", ".join(f"``{name}``" for name in Shared.__annotations__), 96)
-    for place, text in (("{shared}", arguments), ("{options}", names)):
+    for place, text in {**_ARGUMENTS, "{shared}": shared, "{options}": names}.items():
         for line in [line for line in docstring.splitlines() if line.lstrip().startswith(place)]:
             indent = line[: -len(line.lstrip())]
             docstring = docstring.replace(indent + place, textwrap.indent(text, indent))
@@ -191,6 +203,23 @@ def penalized_grad(group: Group, grad: Tensor, param: Tensor) -> Tensor:
     if group.get("l1"):
         grad = grad + group["l1"] * param.sign()
     return grad
+
+
+def penalized(
+    group: Group, grad: Tensor, param: Tensor, is_decoupled: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient and parameter with the penalties in the one or in the other."""
+    if is_decoupled:
+        return -grad if group["maximize"] else grad, decayed(group, param)
+    return penalized_grad(group, grad, param), param
+
+
+def penalty_numbers(group: Group, is_decoupled: bool = False) -> dict[str, float]:
+    """What an update multiplies penalties with, see Rule.numbers."""
+    l1 = group.get("l1") or 0.0
+    if is_decoupled:
+        return {"weight_decay": 0.0, "lr * l1": group["lr"] * l1 if l1 else l1}
+    return {"weight_decay": group["weight_decay"], "l1": l1}
 
 
 def decayed(group: Group, param: Tensor) -> Tensor:

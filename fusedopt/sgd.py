@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Shared, Slot, add_sparse, number, penalized_grad
+from .rule import Group, Rule, Shared, Slot, add_sparse, number, penalized_grad, penalty_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,8 +51,7 @@ def _numbers(group: Group, step: float) -> dict[str, float]:
     return {
         "lr": group["lr"],
         "1 - dampening": 1 - group["dampening"] if dampens else 1.0,
-        "weight_decay": group["weight_decay"],
-        "l1": group.get("l1") or 0.0,
+        **penalty_numbers(group),
     }
 
 
@@ -83,18 +82,17 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     Sutskever et al., *On the importance of initialization and momentum in deep learning* (2013).
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs or dicts of groups; floating point or complex,
-            of any shape and strides. Gradients may be sparse (COO) if there are no penalties.
+        {params}
+            Gradients may be sparse (COO) if there are no penalties.
         lr (float or Tensor of one element): step size :math:`\gamma` (default: 1e-3).
         momentum (float): :math:`\mu` (default: 0).
         dampening (float): :math:`\tau` (default: 0).
         weight_decay (float or Tensor): L2 coefficient :math:`\lambda` (default: 0).
         nesterov (bool): Nesterov's momentum (default: False).
-        maximize (bool): ascend (default: False).
+        {maximize}
         foreach, fused: accepted and stored as torch does; the update is always fused.
-        differentiable (bool): let autograd run through ``step()`` (default: False).
-        capturable (bool): the step can be captured into a CUDA graph; needs parameters on an
-            accelerator (default: False).
+        {differentiable}
+        {capturable}
         {shared}
 
     State per parameter: ``momentum_buffer`` if momentum is not 0, of the parameter's dtype, shape

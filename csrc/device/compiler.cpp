@@ -60,7 +60,7 @@ class OwnedProgram {
 
 Compilation::Compilation(const Driver& driver, int architecture)
     : driver_(driver), is_known_(driver.knows(architecture)) {
-  architecture_ = is_known_ ? architecture : driver.newest_known;
+  architecture_ = is_known_ ? architecture : driver.newest_known();
   const bool is_large = driver.version >= kLargeArguments && driver.nvrtc >= kLargeArguments;
   argument_bytes_ = is_large ? kMaxArgumentBytes : kSmallArgumentBytes;
 }

@@ -7,7 +7,6 @@
 #include <atomic>
 #include <filesystem>
 #include <mutex>
-#include <vector>
 
 namespace fusedopt {
 
@@ -76,11 +75,9 @@ void load(const std::string& path, Driver* driver) {
   driver->check(driver->device_count(&driver->num_devices), "counting the GPUs");
   int count = 0;
   driver->check(driver->num_architectures(&count), "asking NVRTC for its architectures");
-  std::vector<int> known(static_cast<std::size_t>(count));
-  driver->check(driver->get_architectures(known.data()), "asking NVRTC for its architectures");
-  for (const int architecture : known) {
-    driver->newest_known = std::max(driver->newest_known, architecture);
-  }
+  driver->architectures.resize(static_cast<std::size_t>(count));
+  driver->check(driver->get_architectures(driver->architectures.data()),
+                "asking NVRTC for its architectures");
   open_builtins(*driver);
 }
 
@@ -94,11 +91,11 @@ void Driver::check(cuda::Result result, const std::string& what) const {
 }
 
 bool Driver::knows(int architecture) const {
-  int count = 0;
-  check(num_architectures(&count), "asking NVRTC for its architectures");
-  std::vector<int> known(static_cast<std::size_t>(count));
-  check(get_architectures(known.data()), "asking NVRTC for its architectures");
-  return std::find(known.begin(), known.end(), architecture) != known.end();
+  return std::find(architectures.begin(), architectures.end(), architecture) != architectures.end();
+}
+
+int Driver::newest_known() const {
+  return *std::max_element(architectures.begin(), architectures.end());
 }
 
 void use_library(const std::string& path, const std::string& problem) {

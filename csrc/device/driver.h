@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fusedopt {
 
@@ -86,14 +87,15 @@ struct Driver {
 #define FUSEDOPT_MEMBER(name, symbol, parameters) cuda::Result(*name) parameters = nullptr;
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_MEMBER)
 #undef FUSEDOPT_MEMBER
-  int version = 0;       // of CUDA that the driver knows: 12040 is 12.4
-  int nvrtc = 0;         // likewise
-  int newest_known = 0;  // architecture of NVRTC, 90 for sm_90
+  int version = 0;  // of CUDA that the driver knows: 12040 is 12.4
+  int nvrtc = 0;    // likewise
   int num_devices = 0;
+  std::vector<int> architectures;  // which NVRTC knows, 90 for sm_90; not empty
 
   // Throws DeviceProblem if a function failed: what it did, in words.
   void check(cuda::Result result, const std::string& what) const;
   bool knows(int architecture) const;
+  int newest_known() const;
 };
 
 // Where torch's library is; or why there is none. Before anybody asks for the driver.

@@ -76,7 +76,7 @@ std::string describe_device(int index) {
          ": kernels compiled by NVRTC " + version_name(driver.nvrtc) +
          (driver.knows(architecture)
               ? ""
-              : ", which does not know this GPU, for sm_" + std::to_string(driver.newest_known)) +
+              : ", which does not know this GPU, for sm_" + std::to_string(driver.newest_known())) +
          "; the driver knows CUDA " + version_name(driver.version);
 }
 

@@ -138,11 +138,9 @@ LoadReport load_kernels(const NeededKernels& needed) {
   }
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
   if (compiled > 0 && taken.count() >= kSlowSeconds) {
-    const Cache cache;
-    report.slow =
-        "compiled " + std::to_string(compiled) + (compiled == 1 ? " kernel" : " kernels") + " in " +
-        seconds(taken.count()) + " s, " +
-        (cache.problem().empty() ? "kept in " + cache.folder() : "not kept: " + cache.problem());
+    report.slow = "compiled " + std::to_string(compiled) +
+                  (compiled == 1 ? " kernel" : " kernels") + " in " + seconds(taken.count()) +
+                  " s, " + describe_cache();
   }
   return report;
 }

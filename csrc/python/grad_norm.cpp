@@ -25,7 +25,8 @@ void measure(const std::vector<GradToMeasure>& grads, const GradNorm& norm, int 
 
 // Measures the norm of gradients on one device. `clip` is a float64 tensor there: what StepScaling
 // reads, a zero for the kernel to count in, and room for sums. None if done; the size that `clip`
-// must have if it is too small; False if the kernel of this GPU is refused; or a list of the gradients that are no dense float tensors.
+// must have if it is too small; False if this GPU refuses the kernel; or a list of the gradients
+// that are no dense float tensors.
 py::object grad_norm_of(const py::list& tensors, const py::object& clip,
                         const py::object& loss_scale, double max_norm, bool skip_nonfinite,
                         int num_threads) {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import assert_trained_alike, leaf, richest, snapshot
 from conftest import skip_or_fail
+from schedulers import FEW
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -18,27 +19,9 @@ from attached import ADAMW, assert_same, attach, batches, both, gradients, loss,
 
 reentrant = pytest.mark.parametrize("reentrant", [False, True], ids=["replayed", "reentrant"])
 
-SCHEDULERS = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
-        o, 0.1, 9, cycle_momentum="lr_decay" not in o.defaults
-    ),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(
-        o, 0.01, 0.1, 2, cycle_momentum="lr_decay" not in o.defaults
-    ),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.CosineAnnealingLR(o, 5)], [2]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-}
-
 
 @richest
-@pytest.mark.parametrize("schedule", SCHEDULERS.values(), ids=[*SCHEDULERS])
+@pytest.mark.parametrize("schedule", FEW.values(), ids=[*FEW])
 @pytest.mark.parametrize("lr_type", [float, torch.tensor], ids=["float", "tensor"])
 def test_schedulers(case, schedule, lr_type):
     """Without a single ``optimizer.step()``, and without a warning."""

@@ -15,6 +15,7 @@ import weakref
 import pytest
 import torch
 from cases import RICHEST, RICHEST_OF, TORCH_NAMES, Amp, Case, leaf, richest, snapshot, those_with
+from schedulers import FEW
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -43,22 +44,8 @@ def test_the_object_stays(case, to, backend):
 
 
 SCHEDULERS = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    **FEW,
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, [lambda at: 0.9**at, lambda at: 0.8**at]),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
-        o, 0.1, 9, cycle_momentum="lr_decay" not in o.defaults
-    ),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(
-        o, 0.01, 0.1, 2, cycle_momentum="lr_decay" not in o.defaults
-    ),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.CosineAnnealingLR(o, 5)], [2]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
 }
 
 

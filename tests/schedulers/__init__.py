@@ -53,6 +53,25 @@ def one_cycle(opt, **more):
     return sched.OneCycleLR(opt, [0.08, 0.05], **more)
 
 
+# One of each kind, for tests of something else.
+FEW = {
+    "StepLR": lambda o: sched.StepLR(o, 2, 0.5),
+    "OneCycleLR": lambda o: sched.OneCycleLR(
+        o, 0.1, 9, cycle_momentum="lr_decay" not in o.defaults
+    ),
+    "CyclicLR": lambda o: sched.CyclicLR(
+        o, 0.01, 0.1, 2, cycle_momentum="lr_decay" not in o.defaults
+    ),
+    "SequentialLR": lambda o: sched.SequentialLR(
+        o, [sched.LinearLR(o, 0.1), sched.CosineAnnealingLR(o, 5)], [2]
+    ),
+    "ChainedScheduler": lambda o: sched.ChainedScheduler(
+        [sched.ConstantLR(o, 0.1, 2), sched.ExponentialLR(o, 0.9)]
+    ),
+    "warm restarts": lambda o: sched.CosineAnnealingWarmRestarts(o, 2),
+    "ReduceLROnPlateau": lambda o: sched.ReduceLROnPlateau(o, patience=0),
+}
+
 SCHEDULES = {
     "LambdaLR": lambda o: sched.LambdaLR(o, halving),
     "LambdaLR of each group": lambda o: sched.LambdaLR(o, [halving, Warmup(5)]),
