@@ -40,7 +40,7 @@ test: on_host build/nvrtc/tried
 kernels: on_host build/nvrtc/tried
 	FUSEDOPT_COMPILED_KERNELS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) \
 	  tests/test_machine_code.py tests/test_ptx.py tests/test_compiled_kernels.py \
-	  tests/test_kernels.py tests/test_new_rules.py tests/storage \
+	  tests/test_kernels.py tests/storage \
 	  -k '(kernels or machine_code or ptx) and not beyond_32 and not (that_the_kernel_counts and float64)' \
 	  $(ARGS)
 

@@ -16,7 +16,7 @@ NAMES = {
     for name in sorted(fusedopt.__all__)
     if inspect.isclass(getattr(fusedopt, name))
 }
-# Those that a benchmark tries unless it is told otherwise; the new ones cost as much as these.
+# Those that a benchmark tries unless it is told otherwise, to be done in minutes.
 WIDELY_USED = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 
 

@@ -42,7 +42,8 @@ class Lion(torch.optim.Optimizer):
 def _update(group: dict[str, Any], param: torch.Tensor, exp_avg: torch.Tensor) -> None:
     lr, (beta1, beta2), grad = group["lr"], group["betas"], param.grad
     assert grad is not None
-    param.mul_(1 - lr * group["weight_decay"])
+    if group["weight_decay"]:
+        param.mul_(1 - lr * group["weight_decay"])
     param.add_((exp_avg * beta1).add_(grad, alpha=1 - beta1).sign_(), alpha=-lr)
     exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
 

@@ -365,9 +365,8 @@ def select_cells(options: argparse.Namespace) -> list[Cell]:
     names = options.optimizers or list(optimizers.NAMES)
     cells = [Cell(*names) for names in product(options.workloads, dtypes, names)]
     if not (options.full or options.optimizers):
-        known = {(workload, name) for workload in WORKLOADS for name in optimizers.WIDELY_USED}
-        known |= {("many_small", name) for name in optimizers.NAMES}
-        cells = [cell for cell in cells if (cell.workload, cell.optimizer) in known]
+        common = optimizers.WIDELY_USED
+        cells = [c for c in cells if c.workload == "many_small" or c.optimizer in common]
     if options.full or options.dtypes:
         return cells
     bf16 = DEFAULT_BF16[options.device.type]

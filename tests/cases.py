@@ -99,9 +99,6 @@ every_sparse = pytest.mark.parametrize("name", SPARSE)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
-richest_of_every_class = pytest.mark.parametrize(
-    "case", RICHEST_OF.values(), ids=lambda case: case.name
-)
 richest_by_options = pytest.mark.parametrize("case", RICHEST, ids=str)
 richest_and_stateless = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
 counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)

@@ -128,6 +128,10 @@ class StandIn:
     def calls(self, function: str) -> int:
         return self.library.stand_in_calls(function.encode())
 
+    def compile_with(self, library: str) -> None:
+        """A real NVRTC; none: by nothing, as at first."""
+        assert self.library.stand_in_compile_with(library.encode())
+
     def run_with(self, launch: int) -> None:
         """The address of what a launch calls: with the kernel's name and its argument."""
         self.library.stand_in_run_with(launch)

@@ -44,6 +44,7 @@ class Nvrtc:
         (library,) = _libraries(folder, "libnvrtc.so.*")
         self._builtins = ctypes.CDLL(str(builtins))
         self._library = ctypes.CDLL(str(library))
+        self.path = str(library)
         major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         self.version = (major.value, minor.value)

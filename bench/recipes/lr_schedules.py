@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> list[Pair]:
 
     colors = ["#333333", *report.OPTIMIZER_COLORS.values()]
     with side_by_side.png(options, columns=2) as (rates, excess):
-        for pair, color in zip(pairs, colors, strict=False):
+        for pair, color in zip(pairs, colors[: len(pairs)], strict=True):
             rates.plot(pair.ours.result["rates"], color=color, lw=1.5)
             pair.draw_recorded(excess, "excess", pair.name, color, every=EVERY)
         rates.set(title="Learning rate", xlabel="step", ylabel="lr")

@@ -12,6 +12,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import nvrtc
 import pytest
 import seam
 import torch
@@ -97,6 +98,23 @@ def test_a_step_compiles_what_it_needs_and_nothing_else(driver, kernels):
     fusedopt.SGD([opt.param_groups[0]["params"][0]], lr=0.1).step()
     assert compilations() == 2
     assert stand_in().library.stand_in_contexts() == 0
+
+
+@pytest.mark.parametrize("compiler", nvrtc.compilers(), ids=str)
+def test_a_real_compiler(compiler, driver, kernels):
+    """Takes the sources and options of the product, and what it makes is loaded and kept."""
+    driver.compile_with(compiler.path)
+    try:
+        in_a_new_process(kernels)
+        assert_right(adam())
+        (kernel,) = cached()
+        assert b"\x7fELF" in kernel.read_bytes()
+        in_a_new_process(kernels)
+        before = compilations()
+        assert_right(adam())
+        assert compilations() == before
+    finally:
+        driver.compile_with("")
 
 
 def test_the_locale_of_the_thread_stays(driver, kernels):

@@ -29,6 +29,7 @@ from cases import (
 )
 
 import fusedopt
+from bench import published_lion
 from rules import SHAPES
 
 
@@ -205,3 +206,14 @@ def test_step_leaves_gradients_alone(case, backend):
     assert [p.grad._version for p in params] == versions
     buffers = [v for s in states(opt, params) for v in s.values()]
     assert not {b.data_ptr() for b in buffers} & {p.grad.data_ptr() for p in params}
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_lion_as_the_benchmarks_have_it(foreach):
+    """What they compare with computes the same."""
+    values, grads = draw([(3,), (4, 5)], 5, torch.float64)
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    expected, _ = train(published_lion.Lion, values, grads, foreach=foreach, **options)
+    params, _ = train(fusedopt.Lion, values, grads, **options)
+    for param, exact in zip(params, expected, strict=True):
+        assert_near(param, exact)
