@@ -104,7 +104,8 @@ class Training(RuleBasedStateMachine):
     def zero_grad(self, to_none):
         for p in self.run.params:
             if not to_none and p.grad is not None and not p.grad.is_sparse:
-                p.grad = with_memory(p.grad)  # torch writes no ZeroTensor
+                # torch writes neither what has no memory nor one element in two places.
+                p.grad = with_memory(p.grad).clone()
         present = [p.grad is not None for p in self.run.params]
         self.run.ours.zero_grad(set_to_none=to_none)
         for p, was in zip(self.run.params, present, strict=True):

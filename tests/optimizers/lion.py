@@ -6,7 +6,11 @@ from . import UNIT, Slot, Table
 
 
 class Lion(torch.optim.Optimizer):
-    """Program 1 of arXiv:2302.06675, by torch's operators in its order; and l1 beside the decay."""
+    """Program 1 of arXiv:2302.06675, by torch's operators in its order; and l1 beside the decay.
+
+    ``sign_margin`` of a parameter says how near to zero a sign was taken, as a share of what it was
+    taken of: where roundings decide a sign, an error is no measure (``cases.assert_near``).
+    """
 
     def __init__(
         self,
@@ -53,13 +57,17 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
+                whole, state = p, self.state[p]
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(p)
                 m, g = state["exp_avg"], -p.grad if group["maximize"] else p.grad
                 if p.is_complex():
                     p, m, g = map(torch.view_as_real, (p, m, g))
-                direction = (beta1 * m + (1 - beta1) * g).sign()
+                kept, new = beta1 * m, (1 - beta1) * g
+                direction = (kept + new).sign()
+                margin = ((kept + new).abs() / (kept.abs() + new.abs())).nan_to_num(1.0)
+                before = getattr(whole, "sign_margin", margin)
+                whole.sign_margin = margin.minimum(before if before.shape == p.shape else margin)
                 if group["weight_decay"]:  # zero times infinity is no number
                     p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(lr * direction)
