@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from itertools import product
 
 import pytest
@@ -44,11 +45,13 @@ def placed(layout, values):
     ids=str,
 )
 def test_every_layout_with_every_gradient_layout(case, dtype, backend):
-    """All pairs are parameters of one optimizer, in several shapes."""
+    """All pairs are parameters of one optimizer, in several shapes, two of them for each pair."""
     shapes = [(3, 4, 5, 2), (4, 1, 3, 5), (1, 1, 1, 1), (2, 0, 3, 1), (2, 17, 3, 3)]
     params, around, truth, what = [], [], [], []
-    for (p_name, p_layout), (g_name, g_layout), shape in product(
-        LAYOUTS.items(), GRAD_LAYOUTS.items(), shapes
+    for (p_name, p_layout), (g_name, g_layout), shape in (
+        (*pair, shape)
+        for pair in product(LAYOUTS.items(), GRAD_LAYOUTS.items())
+        for shape in random.sample(shapes, 2)
     ):
         values, ((first,), (second,)) = draw([shape], 2, torch.float32)
         values, first, second = (
@@ -104,7 +107,7 @@ def _room(counts):
 def test_every_count_at_every_misalignment(case, dtype, backend):
     """Against one long parameter, with sentinels around each short one, and around its state,
     whose alignment differs from the parameter's."""
-    shifts = [1] if backend == "python" else range(16)
+    shifts = [1] if backend == "python" else random.sample(range(16), 6)
     keys = [key for key in _state_keys(case) if key not in SCALARS]
     params, grads, flat, truth, gaps = [], [], [], [], []
     for shift in shifts:
