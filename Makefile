@@ -10,9 +10,11 @@ IN_ENV := $(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sy
 ENV := $(or $(IN_ENV),.venv)
 PY := $(ENV)/bin/python
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2
+# Compiling all of torch's Python files would take 11 of 20 seconds; those in use are when imported.
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2 --no-compile
 # timm wants a torchvision, of which the index has only builds for CUDA. In a folder of its own, where
 # a test takes it from, it cannot break other packages beside a torch without CUDA.
+# INSTALLED-bench, INSTALLED-dev: the native module and the packages of one of pyproject.toml's extras.
 INSTALLED := build/installed$(subst /,-,/$(ENV))
 OFFLINE := echo "make: pip could not fetch everything; going on with what is installed (make clean, then make tries again)" >&2
 
@@ -20,7 +22,7 @@ OFFLINE := echo "make: pip could not fetch everything; going on with what is ins
 NVRTC := nvidia-cuda-nvrtc-cu12==12.1.105 nvidia-cuda-nvrtc-cu12==12.8.93 nvidia-cuda-nvrtc==13.0.88
 
 .PHONY: build on_host test kernels fuzz sanitize bench docs lint sdist wheel clean
-build: $(INSTALLED)
+build: $(INSTALLED)-dev
 
 # The GPU's kernels on the CPU, for tests without a GPU; where there is what a native module needs.
 on_host: build
@@ -59,7 +61,8 @@ fuzz: on_host
 sanitize: build
 	PYTHON=$(PY) tests/native/sanitize.sh $(ARGS)
 
-bench: build
+# For a first look less is installed; where all tools are, that is enough.
+bench: $(firstword $(wildcard $(INSTALLED)-dev) $(INSTALLED)-bench)
 	$(PY) -m bench $(ARGS)
 
 # Into build/site. The variable leaves out what the theme has to say about a later MkDocs.
@@ -91,22 +94,24 @@ clean:
 	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
-	@echo "make: installing into $(ENV)"
+$(INSTALLED)-%: $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@mkdir -p build
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
-	@$(PY) $(HAS_TORCH) || $(PIP) '$(TORCH)'
+	@$(PY) $(HAS_TORCH) || { echo "make: installing $(TORCH) into $(ENV)"; $(PIP) '$(TORCH)'; }
 	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' >build/constraints.txt
 	@$(PIP) -c build/constraints.txt 'setuptools>=77' pybind11 cmake ninja || $(OFFLINE)
+	@echo "make: compiling fusedopt's native module, if it is not: two minutes on two cores"
 	@$(PIP) --no-build-isolation --no-deps --editable .
-	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[dev]' || $(OFFLINE)
-	@$(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -W ignore -c \
+	@echo "make: installing what pyproject.toml names for [$*]"
+	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[$*]' || $(OFFLINE)
+	@[ $* != dev ] || $(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -W ignore -c \
 	  'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*" || $(OFFLINE)
 	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: not all was built, see above"
 	@touch $@
 
 # With a system-wide torch the environment sees that torch, and pip comes from the system too.
 .venv/bin/python:
+	@echo "make: creating .venv"
 	@if $(PYTHON) $(HAS_TORCH); then \
 	  $(PYTHON) -m venv --system-site-packages --without-pip .venv; \
 	elif $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \

@@ -61,7 +61,7 @@ def measure(name: str, mode: str, size: Size, options: argparse.Namespace) -> di
         "state_bytes": size_of(t for state in optimizer.state.values() for t in state.values()),
         "peak_bytes": peak_bytes(device),
         "step_ms": statistics.median(times[len(times) // 2 :]),
-        "busy": others.disturbs(device),
+        **others.seen(device),
         "losses": losses,
     }
 
@@ -120,8 +120,8 @@ def tabulate(results: dict[str, dict[str, Any]]) -> Table:
                 ("yes" if result["same_losses"] else "no") if attached else "",
             )
     table.caption = "Expected gain: all gradients but the largest."
-    if any(result[mode]["busy"] for result in results.values() for mode in MODES):
-        table.caption += "\n" + report.BUSY_NOTE
+    if note := report.busy_note(result[mode] for result in results.values() for mode in MODES):
+        table.caption += f"\n{note}"
     return table
 
 

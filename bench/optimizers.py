@@ -10,14 +10,14 @@ import torch
 import fusedopt
 from bench import published_lion
 
-# By the names of the command line: every class that fusedopt has.
-NAMES = {
+# Those that a benchmark tries unless it is told otherwise, to be done in minutes.
+WIDELY_USED = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
+# By the names of the command line: every class that fusedopt has, those first.
+NAMES = dict.fromkeys(WIDELY_USED, "") | {
     name.lower(): name
     for name in sorted(fusedopt.__all__)
     if inspect.isclass(getattr(fusedopt, name))
 }
-# Those that a benchmark tries unless it is told otherwise, to be done in minutes.
-WIDELY_USED = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 
 
 def stock(name: str) -> type[torch.optim.Optimizer]:

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,21 @@ import torch
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 import fusedopt
 
 matplotlib.use("Agg")
 
-BUSY_NOTE = "? the machine was busy with other work: take the number with care"
+SECONDS_PER_LINE = 10  # of progress in a log
 STOCK_COLOR = "#b8bec9"
 FUSEDOPT_COLOR = "#d1495b"
 OPTIMIZER_COLORS = {
@@ -53,6 +62,7 @@ STYLE = {
 }
 
 console = Console()
+_said: set[str] = set()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -118,8 +128,31 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+class Lines(Progress):
+    """Progress in a log: what goes on now, in a line every few seconds."""
+
+    next_line = 0.0
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        now = time.perf_counter()
+        task = next(task for task in self.tasks if task.id == task_id)
+        if now > self.next_line and not task.finished:
+            console.print(f"  {task.description} {task.completed:.0f}/{task.total:.0f}")
+            self.next_line = now + SECONDS_PER_LINE
+
+
 def progress_bar() -> Progress:
-    """A bar on a terminal; silence in a log, where it would be one line per refresh."""
+    """A bar on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        return Lines(console=console, disable=True)  # disabled is what draws the bar
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -127,7 +160,18 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+    )
+
+
+def busy_note(results: Iterable[dict[str, Any]]) -> str:
+    """What the "?" of busy `results` means: said once in a process, under the first table."""
+    cores = [result["cores_of_others"] for result in results if result["busy"]]
+    if not cores or "busy" in _said:
+        return ""
+    _said.add("busy")
+    return (
+        f"? Other programs took up to {max(cores):.1f} of {os.cpu_count()} cores:"
+        " take these numbers with care,\n  or measure again on a quiet machine"
     )
 
 

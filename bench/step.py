@@ -19,7 +19,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
@@ -35,6 +35,16 @@ from bench.timing import OtherWork, device_ms, pick_device, wall_and_host_ms
 from bench.workloads import FOR_A_GPU, LARGE, WORKLOADS, shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What a first look should show, in this order: the gain where the host's work decides, where the
+# cache does, and where memory does and float32 cannot gain.
+BRIEF = {
+    ("many_small", "fp32"): optimizers.WIDELY_USED,
+    ("mlp_100x10k", "fp32"): ("adam", "sgd", "rmsprop"),
+    ("mlp_100x10k", "bf16"): ("adam",),
+    ("resnet50", "fp32"): ("adam", "sgd"),
+    ("resnet50", "bf16"): ("adam",),
+    ("gpt2_124m", "bf16"): ("adam",),
+}
 DEFAULT_BF16 = {
     "cpu": {"mlp_100x10k": optimizers.WIDELY_USED, "gpt2_124m": ("adam",)},
     "cuda": dict.fromkeys(LARGE, optimizers.WIDELY_USED),
@@ -202,9 +212,9 @@ def measure(model: Model, cell: Cell, options: argparse.Namespace) -> dict[str, 
         contenders.append(floor)
     others = OtherWork()
     take_turns(contenders, model, options.budget)
-    busy = {"busy": others.disturbs(model.device), "cores_of_others": round(others.cores(), 2)}
+    seen = others.seen(model.device)
     moved = model.bytes_per_step(states, options.clip)
-    return summarize(cell, contenders, model, moved) | gpu_summary(contenders, memory) | busy
+    return summarize(cell, contenders, model, moved) | gpu_summary(contenders, memory) | seen
 
 
 def warm_up(contender: Contender, model: Model) -> int | None:
@@ -289,22 +299,31 @@ def gpu_summary(contenders: list[Contender], memory: dict[str, int | None]) -> d
 
 
 def run(cells: list[Cell], options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The results of one workload after the other; its cells of one dtype share a model."""
+    """The results of one workload after the other; its cells of one dtype share a model.
+
+    After `options.seconds` no further cell begins.
+    """
+    deadline = time.perf_counter() + options.seconds
     with report.progress_bar() as progress:
         task = progress.add_task("", total=len(cells))
         for workload, of_workload in groupby(cells, key=lambda cell: cell.workload):
             results = []
             for dtype, of_dtype in groupby(of_workload, key=lambda cell: cell.dtype):
+                if time.perf_counter() > deadline:
+                    break
                 model = Model(workload, DTYPES[dtype], options.device, options.grads == "kept")
                 for cell in of_dtype:
+                    if time.perf_counter() > deadline:
+                        break
                     progress.update(task, description=f"{workload} {dtype} {cell.optimizer}")
                     results.append(measure(model, cell, options))
                     progress.advance(task)
                 del model  # two of them would not fit beside each other
                 if options.device.type == "cuda":
                     torch.cuda.empty_cache()  # what is cached fits the next model badly
-            report.console.print(tabulate(results))
-            yield results
+            if results:
+                report.console.print(tabulate(results))
+                yield results
 
 
 def tabulate(results: list[dict[str, Any]]) -> Table:
@@ -321,10 +340,10 @@ def tabulate(results: list[dict[str, Any]]) -> Table:
         table.add_row(*row(result, modes))
     notes = {
         GPU_NOTE: "device_ms" in first,
-        report.BUSY_NOTE: any(result["busy"] for result in results),
         BF16_SGD_NOTE: any(map(wrong_in_stock, results)),
+        report.busy_note(results): True,
     }
-    table.caption = "\n".join(note for note, applies in notes.items() if applies)
+    table.caption = "\n".join(note for note, applies in notes.items() if applies and note)
     return table
 
 
@@ -361,6 +380,8 @@ def significant(value: float) -> str:
 
 def select_cells(options: argparse.Namespace) -> list[Cell]:
     """All the cells asked for; unless told otherwise, bf16 only where it says something new."""
+    if options.brief:
+        return [Cell(*key, name) for key, names in BRIEF.items() for name in names]
     dtypes = options.dtypes or list(DTYPES)
     names = options.optimizers or list(optimizers.NAMES)
     cells = [Cell(*names) for names in product(options.workloads, dtypes, names)]
@@ -393,7 +414,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip", action="store_true", help="and clip the norm of the gradients")
     parser.add_argument("--grads", choices=("fresh", "kept"), default="fresh")
     parser.add_argument("--budget", type=float, help="seconds per cell; default 1, full 6")
-    parser.add_argument("--full", action="store_true", help="every dtype, larger budget")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="then no cell begins")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--brief", action="store_true", help="the few cells that tell most")
+    amount.add_argument("--full", action="store_true", help="every dtype, larger budget")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench/out"))
@@ -417,9 +441,12 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     setup = {"grads": options.grads, "clip": options.clip, "budget_seconds": options.budget}
     path = options.out / ("step_clip.json" if options.clip else "step.json")
     results: list[dict[str, Any]] = []
-    for of_workload in run(select_cells(options), options):
+    cells = select_cells(options)
+    for of_workload in run(cells, options):
         results += of_workload  # written each time: a run that is cut short keeps what it has
         report.write_json(path, facts, **setup, results=results)
+    if left := [" ".join(astuple(cell)) for cell in cells[len(results) :]]:
+        report.console.print(f"Left out after {options.seconds:.0f} seconds: {', '.join(left)}")
     return [path, *step_plots.draw(results, title, path)]
 
 

@@ -94,7 +94,7 @@ def measure(
         "median_ms": medians,
         "gb_per_second": moved / medians["step"] / 1e6,
         "fraction_of_floor": medians["floor"] / medians["step"] if "floor" in medians else None,
-        "busy": others.disturbs(model.device),
+        **others.seen(model.device),
     }
 
 
@@ -128,6 +128,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                     results.append({"workload": workload, "optimizer": name, **result})
                     table.add_row(*row(result))
                     progress.advance(task)
+                table.caption = report.busy_note(results)
                 report.console.print(table)
     return results
 

@@ -68,10 +68,12 @@ class OtherWork:
         seconds = time.perf_counter() - self.start
         return max(0.0, (_cpu_seconds_of_others() - self.used) / seconds)
 
-    def disturbs(self, device: torch.device) -> bool:
+    def seen(self, device: torch.device) -> dict[str, bool | float]:
         """Whether the host's threads had to share their cores; a GPU is launched by one thread."""
         needed = 1 if device.type == "cuda" else torch.get_num_threads()
-        return self.cores() > (os.cpu_count() or 1) - needed + 0.2
+        cores = self.cores()
+        busy = cores > (os.cpu_count() or 1) - needed + 0.2
+        return {"busy": busy, "cores_of_others": round(cores, 2)}
 
 
 def _cpu_seconds_of_others() -> float:

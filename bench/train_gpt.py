@@ -223,8 +223,7 @@ def compare(options: argparse.Namespace, size: Size, device: torch.device) -> di
                 progress.update(task, advance=len(batches), description=description)
             pair.stock.validate(validation)
             pair.ours.validate(validation)
-            busy = {"busy": others.disturbs(device), "cores_of_others": round(others.cores(), 2)}
-            results[name] = pair.result() | busy
+            results[name] = pair.result() | others.seen(device)
     return results
 
 
@@ -236,8 +235,7 @@ def tabulate_training(results: dict[str, Any]) -> Table:
         speedup = f"{stock['optimizer_ms'] / ours['optimizer_ms']:.2f}x"
         table.add_row(name, *measured(stock))
         table.add_row("", *measured(ours), ("?" if result["busy"] else "") + speedup)
-    if any(result["busy"] for result in results.values()):
-        table.caption = report.BUSY_NOTE
+    table.caption = report.busy_note(results.values())
     return table
 
 
@@ -269,12 +267,13 @@ def tabulate_differences(results: dict[str, Any]) -> Table:
 
 def plot(results: dict[str, Any], title: str, path: Path) -> Path:
     with pyplot.rc_context(report.STYLE):
-        columns = min(3, len(results) + 1)
-        rows = math.ceil((len(results) + 1) / columns)
+        panels = len(results) + 1
+        columns = 2 if panels == 4 else min(3, panels)
+        rows = math.ceil(panels / columns)
         figure = pyplot.figure(figsize=(4 * columns, 3.5 * rows))
         for index, (name, result) in enumerate(results.items(), start=1):
             plot_losses(figure.add_subplot(rows, columns, index), name, result)
-        plot_step_times(figure.add_subplot(rows, columns, len(results) + 1), results)
+        plot_step_times(figure.add_subplot(rows, columns, panels), results)
         figure.suptitle(title, fontsize=9, color="#555555")
         written = report.write_png(path, figure)
         pyplot.close(figure)
