@@ -31,6 +31,7 @@ import fusedopt
 
 matplotlib.use("Agg")
 
+PALE = "pale: on a busy machine"
 SECONDS_PER_LINE = 10  # of progress in a log
 STOCK_COLOR = "#b8bec9"
 FUSEDOPT_COLOR = "#d1495b"
@@ -184,6 +185,11 @@ def table(title: str, *columns: str, text_columns: int = 1) -> Table:
         words = index < text_columns
         result.add_column(column, justify="left" if words else "right", no_wrap=True)
     return result
+
+
+def opacity(result: dict[str, Any]) -> float:
+    """What a busy machine has measured is shown, but pale."""
+    return 0.3 if result["busy"] else 1.0
 
 
 def write_json(path: Path, facts: dict[str, Any], **results: Any) -> Path:

@@ -323,7 +323,7 @@ def run(cells: list[Cell], options: argparse.Namespace) -> Iterator[list[dict[st
                     torch.cuda.empty_cache()  # what is cached fits the next model badly
             if results:
                 report.console.print(tabulate(results))
-                yield results
+            yield results
 
 
 def tabulate(results: list[dict[str, Any]]) -> Table:

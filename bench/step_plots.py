@@ -50,7 +50,7 @@ def plot_speedups(results: Results, title: str) -> Figure:
     axis.set_yscale("log", base=2)
     for result, x, color in grouped_bars(results):
         speedup = result["speedup"]
-        axis.bar(x, speedup - 1, BAR_WIDTH, bottom=1, color=color, alpha=opacity(result))
+        axis.bar(x, speedup - 1, BAR_WIDTH, bottom=1, color=color, alpha=report.opacity(result))
         label(axis, x, max(speedup, 1), f"{speedup:.1f}" if speedup < 9.95 else f"{speedup:.0f}")
     ticks = [2.0**power for power in range(-3, 9)]
     axis.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
@@ -69,7 +69,7 @@ def plot_floor(results: Results, title: str) -> Figure:
     figure, axis = bar_chart(results, title)
     for result, x, color in grouped_bars(results):
         fraction, stock = result["fraction_of_floor"], result["stock_fraction_of_floor"]
-        axis.bar(x, 100 * fraction, BAR_WIDTH, color=color, alpha=opacity(result))
+        axis.bar(x, 100 * fraction, BAR_WIDTH, color=color, alpha=report.opacity(result))
         edges = x - BAR_WIDTH / 2, x + BAR_WIDTH / 2
         axis.hlines(100 * stock, *edges, color="black", linewidth=1.5)
         label(axis, x, 0, f"{100 * fraction:.0f}", offset=-11)
@@ -89,7 +89,7 @@ def plot_host(results: Results, title: str) -> Figure:
     times = [host_us_per_tensor(result) for result in results]
     bottom = 0.5 * min(map(min, times))
     for (result, x, color), (ours, stock) in zip(grouped_bars(results), times, strict=True):
-        axis.bar(x, ours, BAR_WIDTH, color=color, alpha=opacity(result))
+        axis.bar(x, ours, BAR_WIDTH, color=color, alpha=report.opacity(result))
         axis.hlines(stock, x - BAR_WIDTH / 2, x + BAR_WIDTH / 2, color="black", linewidth=1.5)
         label(axis, x, bottom, f"{ours:.2g}" if ours < 10 else f"{ours:.0f}", offset=-11)
     axis.tick_params(axis="x", length=0, pad=13)
@@ -131,11 +131,6 @@ def grouped_bars(results: Results) -> Iterator[tuple[dict[str, Any], float, str]
             yield result, x, report.OPTIMIZER_COLORS[result["optimizer"]]
 
 
-def opacity(result: dict[str, Any]) -> float:
-    """What a busy machine has measured is shown, but pale."""
-    return 0.3 if result["busy"] else 1.0
-
-
 def label(axis: Axes, x: float, y: float, text: str, offset: int = 2) -> None:
     axis.annotate(
         text, (x, y), (0, offset), textcoords="offset points", ha="center", va="bottom", fontsize=7
@@ -147,7 +142,7 @@ def legend(figure: Figure, results: Results, *more: Artist) -> None:
     patches = [Patch(color=report.OPTIMIZER_COLORS[n], label=optimizers.NAMES[n]) for n in names]
     handles = [*patches, *more]
     if any(result["busy"] for result in results):
-        handles.append(Patch(color="#cccccc", label="pale: on a busy machine"))
+        handles.append(Patch(color="#cccccc", label=report.PALE))
     columns = len(handles) if len(handles) <= 6 else 4
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 

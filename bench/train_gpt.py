@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
@@ -294,7 +295,9 @@ def plot_step_times(axis: Axes, results: dict[str, Any]) -> None:
     for index, (side, color) in enumerate(colors.items()):
         times = [result[side]["optimizer_ms"] for result in results.values()]
         rows = [row + (index - 0.5) * height for row in range(len(times))]
-        bars = axis.barh(rows, times, height, color=color, label=side)
+        bars = axis.barh(rows, times, height, color=color)
+        for bar, result in zip(bars, results.values(), strict=True):
+            bar.set_alpha(report.opacity(result))
         axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     labels = [f"{optimizers.NAMES[n]}\n({r['stock']['mode']})" for n, r in results.items()]
     axis.set_yticks(range(len(results)), labels)
@@ -302,7 +305,10 @@ def plot_step_times(axis: Axes, results: dict[str, Any]) -> None:
     axis.margins(x=0.15)
     axis.grid(axis="y", visible=False)
     axis.set(title="Optimizer step", xlabel="milliseconds per step, median")
-    axis.legend(loc="lower right")
+    handles = [Patch(color=color, label=side) for side, color in colors.items()]
+    if any(result["busy"] for result in results.values()):
+        handles.append(Patch(color="#cccccc", label=report.PALE))
+    axis.legend(handles=handles)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
