@@ -170,10 +170,8 @@ def busy_note(results: Iterable[dict[str, Any]]) -> str:
     if not cores or "busy" in _said:
         return ""
     _said.add("busy")
-    return (
-        f"? Other programs took up to {max(cores):.1f} of {os.cpu_count()} cores:"
-        " take these numbers with care,\n  or measure again on a quiet machine"
-    )
+    others = f"other programs took up to {max(cores):.1f} of {os.cpu_count()} cores"
+    return f"? {others}:\n  take these numbers with care"
 
 
 def table(title: str, *columns: str, text_columns: int = 1) -> Table:

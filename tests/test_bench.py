@@ -1,4 +1,4 @@
-"""What `make bench` says: the most telling first, what it leaves out, once that it was disturbed."""
+"""`make bench` begins with what tells most and says what it leaves out and that it was disturbed."""
 
 import importlib
 import importlib.util
@@ -38,6 +38,6 @@ def test_a_log_gets_lines_and_one_word_about_other_programs(step, capsys, tmp_pa
     printed = capsys.readouterr().out
     assert "  many_small fp32 adam 0/2\n" in printed
     assert "  mlp_100x10k fp32 adam 1/2\n" in printed
-    assert printed.count("Other programs took up to 1.3 of") == 1
+    assert printed.count("? other programs took up to 1.3 of") == 1
     assert printed.count("?") == 3  # a mark in each table, and what it means
     assert "\r" not in printed and "\x1b" not in printed
