@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     torch.set_float32_matmul_precision("high")
     facts = report.environment(device)
     title = f"Character GPT on {report.headline(facts)}"
-    report.console.print(f"{title}: stock and fusedopt, {options.steps} steps each")
+    report.console.print(f"{title}: stock and fusedopt, up to {options.steps} steps each")
     results = compare(options, size, device)
     report.console.print(tabulate_training(results), tabulate_differences(results))
     setup = {"size": asdict(size), "steps": options.steps, "seed": options.seed}

@@ -1,4 +1,4 @@
-"""`make bench` begins with what tells most and says what it leaves out and that it was disturbed."""
+"""`make bench` begins with what tells most, and says what it left out and what disturbed it."""
 
 import importlib
 import importlib.util
