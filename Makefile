@@ -100,7 +100,7 @@ $(INSTALLED)-%: $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@$(PY) $(HAS_TORCH) || { echo "make: installing $(TORCH) into $(ENV)"; $(PIP) '$(TORCH)'; }
 	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' >build/constraints.txt
 	@$(PIP) -c build/constraints.txt 'setuptools>=77' pybind11 cmake ninja || $(OFFLINE)
-	@echo "make: compiling fusedopt's native module, if it is not: two minutes on two cores"
+	@echo "make: compiling what has changed of the native module (all of it: two minutes on two cores)"
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@echo "make: installing what pyproject.toml names for [$*]"
 	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[$*]' || $(OFFLINE)

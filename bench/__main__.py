@@ -1,7 +1,7 @@
 """Compares with torch.optim on this machine: step times, then the training of a small GPT.
 
-In two minutes; what does not fit in this time is left out and named. With --full every optimizer,
-dtype and workload, in an hour.
+What does not fit in two minutes is left out and named. With --full every optimizer, dtype and
+workload, in half an hour or more.
 """
 
 from __future__ import annotations
