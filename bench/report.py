@@ -171,7 +171,7 @@ def busy_note(results: Iterable[dict[str, Any]]) -> str:
         return ""
     _said.add("busy")
     others = f"other programs took up to {max(cores):.1f} of {os.cpu_count()} cores"
-    return f"? {others}:\n  take these numbers with care"
+    return f"? {others}:\n  do not rely on these numbers"
 
 
 def table(title: str, *columns: str, text_columns: int = 1) -> Table:

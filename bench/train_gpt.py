@@ -308,7 +308,10 @@ def plot_step_times(axis: Axes, results: dict[str, Any]) -> None:
     handles = [Patch(color=color, label=side) for side, color in colors.items()]
     if any(result["busy"] for result in results.values()):
         handles.append(Patch(color="#cccccc", label=report.PALE))
-    axis.legend(handles=handles)
+    # Beside the bars there is no place: they may fill the panel.
+    axis.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(handles)
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
