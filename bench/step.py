@@ -380,11 +380,12 @@ def significant(value: float) -> str:
 
 def select_cells(options: argparse.Namespace) -> list[Cell]:
     """All the cells asked for; unless told otherwise, bf16 only where it says something new."""
-    if options.brief:
-        return [Cell(*key, name) for key, names in BRIEF.items() for name in names]
     dtypes = options.dtypes or list(DTYPES)
     names = options.optimizers or list(optimizers.NAMES)
     cells = [Cell(*names) for names in product(options.workloads, dtypes, names)]
+    if options.brief:
+        brief = [Cell(*key, name) for key, names in BRIEF.items() for name in names]
+        return [cell for cell in brief if cell in cells]
     if not (options.full or options.optimizers):
         common = optimizers.WIDELY_USED
         cells = [c for c in cells if c.workload == "many_small" or c.optimizer in common]
