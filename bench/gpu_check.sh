@@ -144,7 +144,7 @@ step info $INFO env FUSEDOPT_BACKEND=native "$python" -m fusedopt.info
 
 # --- tests on the GPU --------------------------------------------------------------------------
 pytest=("$python" -m pytest -q -p no:cacheprovider)
-step cuda-tests $CUDA_TESTS "${pytest[@]}" --maxfail=10 --durations=10 tests/test_cuda.py
+step cuda-tests $CUDA_TESTS "${pytest[@]}" --maxfail=10 --durations=10 tests/on_gpu
 
 # --- figures -----------------------------------------------------------------------------------
 if [[ $dry == 1 ]]; then
@@ -189,7 +189,7 @@ sanitize() {
   else
     step "$tool" $SANITIZER env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all "$@" \
-      "${pytest[@]}" -x -k sanitize tests/test_cuda.py
+      "${pytest[@]}" -x -k sanitize tests/on_gpu
   fi
 }
 sanitize memcheck --report-api-errors no
@@ -200,7 +200,7 @@ sanitize initcheck
 # But for what runs the kernels on the CPU, several processes or other packages: no GPU needed.
 others=()
 for file in tests/test_*.py tests/*/test_*.py; do
-  if [[ $file == */test_cuda.py || $file == */test_kernels.py ]] ||
+  if [[ $file == tests/on_gpu/* || $file == */test_kernels.py ]] ||
     [[ $file == tests/distributed/* || $file == tests/interop/* ]]; then
     continue
   elif grep -qE '^(from|import) hypothesis' "$file" && ! has hypothesis; then

@@ -1,5 +1,9 @@
 """The kernels' compiled code in the place of their bodies: what the module for tests launches is
-run by the machine in ptx/, on the PTX that NVRTC makes of them."""
+run by the machine in ptx/, on the PTX that NVRTC makes of the sources in the module, with barriers,
+shared memory, shuffles, tickets, bounds and alignment. It gives the bits of the CPU path. What is
+left for a GPU: from PTX to machine code, the order of memory, the driver.
+
+``make kernels`` also runs all tests of the kernels in this way."""
 
 from __future__ import annotations
 
