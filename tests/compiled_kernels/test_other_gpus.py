@@ -1,11 +1,13 @@
-"""Other compilers, and other GPUs."""
+"""Other compilers, other GPUs, and older drivers."""
 
 from __future__ import annotations
 
 import nvrtc
 import pytest
+import seam
 from conftest import stand_in
-from test_kernels import params_of
+from ptx.launch import Launcher
+from test_kernels import BLOCK, params_of
 
 import compiled_kernels
 import fusedopt
@@ -35,3 +37,34 @@ def test_what_another_compiler_makes_for_another_gpu(version, gpu, kernels):
         return steps(fusedopt.Adam(params, lr=0.1, **more), params)
 
     compare(compiled, otherwise)
+
+
+@pytest.fixture
+def small_tables(kernels, compiler, monkeypatch, tmp_path):
+    """As for a driver older than CUDA 12.1: 4,096 bytes of arguments."""
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path))
+    stand_in().set(driver_version=12000)
+    seam.use_driver(kernels, stand_in().path)
+    yield compiled_kernels.CompiledKernels(
+        kernels, stand_in(), compiler, Launcher(races=True), argument_bytes=4096
+    )
+    stand_in().reset()
+    seam.use_driver(kernels, stand_in().path)
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+def test_tables_of_an_older_driver(capturable, small_tables):
+    """Several for the norm, and several for the step."""
+    begin = small_tables.module.num_launches()
+
+    def run(on_kernels):
+        params = params_of([*(n % 7 for n in range(200)), BLOCK + 70], F32)
+        more = {"capturable": capturable and on_kernels}
+        return steps(fusedopt.Adam(params, lr=0.1, max_grad_norm=0.5, **more), params)
+
+    compare(small_tables, run)
+    for kernel in ("fusedopt_AdamUpdate_float_false", "fusedopt_grad_norm"):
+        (table,) = small_tables.code(kernel).functions[kernel].params.values()
+        assert 4000 < table.size <= 4096
+    launches = small_tables.module.num_launches() - begin
+    assert launches > 2 * 2 * 2 * 2  # twice the norm and the step, twice, each of several tables

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import resource
 import threading
 from pathlib import Path
 
@@ -81,6 +83,29 @@ def test_a_folder_that_cannot_be_used(folder, driver, kernels, tmp_path, monkeyp
     assert compilations() == 2 and not recwarn.list
     assert not place.is_dir() or not [*place.iterdir()]
     assert "not kept" in kernels.describe_cache() and str(place) in kernels.describe_cache()
+
+
+def test_no_space(driver, kernels, caplog):
+    """The kernel is in memory, and what took long says that it will again, and why."""
+    caplog.set_level("INFO", "fusedopt")
+    driver.set(compile_ms=1100)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as Python has it, no signal comes
+    try:
+        opt = adam()
+        opt.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    folder = os.environ["FUSEDOPT_CACHE_DIR"]
+    assert re.search(r"compiled 1 kernel in \d\.\d s, not kept: ", caplog.text)
+    why = f"{folder} cannot be written: File too large: make room, or name another folder"
+    assert why in caplog.text
+    assert [*Path(folder).iterdir()] == []
+    driver.set(compile_ms=0)
+    assert_right(opt)
+    in_a_new_process(kernels)
+    assert_right(adam())
+    assert compilations() == 2 and len(cached()) == 1
 
 
 def test_where_the_cache_is(driver, kernels, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import stand_in
+from conftest import SEED, stand_in
 
 import fusedopt
 from device import ADAM, adam, assert_refused, assert_right, compilations, launches_of
@@ -62,6 +62,67 @@ def test_a_launch_that_fails_changes_nothing(driver, kernels):
     driver.fail("cuLaunchKernel", 0)
     opt.step()
     assert opt.state[params[0]]["step"] == before[1] + 1
+
+
+@pytest.mark.parametrize("known", ["nothing", "some entries"])
+def test_a_first_step_that_fails_changes_nothing(known, driver, kernels):
+    """There is no state that makes the next step the second: with dampening that would show."""
+
+    def made():
+        torch.manual_seed(SEED)
+        p = torch.randn(5).requires_grad_()
+        p.grad = torch.randn(5)
+        opt = fusedopt.SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+        if known != "nothing":
+            opt.state[p] = {"note": "kept"}
+        return p, opt
+
+    other, expected = made()
+    for _ in range(2):
+        expected.step()
+    p, opt = made()
+    before, state = p.detach().clone(), {q: dict(entries) for q, entries in opt.state.items()}
+    own = opt.state.get(p)
+    driver.fail("cuLaunchKernel", 719)
+    with pytest.raises(RuntimeError, match="launching"):
+        opt.step()
+    assert torch.equal(p, before) and opt.state == state and opt.state.get(p) is own
+    driver.fail("cuLaunchKernel", 0)
+    for _ in range(2):
+        opt.step()
+    assert torch.equal(p, other)
+
+
+def test_what_the_python_rule_did_before_goes_back(driver, kernels):
+    params = [torch.randn(5).requires_grad_(), torch.randn(5, dtype=torch.complex64)]
+    params[1].requires_grad_()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    opt = fusedopt.SGD(params, lr=0.1, momentum=0.9)
+    opt.step()
+    before = [
+        p.detach().clone() for p in (*params, *(e["momentum_buffer"] for e in opt.state.values()))
+    ]
+    driver.fail("cuLaunchKernel", 719)
+    with pytest.raises(RuntimeError, match="launching"):
+        opt.step()
+    after = [*params, *(entries["momentum_buffer"] for entries in opt.state.values())]
+    assert all(map(torch.equal, after, before))
+    driver.fail("cuLaunchKernel", 0)
+    opt.step()
+    assert not any(map(torch.equal, after, before))
+
+
+def test_a_launch_that_fails_behind_another_says_so(driver, kernels):
+    """Each table is a launch, and nobody takes a launch back."""
+    params = [torch.randn(3).requires_grad_() for _ in range(3000)]
+    for p in params:
+        p.grad = torch.randn(3)
+    opt = fusedopt.SGD(params, lr=0.1)
+    opt.step()
+    driver.fail("cuLaunchKernel", 719, after=2)
+    with pytest.raises(RuntimeError, match="719.*; 2 of this step's launches .* load a checkpoint"):
+        opt.step()
 
 
 def test_a_norm_that_fails_half_way_is_right_the_next_time(driver, kernels):
