@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+import seam
 import torch
 from cases import draw, leaf, richest, snapshot
 
+import fusedopt
 from on_gpu import (
     DEVICE,
     HOST,
@@ -166,6 +170,26 @@ def test_new_gradients_and_no_waiting(case):
                 opt.step()
                 norm = opt.grad_norm
         assert (norm is not None) == ("max_grad_norm" in more)
+
+
+def test_counts_outlive_their_optimizer():
+    """What a kernel counts in is not given to others before it has run."""
+    values, grads = draw([(1000,), (33,)], 2)
+    params, opt = train_on(DEVICE, fusedopt.Adam, values, grads[:1], capturable=True, lr=0.1)
+    set_grads(params, grads[1])
+    (tickets,) = seam.tickets(opt)
+    size, dtype = tickets.numel(), tickets.dtype
+    del tickets
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(LONG)
+        opt.step()
+    del opt
+    gc.collect()
+    others = [torch.full((size,), 7.0, dtype=dtype, device=DEVICE) for _ in range(20)]
+    torch.cuda.synchronize()
+    assert all((other == 7).all() for other in others)
+    assert_all_near(params, train_on(HOST, fusedopt.Adam, values, grads, lr=0.1)[0])
 
 
 # Devices --------------------------------------------------------------------------------------
