@@ -12,13 +12,16 @@ from . import __version__, backend
 
 def _gpus(native: Any) -> list[str]:
     """What runs on each GPU, or why nothing does. Uses none of them."""
-    if not torch.cuda.is_available():
-        return [f"cuda:    {native.device_problem(0) or 'this torch cannot use the GPUs'}"]
     lines = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         problem = native.device_problem(index)
         lines.append(f"cuda:{index}:  {problem or native.describe_device(index)}")
-    return [*lines, f"kernels: {native.describe_cache()}"]
+    if not lines:
+        lines.append(f"cuda:    {native.device_problem(0) or 'this torch cannot use the GPUs'}")
+    if torch.version.cuda is not None:
+        when = "compiled when a step on a GPU first needs them"
+        lines.append(f"kernels: {when}, {native.describe_cache()}")
+    return lines
 
 
 def report() -> str:

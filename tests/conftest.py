@@ -121,6 +121,10 @@ class StandIn:
         for name, value in settings.items():
             self.library.stand_in_set(name.encode(), ctypes.c_long(value))
 
+    def name(self, model: str) -> None:
+        """What the GPUs are."""
+        self.library.stand_in_name(model.encode())
+
     def fail(self, function: str, result: int, after: int = 0) -> None:
         """The calls after so many fail with this; 0: no longer."""
         self.library.stand_in_fail(function.encode(), result, after)

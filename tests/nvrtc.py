@@ -91,9 +91,15 @@ class Nvrtc:
         finally:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
-    def ptx(self, module: Any, kernel: str, architecture: int = 90) -> str:
+    def ptx(
+        self,
+        module: Any,
+        kernel: str,
+        architecture: int = 90,
+        argument_bytes: int = ARGUMENT_BYTES,
+    ) -> str:
         """Of a kernel of fusedopt's native module."""
-        options = module.kernel_options(f"compute_{architecture}", ARGUMENT_BYTES)
+        options = module.kernel_options(f"compute_{architecture}", argument_bytes)
         text = self._compile(module.kernel_source(kernel), options, "PTX")
         return text.rstrip(b"\0").decode()
 

@@ -171,6 +171,11 @@ def use_driver(module: Any, library: str, problem: str = "") -> None:
     forget_gpu_problems()
 
 
+def gpu_library() -> tuple[str, str]:
+    """That with which torch brings NVRTC and the driver, or why there is none."""
+    return fusedopt.backend._gpu_library()
+
+
 def forget_gpu_problems() -> None:
     """Whether a GPU can run the kernels is asked again, and said again."""
     fusedopt.backend._problem.cache_clear()

@@ -12,6 +12,7 @@ from typing import Any
 
 import compiled_kernels
 import nvrtc
+from ptx.tables import rule_of
 
 # Two blocks of 256 threads on a multiprocessor.
 MOST_REGISTERS = 128
@@ -59,6 +60,34 @@ def test_memory_moves_16_bytes_at_a_time(kernels):
     for kernel in kernels.kernels():
         found = set(SIXTEEN_BYTES.findall(compiled_kernels.ptx_of(compiler, kernels, kernel)))
         assert found == ({"ld"} if kernel.endswith("grad_norm") else {"ld", "st"}), kernel
+
+
+FENCE = r"(?:membar\.gl|fence\.(?:sc|acq_rel)\.gpu)"
+TICKET = re.compile(
+    rf"{FENCE};\s+atom\.global\.inc\.u32\s+(%r\d+), \[%rd\d+\], (%r\d+);"  # released before it
+    r"\s+setp\.(ne|eq)\.s32\s+(%p\d+), \1, \2;"
+    rf"\s+@(!?)\4\s+bra\s+\S+;\s+{FENCE};"  # and who has the last one acquires
+)
+
+
+def test_who_gets_the_last_ticket_sees_what_others_did(kernels):
+    """The machine in ptx/ knows no weak order of memory: that the fences are there is read."""
+    compiler = compiled_kernels.require_compiler()
+    counts = {}
+    for kernel in kernels.kernels():
+        text = compiled_kernels.ptx_of(compiler, kernels, kernel)
+        counts[kernel] = len(re.findall(r"\batom\.", text))
+        fenced = TICKET.findall(text)
+        assert len(fenced) == counts[kernel], kernel
+        assert all((compares == "ne") == (negated == "") for _, _, compares, _, negated in fenced)
+    # Where nothing is counted on the device, nobody takes one.
+    countless = {kernel for kernel, count in counts.items() if count == 0}
+    rules = kernels.rules()
+    assert countless == {
+        kernel
+        for kernel in counts
+        if (rule := rule_of(kernel)) and not rules[rule]["scalars"] and "_stored" not in kernel
+    }
 
 
 def test_what_is_read_from_machine_code(kernels):

@@ -40,7 +40,7 @@ Access access_of(const TensorTask& task, const SlotDtypes& dtypes, void* const* 
 // Launches the tensors of the step that get `kernel`, with coefficients that are prepared here or on
 // the device; as many per launch as one table holds.
 void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, std::size_t bytes,
-                std::uint32_t* tickets, const Gpu& gpu) {
+                std::uint32_t* tickets, const Gpu& gpu, int* num_launches) {
   const int num_scalars = on_device ? kernel.num_scalars : 0;
   const bool needs_tickets =
       num_scalars != 0 || !kernel.is_plain;  // which may count what it rounds with
@@ -54,6 +54,7 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
     table.on_device = on_device;
     table.tickets = needs_tickets ? tickets : nullptr;
     gpu.launch(kernel, table);
+    ++*num_launches;
     index.assign(index.size(), -1);
   };
   for (const TensorTask& task : step.tasks) {
@@ -82,7 +83,8 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
 
 }  // namespace
 
-void apply_gpu(const Step& step, int device, void* stream, std::uint32_t* tickets) {
+void apply_gpu(const Step& step, int device, void* stream, std::uint32_t* tickets,
+               int* num_launches) {
   const Gpu gpu(device, stream);
   // One launch, or more if there are several kernels among the updates, of which there may be one
   // for each tensor.
@@ -91,7 +93,8 @@ void apply_gpu(const Step& step, int device, void* stream, std::uint32_t* ticket
     const std::pair<const DeviceKernel*, bool> kernel{update.device_kernel, update.on_device};
     if (std::find(launched.begin(), launched.end(), kernel) != launched.end()) continue;
     launched.push_back(kernel);
-    launch_all(step, *update.device_kernel, update.on_device, update.num_bytes, tickets, gpu);
+    launch_all(step, *update.device_kernel, update.on_device, update.num_bytes, tickets, gpu,
+               num_launches);
   }
 }
 

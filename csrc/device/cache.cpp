@@ -99,27 +99,25 @@ std::optional<std::string> Cache::read(const std::string& name, const std::strin
   return content;
 }
 
-bool Cache::write(const std::string& name, const std::string& key,
-                  const std::string& content) const {
-  if (!problem_.empty()) return false;
+std::string Cache::write(const std::string& name, const std::string& key,
+                         const std::string& content) const {
+  if (!problem_.empty()) return problem_;
   static std::atomic<unsigned> written{0};
   const std::string path = path_of(name, key);
   const std::string part =
       path + "." + std::to_string(getpid()) + "." + std::to_string(written++) + ".part";
-  {
-    std::ofstream file(part, std::ios::binary);
-    file << header_of(key, content) << key << content;
-    file.close();
-    if (!file) {
-      std::remove(part.c_str());
-      return false;
-    }
+  errno = 0;
+  std::ofstream file(part, std::ios::binary);
+  file << header_of(key, content) << key << content;
+  file.close();
+  if (file && chmod(part.c_str(), S_IRUSR | S_IWUSR) == 0 &&
+      std::rename(part.c_str(), path.c_str()) == 0) {
+    return "";
   }
-  if (chmod(part.c_str(), S_IRUSR | S_IWUSR) == 0 && std::rename(part.c_str(), path.c_str()) == 0) {
-    return true;
-  }
+  const std::string why = std::strerror(errno);
   std::remove(part.c_str());
-  return false;
+  return folder_ + " cannot be written: " + why +
+         ": make room, or name another folder with FUSEDOPT_CACHE_DIR";
 }
 
 }  // namespace fusedopt

@@ -19,8 +19,9 @@ class Cache {
 
   // `key` is all that the content depends on. The name says what it is to who looks into the folder.
   std::optional<std::string> read(const std::string& name, const std::string& key) const;
-  // Whether it was written.
-  bool write(const std::string& name, const std::string& key, const std::string& content) const;
+  // Why it was not written; empty if it was.
+  std::string write(const std::string& name, const std::string& key,
+                    const std::string& content) const;
 
  private:
   std::string path_of(const std::string& name, const std::string& key) const;

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kOldestDriver = 12000;  // R525
 constexpr int kOldestNvrtc = 12000;
+constexpr char kNoDriver[] = "there is no NVIDIA driver, install it to use a GPU: ";
 
 struct Library {
   std::mutex mutex;
@@ -45,7 +46,9 @@ void open_builtins(const Driver& driver) {
 void load(const std::string& path, Driver* driver) {
   void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
-    throw DeviceProblem(std::string("torch's NVRTC and the driver cannot be loaded: ") + dlerror());
+    const std::string why = dlerror();
+    if (why.find("libcuda.so") != std::string::npos) throw DeviceProblem(kNoDriver + why);
+    throw DeviceProblem("torch's NVRTC and the driver cannot be loaded: " + why);
   }
   const auto find = [&](const char* symbol) {
     void* const found = dlsym(handle, symbol);
@@ -67,6 +70,9 @@ void load(const std::string& path, Driver* driver) {
                         version_name(kOldestNvrtc) + ": update torch");
   }
   driver->check(driver->driver_version(&driver->version), "asking the driver for its version");
+  if (driver->version == 0) {
+    throw DeviceProblem(kNoDriver + std::string("its library is here, and knows no version"));
+  }
   if (driver->version < kOldestDriver) {
     throw DeviceProblem("this driver knows CUDA " + version_name(driver->version) +
                         ", fusedopt needs " + version_name(kOldestDriver) + ": update the driver");

@@ -45,6 +45,9 @@ class Loader {
         source_(kernel_source(kernel)),
         key_(device_.compilation.key(source_)) {}
 
+  // Why what was compiled is not kept; empty if it is.
+  const std::string& unkept() const { return unkept_; }
+
   // Throws DeviceProblem. True if it was compiled.
   bool load() {
     const Gpu gpu(index_, nullptr);
@@ -61,10 +64,27 @@ class Loader {
                             ", not what NVRTC makes for others: update the driver, or torch");
       }
       driver_.check(result, "loading it");
-      cache_.write(kernel_.name, key_, *binary);
+      unkept_ = cache_.write(kernel_.name, key_, *binary);
     }
-    prove();
     return !was_kept;
+  }
+
+  // Throws DeviceProblem if it does not pass.
+  void prove(SelfTest setting) const {
+    if (setting == SelfTest::kNever) return;
+    const std::string name = kernel_.name + "-verdict";
+    const std::string key =
+        device_.model + ", driver " + version_name(driver_.version) + "\n" + key_;
+    std::optional<std::string> verdict;
+    if (setting == SelfTest::kOnce) verdict = cache_.read(name, key);
+    if (!verdict) {
+      const Gpu gpu(index_, nullptr);
+      const RelaxedCapture relaxed(driver_);
+      const std::string difference = self_test(kernel_, index_);
+      verdict = difference.empty() ? kPassed : difference;
+      cache_.write(name, key, *verdict);
+    }
+    if (*verdict != kPassed) throw DeviceProblem(*verdict);
   }
 
  private:
@@ -86,33 +106,28 @@ class Loader {
     return 0;
   }
 
-  void prove() const {
-    const SelfTest setting = self_test_setting();
-    if (setting == SelfTest::kNever) return;
-    const std::string name = kernel_.name + "-verdict";
-    const std::string key =
-        device_.model + ", driver " + version_name(driver_.version) + "\n" + key_;
-    std::optional<std::string> verdict;
-    if (setting == SelfTest::kOnce) verdict = cache_.read(name, key);
-    if (!verdict) {
-      const std::string difference = self_test(kernel_, index_);
-      verdict = difference.empty() ? kPassed : difference;
-      cache_.write(name, key, *verdict);
-    }
-    if (*verdict != kPassed) throw DeviceProblem(*verdict);
-  }
-
   const DeviceKernel& kernel_;
   const int index_;
   const Driver& driver_;
   const Device& device_;
   const std::string source_, key_;
   const Cache cache_;
+  std::string unkept_;
 };
 
-std::string seconds(double count) {
+class Stopwatch {
+ public:
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+std::string in_tenths(double number) {
   char text[32];
-  std::snprintf(text, sizeof(text), "%.1f", count);
+  std::snprintf(text, sizeof(text), "%.1f", number);
   return text;
 }
 
@@ -123,12 +138,16 @@ LoadReport load_kernels(const NeededKernels& needed) {
   const std::lock_guard<std::mutex> lock(*mutex);
   LoadReport report;
   int compiled = 0;
-  const auto start = std::chrono::steady_clock::now();
+  std::string unkept;
+  const Stopwatch watch;
   for (const auto& [kernel, device] : needed) {
     if (kernel_state(*kernel, device) != KernelState::kUnknown)
       continue;  // another thread was here
     try {
-      compiled += Loader(*kernel, device).load();
+      Loader loader(*kernel, device);
+      compiled += loader.load();
+      if (!loader.unkept().empty()) unkept = loader.unkept();
+      loader.prove(self_test_setting());
       set_state(*kernel, device, KernelState::kReady);
     } catch (const DeviceProblem& problem) {
       set_state(*kernel, device, KernelState::kRefused);
@@ -136,11 +155,28 @@ LoadReport load_kernels(const NeededKernels& needed) {
                                std::to_string(device) + ": " + problem.what());
     }
   }
-  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-  if (compiled > 0 && taken.count() >= kSlowSeconds) {
+  const double taken = watch.seconds();
+  if (compiled > 0 && taken >= kSlowSeconds) {
     report.slow = "compiled " + std::to_string(compiled) +
-                  (compiled == 1 ? " kernel" : " kernels") + " in " + seconds(taken.count()) +
-                  " s, " + describe_cache();
+                  (compiled == 1 ? " kernel" : " kernels") + " in " + in_tenths(taken) + " s, " +
+                  (unkept.empty() ? describe_cache() : "not kept: " + unkept);
+  }
+  return report;
+}
+
+TrialReport try_out(const DeviceKernel& kernel, int device) {
+  TrialReport report;
+  try {
+    Loader loader(kernel, device);
+    const Stopwatch compilation;
+    if (loader.load()) report.compile_seconds = compilation.seconds();
+    const Stopwatch trial;
+    loader.prove(SelfTest::kAlways);
+    report.trial_seconds = trial.seconds();
+    set_state(kernel, device, KernelState::kReady);
+  } catch (const DeviceProblem& problem) {
+    set_state(kernel, device, KernelState::kRefused);
+    report.problem = problem.what();
   }
   return report;
 }

@@ -19,6 +19,17 @@ struct LoadReport {
 // seconds: without the interpreter lock. Not while a stream of this thread is captured.
 LoadReport load_kernels(const NeededKernels& needed);
 
+// What one kernel came to, for who asks: compiled if it is not in the cache, and tried out although it
+// has been.
+struct TrialReport {
+  double compile_seconds = 0;  // 0: it was in the cache
+  double trial_seconds = 0;
+  std::string problem;  // empty: it passed
+};
+
+// Different kernels may be tried out at the same time.
+TrialReport try_out(const DeviceKernel& kernel, int device);
+
 // FUSEDOPT_SELF_TEST: whether a compiled kernel is tried out before its first use: once on a machine,
 // in every process, or never. Throws std::invalid_argument if it is none of them.
 enum class SelfTest { kOnce, kAlways, kNever };

@@ -175,8 +175,9 @@ std::string SelfTest::run(const Driver& driver, int device) {
     memory.upload(trial_.host());
     const Step on_gpu =
         step_at(memory.begin(), prepares_ ? Where::kGpuPrepares : Where::kGpu, pass);
+    int num_launches = 0;
     apply_gpu(on_gpu, device, memory.stream(),
-              reinterpret_cast<std::uint32_t*>(memory.begin() + tickets_));
+              reinterpret_cast<std::uint32_t*>(memory.begin() + tickets_), &num_launches);
     Step here = step_at(trial_.host().data(), Where::kCpu, pass);
     apply_cpu(&here, chunks_of(here), 1);
     count(pass);

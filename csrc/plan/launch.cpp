@@ -24,12 +24,20 @@ void Launch::check_capture(const std::string& owner) const {
 
 void Launch::run(int num_threads) {
   std::vector<Step>& steps = work_->steps_;
-  for (const std::size_t p : work_->stepping_) work_->records_->params[p].first_step = false;
-  for (std::size_t s = 1; s < steps.size(); ++s) {
-    if (steps[s].tasks.empty()) continue;
-    const Queue& queue = queues_[s - 1];
-    apply_gpu(steps[s], static_cast<int>(s) - 1, queue.stream, queue.tickets);
+  try {
+    for (std::size_t s = 1; s < steps.size(); ++s) {
+      if (steps[s].tasks.empty()) continue;
+      const Queue& queue = queues_[s - 1];
+      apply_gpu(steps[s], static_cast<int>(s) - 1, queue.stream, queue.tickets, &num_launches_);
+    }
+  } catch (const DeviceProblem& problem) {
+    if (num_launches_ == 0) throw;
+    throw DeviceProblem(std::string(problem.what()) + "; " + std::to_string(num_launches_) +
+                        " of this step's launches came before it, so that parameters and state " +
+                        "are of two steps: load a checkpoint");
   }
+  reaches_cpu_ = true;
+  for (const std::size_t p : work_->stepping_) work_->records_->params[p].first_step = false;
   const bool skipped = !steps.empty() && !apply_cpu(&steps[0], chunks_, num_threads);
   write_scalars(skipped);
 }

@@ -36,7 +36,11 @@ class Launch {
 
   // The step, and after it what counts it on the host. Without Python: the interpreter lock may be
   // released.
+  // Throws DeviceProblem if a launch fails, which only a device in a bad way does: all kernels were
+  // loaded before.
   void run(int num_threads);
+  // Of a run that failed.
+  bool has_written() const { return num_launches_ > 0 || reaches_cpu_; }
 
  private:
   void check_capture(const std::string& owner) const;
@@ -45,6 +49,8 @@ class Launch {
   Work* work_;
   std::vector<Queue> queues_;  // of the GPUs
   LaunchPlan chunks_;          // of the CPU's work
+  int num_launches_ = 0;
+  bool reaches_cpu_ = false;
 };
 
 }  // namespace fusedopt

@@ -2,12 +2,13 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 
 #include "../device/gpu.h"
 #include "../device/kernel_source.h"
 #include "../device/kernels.h"
 #include "../device/loader.h"
-#include "../device/self_test.h"
 #include "../rules/sample_options.h"
 #include "module.h"
 #include "torch.h"
@@ -66,6 +67,14 @@ py::list options(const std::string& architecture, std::size_t argument_bytes) {
   return all;
 }
 
+// How many seconds it took to compile and to try out; and what was wrong, or nothing.
+std::tuple<double, double, std::string> try_out_kernel(const std::string& name, int device) {
+  const DeviceKernel& kernel = kernel_named(name);
+  const py::gil_scoped_release release;
+  const TrialReport report = try_out(kernel, device);
+  return {report.compile_seconds, report.trial_seconds, report.problem};
+}
+
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
 
 // What a driver that stands in for CUDA's calls to launch a kernel. Whether there is such a kernel.
@@ -76,14 +85,6 @@ int run_on_host(const char* name, const void* table) {
     return 1;
   }
   return 0;
-}
-
-// The trial alone, for tests.
-std::string try_out(const std::string& name) {
-  const DeviceKernel& kernel = kernel_named(name);
-  const py::gil_scoped_release release;
-  const LoadReport report = load_kernels({{&kernel, 0}});
-  return report.refused.empty() ? self_test(kernel, 0) : report.refused[0];
 }
 
 #endif
@@ -101,8 +102,8 @@ void export_device(py::module_& module) {
   module.def("kernel_source",
              [](const std::string& name) { return kernel_source(kernel_named(name)); });
   module.def("kernel_options", &options);
+  module.def("try_out", &try_out_kernel, py::arg("kernel"), py::arg("device"));
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
-  module.def("try_out", &try_out);
   module.attr("RUN_ON_HOST") = reinterpret_cast<std::uintptr_t>(&run_on_host);
 #endif
 }

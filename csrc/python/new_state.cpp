@@ -13,6 +13,15 @@ py::dict with_created(const py::dict& state, const py::object& created) {
   return all;
 }
 
+namespace {
+
+void replace(const py::dict& dict, const py::dict& entries) {
+  PyDict_Clear(dict.ptr());
+  if (PyDict_Update(dict.ptr(), entries.ptr()) != 0) throw py::error_already_set();
+}
+
+}  // namespace
+
 NewState::NewState(const py::object& created, const py::object& owner) {
   if (created.is_none() || owner.is_none()) return;
   owner_ = owner;
@@ -22,8 +31,10 @@ NewState::NewState(const py::object& created, const py::object& owner) {
     if (existing == nullptr) {
       added_[param] = entries;
     } else {
-      changed_.emplace_back(py::reinterpret_borrow<py::dict>(existing),
-                            py::reinterpret_borrow<py::dict>(entries));
+      auto before = py::reinterpret_steal<py::dict>(PyDict_Copy(existing));
+      if (!before) throw py::error_already_set();
+      changed_.push_back({py::reinterpret_borrow<py::dict>(existing),
+                          py::reinterpret_borrow<py::dict>(entries), std::move(before)});
     }
   }
 }
@@ -31,10 +42,15 @@ NewState::NewState(const py::object& created, const py::object& owner) {
 void NewState::commit() const {
   if (!owner_) return;
   if (PyDict_Update(owner_.ptr(), added_.ptr()) != 0) throw py::error_already_set();
-  for (const auto& [existing, entries] : changed_) {
-    PyDict_Clear(existing.ptr());
-    if (PyDict_Update(existing.ptr(), entries.ptr()) != 0) throw py::error_already_set();
+  for (const Changed& changed : changed_) replace(changed.existing, changed.entries);
+}
+
+void NewState::take_back() const {
+  if (!owner_) return;
+  for (const auto& [param, entries] : added_) {
+    if (PyDict_DelItem(owner_.ptr(), param.ptr()) != 0) throw py::error_already_set();
   }
+  for (const Changed& changed : changed_) replace(changed.existing, changed.before);
 }
 
 }  // namespace fusedopt

@@ -17,11 +17,16 @@ class NewState {
   // Each may be None: then nothing becomes part of it.
   NewState(const pybind11::object& created, const pybind11::object& owner);
   void commit() const;
+  // What commit() changed is as it was.
+  void take_back() const;
 
  private:
   pybind11::object owner_;
   pybind11::dict added_;
-  std::vector<std::pair<pybind11::dict, pybind11::dict>> changed_;
+  struct Changed {
+    pybind11::dict existing, entries, before;
+  };
+  std::vector<Changed> changed_;
 };
 
 }  // namespace fusedopt

@@ -120,8 +120,16 @@ void Plan::launch(int num_threads, const NewState& new_state) {
   });
   new_state.commit();
   has_stepped_ = true;
-  const py::gil_scoped_release release;
-  launch.run(num_threads);
+  try {
+    const py::gil_scoped_release release;
+    launch.run(num_threads);
+  } catch (...) {
+    if (!launch.has_written()) {
+      has_stepped_ = false;
+      new_state.take_back();
+    }
+    throw;
+  }
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {

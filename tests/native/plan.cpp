@@ -18,7 +18,7 @@
 namespace fusedopt {
 
 // Nothing here is on a GPU.
-void apply_gpu(const Step&, int, void*, std::uint32_t*) {}
+void apply_gpu(const Step&, int, void*, std::uint32_t*, int*) {}
 bool is_capturing(void*) { return false; }
 
 }  // namespace fusedopt

@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 #include <locale.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -31,7 +32,9 @@ struct State {
                                        {"device_count", 1},
                                        {"major", 9},
                                        {"minor", 0},
-                                       {"capturing", 0}};
+                                       {"capturing", 0},
+                                       {"compile_ms", 0}};
+  std::string model = "Stand-in";
   std::map<std::string, Failure> failures;
   std::map<std::string, long> calls;
   void* nvrtc = nullptr;
@@ -87,11 +90,16 @@ EXPORT void stand_in_set(const char* name, long value) {
   const std::lock_guard<std::recursive_mutex> lock(state().mutex);
   state().settings[name] = value;
 }
+EXPORT void stand_in_name(const char* model) {
+  const std::lock_guard<std::recursive_mutex> lock(state().mutex);
+  state().model = model;
+}
 // All settings as at first, and no failures.
 EXPORT void stand_in_reset() {
   const std::lock_guard<std::recursive_mutex> lock(state().mutex);
   const State fresh;
   state().settings = fresh.settings;
+  state().model = fresh.model;
   state().failures.clear();
   state().calls.clear();
 }
@@ -146,7 +154,8 @@ EXPORT int cuDeviceGet(int* device, int index) {
   return 0;
 }
 EXPORT int cuDeviceGetName(char* name, int size, int) {
-  BEGIN std::strncpy(name, "Stand-in", static_cast<std::size_t>(size));
+  BEGIN const std::lock_guard<std::recursive_mutex> lock(state().mutex);
+  std::strncpy(name, state().model.c_str(), static_cast<std::size_t>(size));
   return 0;
 }
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
@@ -291,6 +300,7 @@ EXPORT int nvrtcDestroyProgram(Program** program) {
 EXPORT int nvrtcCompileProgram(Program* program, int count, const char* const* options) {
   BEGIN_NVRTC(program, count, options)
   for (int i = 0; i < count; ++i) program->options += std::string(options[i]) + " ";
+  usleep(static_cast<useconds_t>(setting("compile_ms")) * 1000);
   uselocale(newlocale(LC_ALL_MASK, "C", nullptr));  // as NVRTC does
   return 0;
 }

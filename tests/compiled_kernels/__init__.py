@@ -1,5 +1,9 @@
 """The kernels' compiled code in the place of their bodies: what the module for tests launches is
-run by the machine in ptx/, on the PTX that NVRTC makes of them."""
+run by the machine in ptx/, on the PTX that NVRTC makes of the sources in the module, with barriers,
+shared memory, shuffles, tickets, bounds and alignment. It gives the bits of the CPU path. What is
+left for a GPU: from PTX to machine code, the order of memory, the driver.
+
+``make kernels`` also runs all tests of the kernels in this way."""
 
 from __future__ import annotations
 
@@ -31,13 +35,20 @@ def require_compiler() -> nvrtc.Nvrtc:
     return nvrtc.compilers()[-1]
 
 
-def ptx_of(compiler: nvrtc.Nvrtc, module: Any, kernel: str, architecture: int = 90) -> str:
+def ptx_of(
+    compiler: nvrtc.Nvrtc,
+    module: Any,
+    kernel: str,
+    architecture: int = 90,
+    argument_bytes: int = nvrtc.ARGUMENT_BYTES,
+) -> str:
     """Compiled once for as long as its source is the same."""
     source = module.kernel_source(kernel)
-    key = f"{compiler}\n{architecture}\n{module.kernel_options('', 0)}\n{source}"
+    options = module.kernel_options(str(architecture), argument_bytes)
+    key = f"{compiler}\n{options}\n{source}"
     place = nvrtc.ROOT / "build" / "ptx" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.ptx"
     if not place.exists():
-        text = compiler.ptx(module, kernel, architecture)
+        text = compiler.ptx(module, kernel, architecture, argument_bytes)
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_suffix(f".{os.getpid()}")  # several processes may be at it
         part.write_text(text)
@@ -55,11 +66,12 @@ class CompiledKernels:
         compiler: nvrtc.Nvrtc,
         launcher: Launcher | None = None,
         architecture: int = 90,
+        argument_bytes: int = nvrtc.ARGUMENT_BYTES,
         fine: bool = False,
         edit: Callable[[str], str] | None = None,
     ) -> None:
         self.module, self.driver, self.compiler = module, driver, compiler
-        self.architecture = architecture
+        self.compiled_for = architecture, argument_bytes
         self.launcher = launcher or Launcher()
         self.fine, self.edit = fine, edit
         self.scalars = {name: len(rule["scalars"]) for name, rule in module.rules().items()}
@@ -70,8 +82,8 @@ class CompiledKernels:
 
     def _code(self, kernel: str) -> Module:
         if self.edit is None:
-            return _parsed(self.compiler, self.module, kernel, self.architecture, self.fine)
-        text = ptx_of(self.compiler, self.module, kernel, self.architecture)
+            return _parsed(self.compiler, self.module, kernel, *self.compiled_for, self.fine)
+        text = ptx_of(self.compiler, self.module, kernel, *self.compiled_for)
         return Module(self.edit(text), self.fine)
 
     def _launch(self, name: bytes, table: int, blocks: int, threads: int, stream: int) -> int:
@@ -132,6 +144,11 @@ def _rest(module: Any, driver: StandIn) -> None:
 
 @functools.cache
 def _parsed(
-    compiler: nvrtc.Nvrtc, module: Any, kernel: str, architecture: int, fine: bool
+    compiler: nvrtc.Nvrtc,
+    module: Any,
+    kernel: str,
+    architecture: int,
+    argument_bytes: int,
+    fine: bool,
 ) -> Module:
-    return Module(ptx_of(compiler, module, kernel, architecture), fine)
+    return Module(ptx_of(compiler, module, kernel, architecture, argument_bytes), fine)
