@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,16 +18,18 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import options
+from .buckets import Bucket, Gathered, Slot, Slots, alive, queue
 from .optimizer import FusedOptimizer
-from .record import Members
-from .stepper import Stepper
 
 Optimizer = TypeVar("Optimizer", bound=FusedOptimizer)
-Kept = TypeVar("Kept")
 
 
 def attach(
-    model: torch.nn.Module | Iterable[Any], optimizer_class: type[Optimizer], **arguments: Any
+    model: torch.nn.Module | Iterable[Any],
+    optimizer_class: type[Optimizer],
+    *,
+    bucket_bytes: int = 4 * 2**20,
+    **arguments: Any,
 ) -> Optimizer:
     """Update each parameter during ``backward()``, as soon as its gradient is ready, and free the
     gradient: the gradients of a model never exist all at once.
@@ -74,7 +78,7 @@ def attach(
         params = [param for param in model.parameters() if param.requires_grad]
     optimizer = optimizer_class(params, **arguments)
     _check_options(optimizer)
-    optimizer._attached = Attached(optimizer)
+    optimizer._attached = Attached(optimizer, bucket_bytes)
     optimizer._attached.hook()
     return optimizer
 
@@ -94,80 +98,121 @@ def detach(optimizer: FusedOptimizer) -> None:
 
 
 class Attached:
-    """For each parameter of an optimizer a hook, and a stepper of its own, so that a step looks at
-    nothing else. State and options are those of the optimizer."""
+    """A hook for each parameter of an optimizer, whose state and options are the optimizer's, and
+    what the hooks share."""
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._steppers: dict[Tensor, tuple[int, int, Stepper]] = {}
+        self.bucket_bytes = bucket_bytes
+        self._slots: Slots = {}
         self._handles: list[RemovableHandle] = []
+        # By backward and device.
+        self._gathered: WeakValueDictionary[tuple[int, torch.device], Gathered] = (
+            WeakValueDictionary()
+        )
+        self._accumulating = 0  # how many contexts are open
+        self._accumulated: Slots = {}  # those that had gradients in them and no step since
 
     def hook(self) -> None:
         """Registers the parameters that are new in the optimizer."""
         new = [
             record
-            for record in _alive(self._optimizer)._members().all()
-            if record.param not in self._steppers and _can_require_grad(record.param)
+            for record in alive(self._optimizer)._members().all()
+            if id(record.param) not in self._slots and _can_require_grad(record.param)
         ]
         for record in new:
             _check_free(record.param, record.describe())
         for record in new:
-            self._steppers[record.param] = record.g, record.i, Stepper()
+            self._slots[id(record.param)] = Slot(record.param, record.g, record.i)
             self._handles.append(_register(record.param, Hook(self)))
 
     def unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._accumulated.clear()
+        for gathered in self._gathered.values():
+            gathered.forget()
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        turn = alive(self._optimizer)._turn
+        with turn.lock:
+            self._accumulating += 1
+        try:
+            yield
+        finally:
+            with turn.lock:
+                self._accumulating -= 1
+
+    def add(self, param: Tensor) -> None:
+        """A gradient is there."""
+        slot = self._slots[id(param)]
+        if self._accumulating:
+            self._accumulated[id(param)] = slot
+            return
+        if self._accumulated:
+            self._accumulated.pop(id(param), None)
+        backward = torch._C._current_graph_task_id()
+        gathered = self._gathered.get((backward, param.device))
+        if gathered is None:
+            gathered = Gathered(self)
+            if backward >= 0:
+                self._gathered[backward, param.device] = gathered
+                queue(gathered.end)
+        gathered.add(self, slot)
+        if backward < 0:  # the hook was called by hand
+            gathered.step_all(self)
+
+    def end(self, gathered: Gathered) -> None:
+        """Steps what is left when a backward ends, with all that was accumulated if it is not part
+        of another."""
+        # What comes later, by another call of the engine, has an end of its own.
+        for key in [key for key, value in self._gathered.items() if value is gathered]:
+            del self._gathered[key]
+        gathered.step_all(self)
+        is_nested = torch._C._current_autograd_node() is not None
+        if self._accumulated and not self._accumulating and not is_nested:
+            accumulated, self._accumulated = self._accumulated, {}
+            for slot in accumulated.values():
+                if slot.param.grad is not None:
+                    gathered.add(self, slot)
+            gathered.step_all(self)
+
+    def describe(self, slot: Slot) -> str:
+        return alive(self._optimizer)._members().describe(slot.g, slot.i)
 
     @_disable_dynamo
-    def step(self, param: Tensor) -> None:
-        optimizer = _alive(self._optimizer)
+    def step(self, bucket: Bucket, arrived: Slots) -> None:
+        optimizer = alive(self._optimizer)
         # A backward may run in several threads.
-        optimizer._turn.step(optimizer._name, functools.partial(self._step, optimizer, param))
+        optimizer._turn.step(
+            optimizer._name, functools.partial(self._step, optimizer, bucket, arrived)
+        )
 
-    def _step(self, optimizer: FusedOptimizer, param: Tensor) -> None:
+    def _step(self, optimizer: FusedOptimizer, bucket: Bucket, arrived: Slots) -> None:
         _check_options(optimizer)
         optimizer._check_not_swapped()
-        g, i, stepper = self._steppers[param]
-        groups = optimizer.param_groups
-        if not (
-            len(groups) > g and len(groups[g]["params"]) > i and groups[g]["params"][i] is param
-        ):
-            raise RuntimeError(
-                f"{optimizer._name}: a parameter of shape {tuple(param.shape)} is no longer where "
-                "it was in param_groups; detach() the optimizer before changing them"
-            )
-        state = {param: optimizer.state[param]} if param in optimizer.state else {}
-        group = {**groups[g], "params": [param]}
-        members = Members(optimizer, [group], state, place=(g, i))
+        members = bucket.members(optimizer, arrived)
         try:
-            stepper.step(members)
+            bucket.stepper.step(members)
         except (KeyError, TypeError):
-            options.check_group(members, 0)  # names the group of the optimizer
+            for g in range(len(members.groups)):
+                options.check_group(members, g)  # names the group of the optimizer
             raise
-        param.grad = None
+        for slot in arrived.values():
+            slot.param.grad = None
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
 
 class Hook:
-    """Steps a parameter. It keeps nothing alive: the garbage collector cannot look into the hooks
-    of tensors, and would never free a model whose hooks lead back to it."""
+    """Hands on a parameter. It keeps nothing alive: the garbage collector cannot look into the
+    hooks of tensors, and would never free a model whose hooks lead back to it."""
 
     def __init__(self, attached: Attached) -> None:
         self.attached = weakref.ref(attached)
 
     def __call__(self, param: Tensor) -> None:
-        _alive(self.attached).step(param)
-
-
-def _alive(reference: weakref.ref[Kept]) -> Kept:
-    kept = reference()
-    if kept is None:
-        raise RuntimeError(
-            "the optimizer that attach() returned is gone; keep it while the model is trained, or "
-            "detach() it"
-        )
-    return kept
+        alive(self.attached).add(param)
 
 
 def _check_free(param: Tensor, who: str) -> None:
