@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import options
-from .buckets import Bucket, Gathered, Slot, Slots, alive, queue
+from .buckets import Bucket, Gathered, Key, Slot, Slots, alive, queue
 from .optimizer import FusedOptimizer
 
 Optimizer = TypeVar("Optimizer", bound=FusedOptimizer)
@@ -107,9 +107,7 @@ class Attached:
         self._slots: Slots = {}
         self._handles: list[RemovableHandle] = []
         # By backward and device.
-        self._gathered: WeakValueDictionary[tuple[int, torch.device], Gathered] = (
-            WeakValueDictionary()
-        )
+        self._gathered: WeakValueDictionary[Key, Gathered] = WeakValueDictionary()
         self._accumulating = 0  # how many contexts are open
         self._accumulated: Slots = {}  # those that had gradients in them and no step since
 
@@ -144,31 +142,36 @@ class Attached:
             with turn.lock:
                 self._accumulating -= 1
 
-    def add(self, param: Tensor) -> None:
-        """A gradient is there."""
+    def add(self, param: Tensor, backward: int) -> None:
+        """A gradient is there. ``backward``: which one has made it, or -1 if it is none that could
+        be told from others, and asked to call back at its end."""
         slot = self._slots[id(param)]
         if self._accumulating:
             self._accumulated[id(param)] = slot
             return
         if self._accumulated:
             self._accumulated.pop(id(param), None)
-        backward = torch._C._current_graph_task_id()
-        gathered = self._gathered.get((backward, param.device))
+        key = backward, param.device
+        gathered = self._gathered.get(key)
         if gathered is None:
-            gathered = Gathered(self)
+            gathered = Gathered(self, key)
             if backward >= 0:
-                self._gathered[backward, param.device] = gathered
+                self._gathered[key] = gathered
                 queue(gathered.end)
         gathered.add(self, slot)
-        if backward < 0:  # the hook was called by hand
+        if backward < 0:
             gathered.step_all(self)
+
+    @_disable_dynamo
+    def add_in_compiled_backward(self, param: Tensor) -> None:
+        """Compiled autograd traces hooks."""
+        self.add(param, -1)
 
     def end(self, gathered: Gathered) -> None:
         """Steps what is left when a backward ends, with all that was accumulated if it is not part
         of another."""
-        # What comes later, by another call of the engine, has an end of its own.
-        for key in [key for key, value in self._gathered.items() if value is gathered]:
-            del self._gathered[key]
+        # What another call of the engine brings now has an end of its own.
+        del self._gathered[gathered.key]
         gathered.step_all(self)
         is_nested = torch._C._current_autograd_node() is not None
         if self._accumulated and not self._accumulating and not is_nested:
@@ -181,7 +184,6 @@ class Attached:
     def describe(self, slot: Slot) -> str:
         return alive(self._optimizer)._members().describe(slot.g, slot.i)
 
-    @_disable_dynamo
     def step(self, bucket: Bucket, arrived: Slots) -> None:
         optimizer = alive(self._optimizer)
         # A backward may run in several threads.
@@ -212,7 +214,11 @@ class Hook:
         self.attached = weakref.ref(attached)
 
     def __call__(self, param: Tensor) -> None:
-        alive(self.attached).add(param)
+        attached = alive(self.attached)
+        if torch.compiler.is_dynamo_compiling():
+            attached.add_in_compiled_backward(param)
+        else:
+            attached.add(param, torch._C._current_graph_task_id())
 
 
 def _check_free(param: Tensor, who: str) -> None:

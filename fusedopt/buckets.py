@@ -33,6 +33,7 @@ class Slot:
 
 
 Slots = dict[int, Slot]  # by the id of the parameter
+Key = tuple[int, torch.device]  # the number of a backward, and where its gradients are
 
 
 class Bucket:
@@ -75,7 +76,8 @@ class Gathered:
     """What one backward has made on one device and not yet used up. The engine of autograd holds
     it until the backward ends; if that fails, the gradients stay where they are."""
 
-    def __init__(self, attached: Attached) -> None:
+    def __init__(self, attached: Attached, key: Key) -> None:
+        self.key = key
         self._attached = weakref.ref(attached)
         # Of each bucket what has come, in the order in which it came, and the bytes of that.
         self._arrived: dict[Bucket, Slots] = {}
@@ -160,11 +162,11 @@ class Gathered:
     def _check_used_up(self) -> None:
         for slot in self._used_up or ():
             if slot.param.grad is not None:
+                who = alive(self._attached).describe(slot)
                 raise RuntimeError(
-                    f"{alive(self._attached).describe(slot)}: it was given a gradient after "
-                    "attach() had used up that of this backward. DistributedDataParallel does that, "
-                    "which "
-                    "reduces gradients later than they are used: shard the model with "
+                    f"{who}: it was given a gradient after attach() had used up that of this "
+                    "backward. DistributedDataParallel does that, which reduces gradients later "
+                    "than they are used: shard the model with "
                     "torch.distributed.fsdp.fully_shard, or use the optimizer without attach()"
                 )
 
