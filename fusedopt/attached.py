@@ -28,7 +28,7 @@ def attach(
     model: torch.nn.Module | Iterable[Any],
     optimizer_class: type[Optimizer],
     *,
-    bucket_bytes: int = 4 * 2**20,
+    bucket_bytes: int = 2**20,
     **arguments: Any,
 ) -> Optimizer:
     """Update each parameter during ``backward()``, as soon as its gradient is ready, and free the
@@ -72,6 +72,8 @@ def attach(
             f"{optimizer_class.__name__} has a step() of its own, which attach() would not call in "
             "the backward"
         )
+    if type(bucket_bytes) is not int or bucket_bytes < 0:
+        raise ValueError(f"bucket_bytes must be an int of at least 0, got {bucket_bytes!r}")
     params: Iterable[Any] = model  # type: ignore[assignment]
     if isinstance(model, torch.nn.Module):
         _check_model(model)

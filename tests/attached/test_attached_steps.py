@@ -65,24 +65,6 @@ def step_stock(model, stock, inputs):
     stock.step()
 
 
-def test_gradients_never_exist_all_at_once(backend):
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).double()
-    alive = []
-
-    def count(param):
-        assert param.grad is not None
-        alive.append(len(gradients(model)))
-
-    for param in model.parameters():
-        param.register_post_accumulate_grad_hook(count)
-    opt = attach(ADAMW, model)
-    for inputs in batches(2):
-        loss(model, inputs).backward()
-        assert not gradients(model)
-    assert alive == [1] * 20
-    assert all(state["step"] == 2 for state in opt.state.values())
-
-
 @every_name
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "column_block"])
