@@ -21,7 +21,7 @@ from cases import (
 )
 from torch import nn
 
-from attached import ADAMW, assert_same, attach, batches, both, gradients, loss, network, step
+from attached import ADAMW, assert_same, attach, batches, both, loss, network, step
 
 
 class Embedded(nn.Module):

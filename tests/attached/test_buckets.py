@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import random
 
 import pytest
 import seam
 import torch
-from cases import RICHEST_OF, bits, leaf, richest, same_bits, snapshot
+from cases import leaf, richest, same_bits, snapshot
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fusedopt
-from attached import ADAMW, assert_same, attach, batches, both, gradients, loss, network, step
+from attached import ADAMW, attach
 
 # Of parameters of three float64 each; and one for all.
 SIZES = [0, 24, 100, 2**20]
