@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import seam
 import torch
 import torch.distributed as dist
 from cases import same_bits
@@ -12,7 +13,7 @@ from conftest import skip_or_fail
 from torch import nn
 
 import fusedopt
-from attached import ADAMW, attach, batches, network, step
+from attached import ADAMW, attach, batches, gradients, loss, network, step
 
 
 @pytest.fixture
@@ -46,14 +47,59 @@ def test_wrappers_that_reduce_gradients_later(process_group):
         assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def test_fully_shard(process_group, backend):
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_a_model_that_is_wrapped_later(static_graph, process_group, backend):
+    """Or whose inside is attached. Its gradients come too late, which is seen at once, or in the
+    second backward if the first one learns the graph."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = network()
+    opt = attach(ADAMW, model)
+    wrapped = DistributedDataParallel(model, static_graph=static_graph)
+    first, second = batches(2)
+    if static_graph:
+        loss(wrapped, first).backward()
+    with pytest.raises(RuntimeError, match="parameter 2.*DistributedDataParallel.*fully_shard"):
+        loss(wrapped, second).backward()
+    fusedopt.detach(opt)
+    opt.zero_grad()
+    loss(wrapped, second).backward()
+    assert len(gradients(model)) == 3
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, 2**20])
+def test_fully_shard(bucket_bytes, process_group, backend):
     from torch.distributed.fsdp import fully_shard
 
     model = network()
     twin = copy.deepcopy(model)
-    opt, other = attach(ADAMW, fully_shard(model)), ADAMW.ours(twin.parameters())
+    fully_shard(model[2])
+    opt = attach(ADAMW, fully_shard(model), bucket_bytes=bucket_bytes)
+    other = ADAMW.ours(twin.parameters())
     for inputs in batches(3):
         step(model, opt, inputs)
         step(twin, other, inputs)
+    other.zero_grad()
+    first, second = batches(2)
+    with opt.accumulating():
+        loss(model, first).backward()
+    loss(model, second).backward()
+    for inputs in (first, second):
+        loss(twin, inputs).backward()
+    other.step()
     for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert same_bits(param.full_tensor(), expected)
+
+
+def test_the_gradients_of_shards_are_bounded(process_group, backend):
+    """By what a process holds of them."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6))).double()
+    for layer in model:
+        fully_shard(layer)
+    opt = attach(ADAMW, fully_shard(model), bucket_bytes=300)
+    for _ in range(2):
+        with seam.attached_steps(opt) as steps:
+            loss(model, *batches(1)).backward()
+        assert [*map(len, steps)] == [3, 3]
