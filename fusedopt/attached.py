@@ -31,8 +31,8 @@ def attach(
     bucket_bytes: int = 2**20,
     **arguments: Any,
 ) -> Optimizer:
-    """Update each parameter during ``backward()``, as soon as its gradient is ready, and free the
-    gradient: the gradients of a model never exist all at once.
+    """Update the parameters during ``backward()``, soon after their gradients are ready, and free
+    the gradients: those of a model never exist all at once.
 
     The result is an ordinary optimizer: schedulers take it, ``state_dict()`` and
     ``load_state_dict()`` are those of its class. After ``backward()``, its ``step()`` finds no
@@ -42,7 +42,10 @@ def attach(
         model (Module or iterable): a module, of which the parameters that require a gradient are
             taken, or what the class takes as ``params``. Those of lazy modules may get their shape
             later.
-        optimizer_class: ``fusedopt.Adam``, ``AdamW``, ``SGD``, ``RMSprop`` or ``Adagrad``.
+        optimizer_class: one of fusedopt's classes, like ``fusedopt.AdamW``.
+        bucket_bytes (int): how many bytes of gradients wait, so that one native call updates their
+            parameters together. Not more than these and the gradient that fills them are alive in
+            a backward, on each device. With 0, each parameter is updated alone (default: 1 MiB).
         arguments: keyword arguments of the class.
 
     Returns:
@@ -56,11 +59,14 @@ def attach(
             or the model is wrapped in ``DistributedDataParallel`` or ``FullyShardedDataParallel``,
             which reduce gradients after they were accumulated (``fully_shard`` works).
 
-    Every ``backward()`` is a step: gradients cannot be accumulated over several, clipped by their
-    common norm, or unscaled by a ``GradScaler``. Reentrant checkpointing runs a ``backward()`` for
-    each segment; a parameter that several segments share wants ``use_reentrant=False``. If a step
-    raises then ``backward()`` does; the parameters before it have been updated. Hooks of ``step()``
-    run in ``step()``.
+    Differences from ``step()`` after ``backward()``: the bits are the same, but every
+    ``backward()`` is a step, except within ``optimizer.accumulating()``. Gradients cannot be
+    clipped by their common norm, or unscaled by a ``GradScaler``. What waits is updated when its
+    bucket is full, else at the end of the backward. Reentrant checkpointing runs a ``backward()``
+    for each segment; a parameter that several segments share wants ``use_reentrant=False``. If the
+    backward fails then what was updated remains so, the parameters that wait are as they were, with
+    their gradients, and so are all of a bucket whose step raises; that error comes out of
+    ``backward()``. Hooks of ``step()`` run in ``step()``.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)):
         raise TypeError(
@@ -276,5 +282,6 @@ def _check_model(model: torch.nn.Module) -> None:
             raise ValueError(
                 f"{name} reduces gradients after they were accumulated, when "
                 "attach() has used them already; shard the model with "
-                "torch.distributed.fsdp.fully_shard, or use the optimizer without attach()"
+                "torch.distributed.fsdp.fully_shard, or use the optimizer without attach(), which "
+                "would save nothing: the buckets of gradients are part of the wrapper"
             )
