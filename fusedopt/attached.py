@@ -135,7 +135,6 @@ class Attached:
     def unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._accumulated.clear()
         for gathered in self._gathered.values():
             gathered.forget()
 

@@ -88,19 +88,14 @@ class Gathered:
         self._used_up: list[Slot] | None = [] if _is_distributed() else None
 
     def add(self, attached: Attached, slot: Slot) -> None:
-        """Steps its bucket if that is complete; else the oldest gradients, while they are too
-        many."""
+        """Steps the oldest gradients, while there are too many."""
         bucket = slot.bucket or self._assign(slot)
-        arrived = self._arrived.setdefault(bucket, {})
-        if id(slot.param) not in arrived:
-            arrived[id(slot.param)] = slot
-            size = _size(slot.param.grad, attached.bucket_bytes)
-            self._size += size
-            self._sizes[bucket] = self._sizes.get(bucket, 0) + size
+        self._arrived.setdefault(bucket, {})[id(slot.param)] = slot
+        size = _size(slot.param.grad, attached.bucket_bytes)
+        self._sizes[bucket] = self._sizes.get(bucket, 0) + size
+        self._size += size
         if slot.param.is_cuda:
             self._remember_stream(slot.param.device)
-        if len(arrived) == len(bucket.slots) and bucket is not self._new:
-            self._step(attached, bucket)
         if self._size >= attached.bucket_bytes:
             self._new = None
             while self._arrived and self._size >= attached.bucket_bytes:

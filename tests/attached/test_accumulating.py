@@ -157,3 +157,12 @@ def test_checkpointed_segments(reentrant, backend):
         opt.zero_grad()
         ordinary_round(*there, losses)
     assert_same(*here, *there)
+
+    # What the last backward has reached is none of the next one's business.
+    with opt.accumulating():
+        losses[0](model).backward()
+    losses[1](model).backward()
+    weight = model.layers[0].weight
+    weight.grad = by_hand = torch.ones(4, 4, dtype=torch.float64)
+    model.layers[1].bias.sum().backward()
+    assert weight.grad is by_hand

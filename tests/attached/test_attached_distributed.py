@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import seam
 import torch
 import torch.distributed as dist
 from cases import same_bits
@@ -89,17 +88,3 @@ def test_fully_shard(bucket_bytes, process_group, backend):
     other.step()
     for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert same_bits(param.full_tensor(), expected)
-
-
-def test_the_gradients_of_shards_are_bounded(process_group, backend):
-    """By what a process holds of them."""
-    from torch.distributed.fsdp import fully_shard
-
-    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6))).double()
-    for layer in model:
-        fully_shard(layer)
-    opt = attach(ADAMW, fully_shard(model), bucket_bytes=300)
-    for _ in range(2):
-        with seam.attached_steps(opt) as steps:
-            loss(model, *batches(1)).backward()
-        assert [*map(len, steps)] == [3, 3]
