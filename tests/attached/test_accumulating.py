@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from cases import richest, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint

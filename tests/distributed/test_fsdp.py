@@ -424,6 +424,7 @@ def test_attach_gathers_what_a_process_holds():
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6))).double()
     for layer in model:
         fully_shard(layer, mesh=world_mesh("cpu"))
+    fully_shard(model, mesh=world_mesh("cpu"))
     opt = fusedopt.attach(model, fusedopt.AdamW, bucket_bytes=150)  # a shard has 64
     for _ in range(2):
         with seam.attached_steps(opt) as steps:
