@@ -66,14 +66,17 @@ def test_a_model_that_is_wrapped_later(static_graph, process_group, backend):
     assert len(gradients(model)) == 3
 
 
-@pytest.mark.parametrize("bucket_bytes", [0, 2**20])
-def test_fully_shard(bucket_bytes, process_group, backend):
+@pytest.mark.parametrize("has_root", [True, False])
+def test_fully_shard(has_root, process_group, backend):
+    """Without a root, each layer has a callback at the end of the backward, where some of them
+    bring their gradients: then, too, there is something to step."""
     from torch.distributed.fsdp import fully_shard
 
     model = network()
     twin = copy.deepcopy(model)
-    fully_shard(model[2])
-    opt = attach(ADAMW, fully_shard(model), bucket_bytes=bucket_bytes)
+    for module in (model if has_root else model[0], model[2]):
+        fully_shard(module)
+    opt = attach(ADAMW, model)
     other = ADAMW.ours(twin.parameters())
     for inputs in batches(3):
         step(model, opt, inputs)
