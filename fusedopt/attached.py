@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import options
-from .buckets import Bucket, Gathered, Key, Slot, Slots, alive, queue
+from .buckets import Bucket, Gathered, Key, Slot, Slots, alive, is_distributed, queue
 from .optimizer import FusedOptimizer
 
 Optimizer = TypeVar("Optimizer", bound=FusedOptimizer)
@@ -175,11 +175,15 @@ class Attached:
         self.add(param, -1)
 
     def end(self, gathered: Gathered) -> None:
-        """Steps what is left when a backward ends, with all that was accumulated if it is not part
-        of another."""
+        """Steps what is left when a backward ends."""
         # What another call of the engine brings now has an end of its own.
         del self._gathered[gathered.key]
         gathered.step_all(self)
+        if self._accumulated or is_distributed():
+            queue(gathered.finish)
+
+    def step_accumulated(self, gathered: Gathered) -> None:
+        """What this backward has not reached; if it is part of another, that may still do so."""
         is_nested = torch._C._current_autograd_node() is not None
         if self._accumulated and not self._accumulating and not is_nested:
             accumulated, self._accumulated = self._accumulated, {}

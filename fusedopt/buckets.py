@@ -85,7 +85,7 @@ class Gathered:
         self._size = 0
         self._new: Bucket | None = None  # for parameters that have no bucket yet
         self._streams: dict[int, torch.cuda.Stream] = {}  # on which the gradients were made
-        self._used_up: list[Slot] | None = [] if _is_distributed() else None
+        self._used_up: list[Slot] | None = [] if is_distributed() else None
 
     def add(self, attached: Attached, slot: Slot) -> None:
         """Steps the oldest gradients, while there are too many."""
@@ -110,10 +110,13 @@ class Gathered:
         """The engine calls it at the end of the backward."""
         if self._attached() is None and not self._arrived:
             return  # detached meanwhile
-        attached = alive(self._attached)
-        if self._used_up is not None:
-            queue(self._check_used_up)  # after all that is in the queue already
-        attached.end(self)
+        alive(self._attached).end(self)
+
+    def finish(self) -> None:
+        """And this when all that is called then has been called: some bring gradients."""
+        if (attached := self._attached()) is not None:
+            self._check_used_up(attached)
+            attached.step_accumulated(self)
 
     def forget(self) -> None:
         """Leaves the gradients to whoever wants them."""
@@ -154,14 +157,13 @@ class Gathered:
             if grad is not None and grad.layout is torch.strided:
                 grad.record_stream(now)
 
-    def _check_used_up(self) -> None:
+    def _check_used_up(self, attached: Attached) -> None:
         for slot in self._used_up or ():
             if slot.param.grad is not None:
-                who = alive(self._attached).describe(slot)
                 raise RuntimeError(
-                    f"{who}: it was given a gradient after attach() had used up that of this "
-                    "backward. DistributedDataParallel does that, which reduces gradients later "
-                    "than they are used: shard the model with "
+                    f"{attached.describe(slot)}: it was given a gradient after attach() had used "
+                    "up that of this backward. DistributedDataParallel does that, which reduces "
+                    "gradients later than they are used: shard the model with "
                     "torch.distributed.fsdp.fully_shard, or use the optimizer without attach()"
                 )
 
@@ -190,5 +192,5 @@ def _size(grad: Any, unknown: int) -> int:
     return grad.nbytes if grad.layout is torch.strided else unknown
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -74,7 +74,7 @@ def test_fully_shard(has_root, process_group, backend):
 
     model = network()
     twin = copy.deepcopy(model)
-    for module in (model if has_root else model[0], model[2]):
+    for module in (model[2], model if has_root else model[0]):
         fully_shard(module)
     opt = attach(ADAMW, model)
     other = ADAMW.ours(twin.parameters())

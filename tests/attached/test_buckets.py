@@ -8,7 +8,7 @@ import random
 import pytest
 import seam
 import torch
-from cases import leaf, richest, same_bits, snapshot
+from cases import bits, leaf, richest, same_bits, snapshot
 from torch import nn
 
 import fusedopt
@@ -123,5 +123,36 @@ def test_gradients_that_are_not_of_this_backward_stay(case, backend):
     assert params[0].grad is None and same_bits(params[5].grad, second)
     twins[5].grad = second
     for each in (opt, ordinary):
+        each.step()
+    assert snapshot(opt) == snapshot(ordinary)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_nor_beside_what_needs_more_than_a_native_call(steps, backend):
+    """A gradient in another layout; state that is not complete."""
+
+    def transpose(param):
+        param.grad = param.grad.t().contiguous().t()
+
+    params = [leaf(torch.randn(4, 3, dtype=torch.float64)) for _ in range(4)]
+    params[1].register_post_accumulate_grad_hook(transpose)
+    twins = copy.deepcopy(params)
+    opt, ordinary = attach(ADAMW, params), ADAMW.ours(twins)
+    for _ in range(steps):
+        step_both(params, opt, twins, ordinary)
+    gradient_of(params).backward(inputs=params)  # all are in one bucket
+    ordinary.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for param, twin in zip(params, twins, strict=True):
+        twin.data.copy_(param.data)
+    params[0].grad = by_hand = torch.randn(4, 3, dtype=torch.float64)
+    kept = opt.state[params[0]].pop("exp_avg")
+    before = bits(params[0])
+    for reached in ([1, 2], [2, 3], [3, 1]):
+        ordinary.state[twins[0]].pop("exp_avg", None)
+        step_both(params, opt, twins, ordinary, reached)
+        assert bits(params[0]) == before and params[0].grad is by_hand
+    for each, of in ((opt, params), (ordinary, twins)):
+        each.state[of[0]]["exp_avg"] = kept.clone()
+        of[0].grad = by_hand.clone()
         each.step()
     assert snapshot(opt) == snapshot(ordinary)
