@@ -133,7 +133,7 @@ class Record:
         self.rule = members.rule
         self.group: Group = members.groups[g]
         self.param: Any = self.group["params"][i]
-        self.grad: Any = None if id(self.param) in members.absent else self.param.grad
+        self.grad: Any = self.param.grad
         self.state: Any = members.state.get(self.param)  # as it was before the step, or None
 
     @property
