@@ -1,18 +1,21 @@
-"""Measures the memory that `fusedopt.attach` saves, and the time of a training step with it.
+"""Measures the memory that `fusedopt.attach` saves, and the time that it takes.
 
 A GPT of 85 million parameters is trained with each optimizer twice: as usual, and updated during
-the backward. Each run is a process of its own, since a process never gives back its peak.
+the backward. Each run is a process of its own, since a process never gives back its peak. Then the
+first of the optimizers updates many small parameters: what does each of them add to a backward that
+only makes gradients?
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import multiprocessing
 import os
 import resource
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from bench.timing import OtherWork, elapsed_ms, pick_device
 from bench.train_gpt import GPT, HYPERPARAMETERS, Corpus, Size
 
 MODES = ("ordinary", "attached")
+BUCKET_BYTES: int = inspect.signature(fusedopt.attach).parameters["bucket_bytes"].default
 
 
 def measure(name: str, mode: str, size: Size, options: argparse.Namespace) -> dict[str, Any]:
@@ -93,9 +97,10 @@ def compare(options: argparse.Namespace, size: Size) -> dict[str, dict[str, Any]
             ordinary, attached = result["ordinary"], result["attached"]
             results[name] = result | {
                 "gain_bytes": ordinary["peak_bytes"] - attached["peak_bytes"],
-                # All gradients but the one that is used up.
+                # All gradients but those that wait, and the one that makes them too many.
                 "expected_gain_bytes": ordinary["gradient_bytes_after_step"]
-                - ordinary["largest_parameter_bytes"],
+                - ordinary["largest_parameter_bytes"]
+                - BUCKET_BYTES,
                 "same_losses": ordinary["losses"] == attached["losses"],
             }
     return results
@@ -119,9 +124,52 @@ def tabulate(results: dict[str, dict[str, Any]]) -> Table:
                 ("?" if one["busy"] else "") + f"{one['step_ms']:.0f}",
                 ("yes" if result["same_losses"] else "no") if attached else "",
             )
-    table.caption = "Expected gain: all gradients but the largest."
+    table.caption = "Expected gain: all gradients but a bucket and the largest."
     if note := report.busy_note(result[mode] for result in results.values() for mode in MODES):
         table.caption += f"\n{note}"
+    return table
+
+
+def added_us(name: str, count: int, options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds that each way of updating adds to a parameter of 64 elements."""
+    device = pick_device(options.device)
+    cls, hyperparameters = getattr(fusedopt, optimizers.NAMES[name]), HYPERPARAMETERS[name]
+
+    def parameters() -> list[Tensor]:
+        return [torch.nn.Parameter(torch.randn(64, device=device)) for _ in range(count)]
+
+    def backward_of(params: list[Tensor], step: Callable[[], object]) -> Callable[[], None]:
+        def backward() -> None:
+            torch.cat(params).sum().backward()
+            step()
+            for param in params:
+                param.grad = None
+
+        return backward
+
+    ways, kept = {"gradients only": backward_of(parameters(), int)}, []
+    for way, size in {"attached": BUCKET_BYTES, "attached, one by one": 0}.items():
+        params = parameters()
+        kept.append(fusedopt.attach(params, cls, bucket_bytes=size, **hyperparameters))
+        ways[way] = backward_of(params, int)
+    params = parameters()
+    ways["step() after it"] = backward_of(params, cls(params, **hyperparameters).step)
+
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(options.rounds):
+        for way, work in ways.items():
+            times[way].append(elapsed_ms(work, device))
+    medians = {way: statistics.median(each[options.rounds // 5 :]) for way, each in times.items()}
+    without = medians.pop("gradients only")
+    return {way: (median - without) / count * 1e3 for way, median in medians.items()}
+
+
+def tabulate_added(results: dict[int, dict[str, float]], name: str) -> Table:
+    ways = [*next(iter(results.values()))]
+    table = report.table(f"Added to a backward, us per parameter, {name}", "parameters", *ways)
+    for count, added in results.items():
+        table.add_row(f"{count:,}", *(f"{added[way]:.1f}" for way in ways))
+    table.caption = f"Parameters of 64 elements; buckets of {BUCKET_BYTES:,} bytes."
     return table
 
 
@@ -134,6 +182,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--counts", type=int, nargs="+", default=[150, 1000])
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument(
         "--default-malloc", action="store_true", help="on a CPU, count the holes of malloc too"
     )
@@ -154,9 +204,18 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     report.console.print(f"The optimizer in the backward on {report.headline(facts)}")
     results = compare(options, size)
     report.console.print(tabulate(results))
+    others, name = OtherWork(), options.optimizers[0]
+    added = {count: added_us(name, count, options) for count in options.counts}
+    report.console.print(tabulate_added(added, name))
+    if others.disturbs(pick_device(options.device)):
+        report.console.print(report.BUSY_NOTE)
     setup = {"size": asdict(size), "steps": options.steps, "seed": options.seed}
     setup["default_malloc"] = options.default_malloc
-    return [report.write_json(options.out / "attached.json", facts, **setup, results=results)]
+    return [
+        report.write_json(
+            options.out / "attached.json", facts, **setup, results=results, added_us=added
+        )
+    ]
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,19 +18,21 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import options
+from .buckets import Bucket, Gathered, Key, Slot, Slots, alive, is_distributed, queue
 from .optimizer import FusedOptimizer
-from .record import Members
-from .stepper import Stepper
 
 Optimizer = TypeVar("Optimizer", bound=FusedOptimizer)
-Kept = TypeVar("Kept")
 
 
 def attach(
-    model: torch.nn.Module | Iterable[Any], optimizer_class: type[Optimizer], **arguments: Any
+    model: torch.nn.Module | Iterable[Any],
+    optimizer_class: type[Optimizer],
+    *,
+    bucket_bytes: int = 2**20,
+    **arguments: Any,
 ) -> Optimizer:
-    """Update each parameter during ``backward()``, as soon as its gradient is ready, and free the
-    gradient: the gradients of a model never exist all at once.
+    """Update the parameters during ``backward()``, soon after their gradients are ready, and free
+    the gradients: those of a model never exist all at once.
 
     The result is an ordinary optimizer: schedulers take it, ``state_dict()`` and
     ``load_state_dict()`` are those of its class. After ``backward()``, its ``step()`` finds no
@@ -38,7 +42,10 @@ def attach(
         model (Module or iterable): a module, of which the parameters that require a gradient are
             taken, or what the class takes as ``params``. Those of lazy modules may get their shape
             later.
-        optimizer_class: ``fusedopt.Adam``, ``AdamW``, ``SGD``, ``RMSprop`` or ``Adagrad``.
+        optimizer_class: one of fusedopt's classes, like ``fusedopt.AdamW``.
+        bucket_bytes (int): how many bytes of gradients wait, so that one native call updates their
+            parameters together. Not more than these and the gradient that fills them are alive in
+            a backward, on each device. With 0, each parameter is updated alone (default: 1 MiB).
         arguments: keyword arguments of the class.
 
     Returns:
@@ -52,11 +59,14 @@ def attach(
             or the model is wrapped in ``DistributedDataParallel`` or ``FullyShardedDataParallel``,
             which reduce gradients after they were accumulated (``fully_shard`` works).
 
-    Every ``backward()`` is a step: gradients cannot be accumulated over several, clipped by their
-    common norm, or unscaled by a ``GradScaler``. Reentrant checkpointing runs a ``backward()`` for
-    each segment; a parameter that several segments share wants ``use_reentrant=False``. If a step
-    raises then ``backward()`` does; the parameters before it have been updated. Hooks of ``step()``
-    run in ``step()``.
+    Differences from ``step()`` after ``backward()``: the bits are the same, but every
+    ``backward()`` is a step, except within ``optimizer.accumulating()``. Gradients cannot be
+    clipped by their common norm, or unscaled by a ``GradScaler``. What waits is updated when its
+    bucket is full, else at the end of the backward. Reentrant checkpointing runs a ``backward()``
+    for each segment; a parameter that several segments share wants ``use_reentrant=False``. If the
+    backward fails then what was updated remains so, the parameters that wait are as they were, with
+    their gradients, and so are all of a bucket whose step raises; that error comes out of
+    ``backward()``. Hooks of ``step()`` run in ``step()``.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)):
         raise TypeError(
@@ -68,13 +78,15 @@ def attach(
             f"{optimizer_class.__name__} has a step() of its own, which attach() would not call in "
             "the backward"
         )
+    if type(bucket_bytes) is not int or bucket_bytes < 0:
+        raise ValueError(f"bucket_bytes must be an int of at least 0, got {bucket_bytes!r}")
     params: Iterable[Any] = model  # type: ignore[assignment]
     if isinstance(model, torch.nn.Module):
         _check_model(model)
         params = [param for param in model.parameters() if param.requires_grad]
     optimizer = optimizer_class(params, **arguments)
     _check_options(optimizer)
-    optimizer._attached = Attached(optimizer)
+    optimizer._attached = Attached(optimizer, bucket_bytes)
     optimizer._attached.hook()
     return optimizer
 
@@ -94,80 +106,130 @@ def detach(optimizer: FusedOptimizer) -> None:
 
 
 class Attached:
-    """For each parameter of an optimizer a hook, and a stepper of its own, so that a step looks at
-    nothing else. State and options are those of the optimizer."""
+    """A hook for each parameter of an optimizer, whose state and options are the optimizer's, and
+    what the hooks share."""
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._steppers: dict[Tensor, tuple[int, int, Stepper]] = {}
+        self.bucket_bytes = bucket_bytes
+        self._slots: Slots = {}
         self._handles: list[RemovableHandle] = []
+        # By backward and device.
+        self._gathered: WeakValueDictionary[Key, Gathered] = WeakValueDictionary()
+        self._accumulating = 0  # how many contexts are open
+        self._accumulated: Slots = {}  # those that had gradients in them and no step since
 
     def hook(self) -> None:
         """Registers the parameters that are new in the optimizer."""
         new = [
             record
-            for record in _alive(self._optimizer)._members().all()
-            if record.param not in self._steppers and _can_require_grad(record.param)
+            for record in alive(self._optimizer)._members().all()
+            if id(record.param) not in self._slots and _can_require_grad(record.param)
         ]
         for record in new:
             _check_free(record.param, record.describe())
         for record in new:
-            self._steppers[record.param] = record.g, record.i, Stepper()
+            self._slots[id(record.param)] = Slot(record.param, record.g, record.i)
             self._handles.append(_register(record.param, Hook(self)))
 
     def unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for gathered in self._gathered.values():
+            gathered.forget()
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        turn = alive(self._optimizer)._turn
+        with turn.lock:
+            self._accumulating += 1
+        try:
+            yield
+        finally:
+            with turn.lock:
+                self._accumulating -= 1
+
+    def add(self, param: Tensor, backward: int) -> None:
+        """A gradient is there. ``backward``: which one has made it, or -1 if it is none that could
+        be told from others, and asked to call back at its end."""
+        slot = self._slots[id(param)]
+        if self._accumulating:
+            self._accumulated[id(param)] = slot
+            return
+        if self._accumulated:
+            self._accumulated.pop(id(param), None)
+        key = backward, param.device
+        gathered = self._gathered.get(key)
+        if gathered is None:
+            gathered = Gathered(self, key)
+            if backward >= 0:
+                self._gathered[key] = gathered
+                queue(gathered.end)
+        gathered.add(self, slot)
+        if backward < 0:
+            gathered.step_all(self)
 
     @_disable_dynamo
-    def step(self, param: Tensor) -> None:
-        optimizer = _alive(self._optimizer)
-        # A backward may run in several threads.
-        optimizer._turn.step(optimizer._name, functools.partial(self._step, optimizer, param))
+    def add_in_compiled_backward(self, param: Tensor) -> None:
+        """Compiled autograd traces hooks."""
+        self.add(param, -1)
 
-    def _step(self, optimizer: FusedOptimizer, param: Tensor) -> None:
+    def end(self, gathered: Gathered) -> None:
+        """Steps what is left when a backward ends."""
+        # What another call of the engine brings now has an end of its own.
+        del self._gathered[gathered.key]
+        gathered.step_all(self)
+        if self._accumulated or is_distributed():
+            queue(gathered.finish)
+
+    def step_accumulated(self, gathered: Gathered) -> None:
+        """What this backward has not reached; if it is part of another, that may still do so."""
+        is_nested = torch._C._current_autograd_node() is not None
+        if self._accumulated and not self._accumulating and not is_nested:
+            accumulated, self._accumulated = self._accumulated, {}
+            for slot in accumulated.values():
+                if slot.param.grad is not None:
+                    gathered.add(self, slot)
+            gathered.step_all(self)
+
+    def describe(self, slot: Slot) -> str:
+        return alive(self._optimizer)._members().describe(slot.g, slot.i)
+
+    def step(self, bucket: Bucket, arrived: Slots) -> None:
+        optimizer = alive(self._optimizer)
+        # A backward may run in several threads.
+        optimizer._turn.step(
+            optimizer._name, functools.partial(self._step, optimizer, bucket, arrived)
+        )
+
+    def _step(self, optimizer: FusedOptimizer, bucket: Bucket, arrived: Slots) -> None:
         _check_options(optimizer)
         optimizer._check_not_swapped()
-        g, i, stepper = self._steppers[param]
-        groups = optimizer.param_groups
-        if not (
-            len(groups) > g and len(groups[g]["params"]) > i and groups[g]["params"][i] is param
-        ):
-            raise RuntimeError(
-                f"{optimizer._name}: a parameter of shape {tuple(param.shape)} is no longer where "
-                "it was in param_groups; detach() the optimizer before changing them"
-            )
-        state = {param: optimizer.state[param]} if param in optimizer.state else {}
-        group = {**groups[g], "params": [param]}
-        members = Members(optimizer, [group], state, place=(g, i))
+        members = bucket.members(optimizer, arrived)
         try:
-            stepper.step(members)
+            bucket.stepper.step(members)
         except (KeyError, TypeError):
-            options.check_group(members, 0)  # names the group of the optimizer
+            for g in range(len(members.groups)):
+                options.check_group(members, g)  # names the group of the optimizer
             raise
-        param.grad = None
+        for slot in arrived.values():
+            slot.param.grad = None
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
 
 class Hook:
-    """Steps a parameter. It keeps nothing alive: the garbage collector cannot look into the hooks
-    of tensors, and would never free a model whose hooks lead back to it."""
+    """Hands on a parameter. It keeps nothing alive: the garbage collector cannot look into the
+    hooks of tensors, and would never free a model whose hooks lead back to it."""
 
     def __init__(self, attached: Attached) -> None:
         self.attached = weakref.ref(attached)
 
     def __call__(self, param: Tensor) -> None:
-        _alive(self.attached).step(param)
-
-
-def _alive(reference: weakref.ref[Kept]) -> Kept:
-    kept = reference()
-    if kept is None:
-        raise RuntimeError(
-            "the optimizer that attach() returned is gone; keep it while the model is trained, or "
-            "detach() it"
-        )
-    return kept
+        attached = alive(self.attached)
+        if torch.compiler.is_dynamo_compiling():
+            attached.add_in_compiled_backward(param)
+        else:
+            attached.add(param, torch._C._current_graph_task_id())
 
 
 def _check_free(param: Tensor, who: str) -> None:
@@ -223,5 +285,6 @@ def _check_model(model: torch.nn.Module) -> None:
             raise ValueError(
                 f"{name} reduces gradients after they were accumulated, when "
                 "attach() has used them already; shard the model with "
-                "torch.distributed.fsdp.fully_shard, or use the optimizer without attach()"
+                "torch.distributed.fsdp.fully_shard, or use the optimizer without attach(), which "
+                "would save nothing: the buckets of gradients are part of the wrapper"
             )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import dtensor
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
 
 Weights = dict[Tensor, Tensor]
 
@@ -23,6 +28,33 @@ class WeightsNotRestoredError(RuntimeError):
     def __init__(self, message: str, weights: Weights) -> None:
         super().__init__(message)
         self.weights = weights
+
+
+@contextlib.contextmanager
+def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
+    """The parameters hold their averages; see ``swap_ema()``."""
+    core, turn = optimizer._core, optimizer._turn
+    weights: Weights = {}
+    try:
+        with turn.exclusively(optimizer._name, "swap_ema()"):
+            theirs = [*optimizer.ema_parameters()]
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            before = kept(params)
+            core.swaps.append(weights)
+            weights.update(before)  # from here on there is something to restore
+            swap_in(params, theirs)
+        yield
+    finally:
+        # An interrupt, or what a signal handler raises, comes after it.
+        try:
+            with turn.lock:
+                leave(core.swaps, weights, optimizer._describe)
+        except WeightsNotRestoredError:
+            raise
+        except BaseException:
+            with turn.lock:
+                leave(core.swaps, weights, optimizer._describe)
+            raise
 
 
 def kept(params: Iterable[Tensor]) -> Weights:

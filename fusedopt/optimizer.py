@@ -3,9 +3,9 @@ one imports; a subclass brings its :class:`~fusedopt.rule.Rule`."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -189,6 +189,21 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{self._name}: the parameters hold their averages; leave swap_ema() before {call}"
             )
 
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Within the context the hooks of :func:`fusedopt.attach` step nothing, and gradients add
+        up as usual::
+
+            with optimizer.accumulating():
+                for batch in micro_batches[:-1]:
+                    loss(model, batch).backward()
+            loss(model, micro_batches[-1]).backward()
+
+        The first backward after it steps with the sums, at its end also where it reaches a
+        parameter no more; if it is part of another backward (``use_reentrant=True``), these are
+        left to ``step()``. An ordinary optimizer steps in ``step()`` alone: nothing changes.
+        """
+        return nullcontext() if self._attached is None else self._attached.accumulating()
+
     # The average of the weights ---------------------------------------------------------------
 
     def ema_parameters(self) -> Iterator[Tensor]:
@@ -206,8 +221,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state = self.state.get(param, {}) if group.get("ema") is not None else {}
                 yield state.get("ema", param)
 
-    @contextlib.contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self) -> AbstractContextManager[None]:
         """Within the context the parameters hold their averages, for validation or saving::
 
             with optimizer.swap_ema():
@@ -222,28 +236,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             fusedopt.averages.WeightsNotRestoredError: when it ends, a parameter has another shape,
                 say, and cannot take its weights back; the error holds them.
         """
-        core, turn = self._core, self._turn
-        weights: averages.Weights = {}
-        try:
-            with self._turn.exclusively(self._name, "swap_ema()"):
-                theirs = [*self.ema_parameters()]
-                params = [param for group in self.param_groups for param in group["params"]]
-                kept = averages.kept(params)
-                core.swaps.append(weights)
-                weights.update(kept)  # from here on there is something to restore
-                averages.swap_in(params, theirs)
-            yield
-        finally:
-            # An interrupt, or what a signal handler raises, comes after it.
-            try:
-                with turn.lock:
-                    averages.leave(core.swaps, weights, self._describe)
-            except averages.WeightsNotRestoredError:
-                raise
-            except BaseException:
-                with turn.lock:
-                    averages.leave(core.swaps, weights, self._describe)
-                raise
+        return averages.swapped(self)
 
     # Checkpoints ------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,23 +28,26 @@ Created = dict[Tensor, dict[str, Any]]
 
 class Members:
     """The parameters of one step in their groups, with their state: all those of an optimizer, or
-    with :func:`fusedopt.attach` one of them."""
+    with :func:`fusedopt.attach` some of them."""
 
     def __init__(
         self,
         optimizer: FusedOptimizer,
         groups: list[Group],
         state: dict[Any, Any] | None = None,
-        place: tuple[int, int] | None = None,
+        places: list[list[tuple[int, int]]] | None = None,
+        absent: Set[int] = frozenset(),
     ) -> None:
-        """``state``: theirs, if it is not that of the whole. ``place``: group and index of the only
-        member in the optimizer."""
+        """``state``: theirs, if it is not that of the whole. ``places``: for each group, the groups
+        and indices that its parameters have in the optimizer. ``absent``: the ids of parameters
+        that have no part in the step, whether they have a gradient or not."""
         self.optimizer = optimizer
         self.rule: Rule = optimizer._rule
         self.groups = groups
         self.state: dict[Any, Any] = optimizer.state if state is None else state
         self.owner: dict[Any, Any] = optimizer.state  # where new state goes
-        self.place = place
+        self.places = places
+        self.absent = absent
         self.created: Created = {}
 
     @property
@@ -60,8 +64,15 @@ class Members:
             Record(self, g, i)
             for g, group in enumerate(self.groups)
             for i, param in enumerate(group["params"])
-            if param.grad is not None
+            if param.grad is not None and id(param) not in self.absent
         ]
+
+    def hidden_grads(self) -> dict[int, Tensor | None]:
+        """What a native step sees instead of some gradients, by the number of the parameter."""
+        if not self.absent:
+            return {}
+        params = itertools.chain.from_iterable(group["params"] for group in self.groups)
+        return {e: None for e, param in enumerate(params) if id(param) in self.absent}
 
     def is_virtual(self) -> bool:
         """Whether what this step creates or measures may have no memory."""
@@ -76,7 +87,7 @@ class Members:
     def describe(self, g: int, i: int) -> str:
         """For messages: which parameter it is."""
         param, names = self.groups[g]["params"][i], self.groups[g].get("param_names")
-        g, i = self.place or (g, i)
+        g, i = self.places[g][i] if self.places else (g, i)
         name = f" {names[i]!r}" if names else ""
         who = f"{self.name}, param group {g}, parameter {i}{name}"
         if is_lazy(param):
@@ -92,7 +103,7 @@ class Members:
         return f"a parameter of shape {tuple(param.shape)} that is in no param group now"
 
     def describe_group(self, g: int) -> str:
-        return f"{self.name}, param group {self.place[0] if self.place else g}"
+        return f"{self.name}, param group {self.places[g][0][0] if self.places else g}"
 
     def new_entries(self) -> dict[str, Any]:
         """State without an entry, of the class that the optimizer makes it of."""

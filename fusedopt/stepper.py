@@ -28,7 +28,7 @@ class _NoPlan(NamedTuple):
 
 class Stepper:
     """Steps the same parameters again and again. One for an optimizer; with :func:`fusedopt.attach`
-    one for each parameter. Never pickled."""
+    one for each bucket. Never pickled."""
 
     def __init__(self) -> None:
         # The tensors of the last step, as the native module remembers them.
@@ -86,7 +86,7 @@ class Stepper:
             members.groups,
             known if is_plain else dict(known),
             torch.get_num_threads(),
-            grads,
+            members.hidden_grads() or None if grads is None else grads,
             scales,
             created or None,
             owner if is_plain else None,
@@ -135,7 +135,7 @@ class Stepper:
     ) -> None:
         """Takes the Python rule where the native side cannot go, copies gradients that have another
         layout than their parameter, and does all the rest in one native call."""
-        grads: dict[int, Tensor | None] = {}
+        grads = members.hidden_grads()
         written: list[Tensor] = []
         kept: list[Tensor] = []
         # Python delivers an interrupt after a call. There is none between the last write and the

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 import fusedopt
-from fusedopt import formats, grad_norm, optimizer, rule, state, tensor_kinds
+from fusedopt import formats, grad_norm, optimizer, rule, state, stepper, tensor_kinds
 
 __all__ = ["formats", "grad_norm"]
 
@@ -64,6 +64,19 @@ def new_plans(opt: Any) -> Iterator[list[Any]]:
         yield made
 
 
+@contextlib.contextmanager
+def plans_of_all() -> Iterator[list[Any]]:
+    """The plans that are made meanwhile, by any optimizer or bucket."""
+    make, made = stepper.Stepper._make_plan, []
+
+    def record(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
+
+    with mock.patch.object(stepper.Stepper, "_make_plan", record):
+        yield made
+
+
 def has_plan(opt: Any) -> bool:
     """Whether the native side remembers the last step."""
     return opt._stepper.plan is not None
@@ -105,6 +118,20 @@ def call_in_next_steps(opt: Any, call: Callable[[], None]) -> None:
 
 
 # What is kept ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attached_steps(opt: Any) -> Iterator[list[list[torch.Tensor]]]:
+    """The parameters of each step that hooks take meanwhile."""
+    attached, seen = opt._attached, []
+    step = attached.step
+
+    def record(bucket: Any, arrived: Any) -> None:
+        seen.append([slot.param for slot in arrived.values()])
+        step(bucket, arrived)
+
+    with mock.patch.object(attached, "step", record):
+        yield seen
 
 
 def is_attached(opt: Any) -> bool:

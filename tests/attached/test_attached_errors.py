@@ -15,13 +15,16 @@ from attached import ADAMW, attach, batches, loss, network, step
 
 @richest
 @pytest.mark.parametrize("steps", [0, 2])
-def test_an_error_in_the_backward(case, steps, backend):
-    """Comes out of ``backward()`` and names the parameter by its place in the whole."""
+@pytest.mark.parametrize("bucket_bytes", [0, 2**20], ids=["alone", "together"])
+def test_an_error_in_the_backward(case, steps, bucket_bytes, backend):
+    """Comes out of ``backward()`` and names the parameter by its place in the whole. What is in its
+    bucket is as before; the buckets before it are updated."""
     model = network()
     opt = attach(
         case,
         [{"params": model[2].named_parameters()}, {"params": [*model[0].named_parameters()]}],
         lr=0.05,
+        bucket_bytes=bucket_bytes,
     )
     for inputs in batches(steps):
         step(model, opt, inputs)
@@ -34,12 +37,16 @@ def test_an_error_in_the_backward(case, steps, backend):
     with pytest.raises(ValueError, match=rf"{named}.*state\['{key}'\] has shape \(2, 2\)"):
         loss(model, inputs).backward()
     assert model[0].bias.grad is not None and bits(model[0].bias) == before[1]
-    assert bits(model[2].weight) != before[2] and model[2].weight.grad is None
+    is_updated = bucket_bytes == 0
+    assert (bits(model[2].weight) != before[2]) == is_updated
+    assert (model[2].weight.grad is None) == is_updated
     opt.state[model[0].bias] = good
     if not good:
         del opt.state[model[0].bias]
+    after = bits(model[2].weight)
     opt.step()  # what is left over
     assert bits(model[0].bias) != before[1]
+    assert (bits(model[2].weight) == after) == is_updated
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -100,6 +107,14 @@ def test_classes():
     opt = fusedopt.attach([param := leaf(torch.ones(2))], Renamed)
     param.sum().backward()
     assert param.tolist() == [0.5, 0.5] and type(opt) is Renamed
+
+
+@pytest.mark.parametrize("bucket_bytes", [-1, 1.5, "1MB", None, True])
+def test_sizes_of_buckets(bucket_bytes):
+    model = network()
+    with pytest.raises((TypeError, ValueError), match="bucket_bytes must be an int of at least 0"):
+        fusedopt.attach(model, fusedopt.AdamW, bucket_bytes=bucket_bytes)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def test_params_and_options_that_the_class_refuses():

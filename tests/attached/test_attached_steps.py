@@ -21,7 +21,7 @@ from cases import (
 )
 from torch import nn
 
-from attached import ADAMW, assert_same, attach, batches, both, gradients, loss, network, step
+from attached import ADAMW, assert_same, attach, batches, both, loss, network, step
 
 
 class Embedded(nn.Module):
@@ -63,24 +63,6 @@ def step_stock(model, stock, inputs):
     stock.zero_grad()
     loss(model, inputs).backward()
     stock.step()
-
-
-def test_gradients_never_exist_all_at_once(backend):
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).double()
-    alive = []
-
-    def count(param):
-        assert param.grad is not None
-        alive.append(len(gradients(model)))
-
-    for param in model.parameters():
-        param.register_post_accumulate_grad_hook(count)
-    opt = attach(ADAMW, model)
-    for inputs in batches(2):
-        loss(model, inputs).backward()
-        assert not gradients(model)
-    assert alive == [1] * 20
-    assert all(state["step"] == 2 for state in opt.state.values())
 
 
 @every_name

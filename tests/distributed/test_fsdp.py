@@ -20,7 +20,12 @@ from cases import (
     those_with,
 )
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from training import (
@@ -411,3 +416,18 @@ def test_attach(layout, case, backend, device="cpu"):
     fit(model, opt, [layout.rows(batches[0])])
     fit(start, stock, [batches[0]])
     assert_trained_alike(model, opt, start, stock)
+
+
+@on_ranks(2)
+def test_attach_gathers_what_a_process_holds():
+    """A bucket is full of shards, not of the gradients that they are parts of."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6))).double()
+    for layer in model:
+        fully_shard(layer, mesh=world_mesh("cpu"))
+    fully_shard(model, mesh=world_mesh("cpu"))
+    opt = fusedopt.attach(model, fusedopt.AdamW, bucket_bytes=150)  # a shard has 64
+    for _ in range(2):
+        with seam.attached_steps(opt) as steps:
+            model(torch.ones(3, 4, dtype=torch.float64)).square().mean().backward()
+        assert [*map(len, steps)] == [3, 3]
+        assert all(p.grad is None for p in model.parameters())

@@ -192,6 +192,39 @@ def test_counts_outlive_their_optimizer():
     assert_all_near(params, train_on(HOST, fusedopt.Adam, values, grads, lr=0.1)[0])
 
 
+class LateGradient(torch.autograd.Function):
+    """The identity, whose backward takes its time."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        torch.cuda._sleep(LONG // 10)
+        return grad * 2
+
+
+def test_attached_to_a_forward_on_two_streams():
+    """A bucket is stepped on one of them, and its gradients are of both."""
+    values = [torch.randn(70_001) for _ in range(2)]
+    runs, side = [], torch.cuda.Stream()
+    for build in (fusedopt.attach, lambda params, cls, **options: cls(params, **options)):
+        params = [leaf(put(v)) for v in values]
+        opt = build(params, fusedopt.AdamW, lr=0.1)
+        for _ in range(3):
+            opt.zero_grad()
+            main = torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                late = LateGradient.apply(params[0]).square().sum()
+            main.wait_stream(side)
+            (late + params[1].square().sum()).backward()
+            opt.step()
+        runs.append(snapshot(opt))
+    assert runs[0] == runs[1]
+
+
 # Devices --------------------------------------------------------------------------------------
 
 
