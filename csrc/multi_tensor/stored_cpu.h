@@ -38,12 +38,7 @@ __attribute__((noinline)) void random_bits(std::uint64_t key, std::uint64_t step
                                            std::uint16_t* bits) {
   auto block = static_cast<std::uint64_t>(span.at / 8);
   for (int begin = 0; begin < span.n; begin += 8 * kPhiloxBlocks, block += kPhiloxBlocks) {
-    std::uint32_t words[4][kPhiloxBlocks];
-    philox_lanes<isa>(key, step, block, words);
-    for (int b = 0; b < kPhiloxBlocks; ++b) {
-      const std::uint32_t of_block[] = {words[0][b], words[1][b], words[2][b], words[3][b]};
-      std::memcpy(bits + begin + 8 * b, of_block, sizeof(of_block));
-    }
+    philox_blocks<isa>(key, step, block, bits + begin);
   }
 }
 
@@ -127,26 +122,34 @@ __attribute__((noinline)) void store_state(const SlotDtypes& dtypes, double step
     store_from_float<isa>(dtype, span.pointers[2 + state], span.at, span.n, from);
     return;
   }
-  std::uint16_t bits[kStoredElements];
-  if (dtype == Dtype::kUInt8) {
-    random_bits<isa>(kCodeKey + state, static_cast<std::uint64_t>(step), span, bits);
-  }
+  // First all scales, each of which waits for its 64 elements, then all codes, which wait for nothing.
+  Scale scale_of[kStoredElements / kScaleElements];
   float* scales = span.scales(state);
   for (int begin = 0; begin < span.n; begin += kScaleElements) {
-    const int end = std::min(span.n, begin + kScaleElements);
+    const int end = std::min(span.n, begin + kScaleElements), block = begin / kScaleElements;
     std::uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int i = begin; i < end; ++i) largest = std::max(largest, magnitude_bits(from[i]));
-    const Scale scale(*scales++ = float_from_bits(largest));
-    if (dtype == Dtype::kInt8) {
-      auto* codes = span.of<std::int8_t>(2 + state);
+    scale_of[block] = Scale(scales[block] = float_from_bits(largest));
+  }
+  if (dtype == Dtype::kInt8) {
+    auto* codes = span.of<std::int8_t>(2 + state);
+    for (int begin = 0; begin < span.n; begin += kScaleElements) {
+      const int end = std::min(span.n, begin + kScaleElements);
+      const Scale scale = scale_of[begin / kScaleElements];
 #pragma omp simd
       for (int i = begin; i < end; ++i) codes[i] = encode_signed(from[i], scale);
-    } else {
-      auto* codes = span.of<std::uint8_t>(2 + state);
-#pragma omp simd
-      for (int i = begin; i < end; ++i) codes[i] = encode_unsigned(from[i], scale, bits[i]);
     }
+    return;
+  }
+  auto* codes = span.of<std::uint8_t>(2 + state);
+  std::uint16_t bits[kStoredElements];
+  random_bits<isa>(kCodeKey + state, static_cast<std::uint64_t>(step), span, bits);
+  for (int begin = 0; begin < span.n; begin += kScaleElements) {
+    const int end = std::min(span.n, begin + kScaleElements);
+    const Scale scale = scale_of[begin / kScaleElements];
+#pragma omp simd
+    for (int i = begin; i < end; ++i) codes[i] = encode_unsigned(from[i], scale, bits[i]);
   }
 }
 

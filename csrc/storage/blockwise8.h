@@ -32,6 +32,7 @@ FUSEDOPT_HD std::uint32_t magnitude_bits(float value) {
 struct Scale {
   float raise, reciprocal, most;  // the last two are 0 if the scale is 0 or not finite
 
+  Scale() = default;
   FUSEDOPT_HD explicit Scale(float scale) {
     raise = scale < 0x1p-60f ? 0x1p64f : 1.0f;
     const bool usable = scale > 0.0f && magnitude_bits(scale) < 0x7F800000u;
