@@ -32,13 +32,13 @@ struct Span {
   }
 };
 
-// 16 random bits per element, in order.
+// 16 random bits per element, in order, for up to kScaleElements.
 template <Isa isa>
-__attribute__((noinline)) void random_bits(std::uint64_t key, std::uint64_t step, const Span& span,
-                                           std::uint16_t* bits) {
-  auto block = static_cast<std::uint64_t>(span.at / 8);
-  for (int begin = 0; begin < span.n; begin += 8 * kPhiloxBlocks, block += kPhiloxBlocks) {
-    philox_blocks<isa>(key, step, block, bits + begin);
+FUSEDOPT_HD void random_bits(std::uint64_t key, std::uint64_t step, std::int64_t at,
+                             std::uint16_t* bits) {
+  auto block = static_cast<std::uint64_t>(at / 8);
+  for (int i = 0; i < kScaleElements; i += 8 * kPhiloxBlocks, block += kPhiloxBlocks) {
+    philox_blocks<isa>(key, step, block, bits + i);
   }
 }
 
@@ -47,9 +47,7 @@ template <Isa isa>
 __attribute__((noinline)) float* load_param(const SlotDtypes& dtypes, const Span& span,
                                             float* buffer) {
   if (dtypes.master == Dtype::kInt16) {
-    const auto *high = span.of<std::uint16_t>(0), *low = span.of<std::uint16_t>(kMaster);
-#pragma omp simd
-    for (int i = 0; i < span.n; ++i) buffer[i] = join_master(high[i], low[i]);
+    load_masters(span.of<std::uint16_t>(0), span.of<std::uint16_t>(kMaster), span.n, buffer);
     return buffer;
   }
   const float* param =
@@ -73,15 +71,14 @@ template <Isa isa>
 __attribute__((noinline)) void store_param(const SlotDtypes& dtypes, const Span& span,
                                            const float* from) {
   if (dtypes.master == Dtype::kInt16) {
-    auto *high = span.of<std::uint16_t>(0), *low = span.of<std::uint16_t>(kMaster);
-#pragma omp simd
-    for (int i = 0; i < span.n; ++i) split_master(from[i], &high[i], &low[i]);
-    return;
+    return store_masters(from, span.n, span.of<std::uint16_t>(0), span.of<std::uint16_t>(kMaster));
   }
   if (dtypes.stochastic) {
     const auto* rounding = static_cast<const std::uint64_t*>(span.pointers[kRounding]);
     std::uint16_t bits[kStoredElements];
-    random_bits<isa>(rounding[0], rounding[1], span, bits);
+    for (int begin = 0; begin < span.n; begin += kScaleElements) {
+      random_bits<isa>(rounding[0], rounding[1], span.at + begin, bits + begin);
+    }
     auto* to = span.of<BFloat16>(0);
 #pragma omp simd
     for (int i = 0; i < span.n; ++i) to[i] = round_stochastically(from[i], bits[i]);
@@ -144,13 +141,18 @@ __attribute__((noinline)) void store_state(const SlotDtypes& dtypes, double step
   }
   auto* codes = span.of<std::uint8_t>(2 + state);
   std::uint16_t bits[kStoredElements];
-  random_bits<isa>(kCodeKey + state, static_cast<std::uint64_t>(step), span, bits);
+  float exact[kStoredElements];
   for (int begin = 0; begin < span.n; begin += kScaleElements) {
     const int end = std::min(span.n, begin + kScaleElements);
     const Scale scale = scale_of[begin / kScaleElements];
 #pragma omp simd
-    for (int i = begin; i < end; ++i) codes[i] = encode_unsigned(from[i], scale, bits[i]);
+    for (int i = begin; i < end; ++i) exact[i] = exact_unsigned(from[i], scale);
+    // Integers, while the roots are still being drawn.
+    random_bits<isa>(kCodeKey + state, static_cast<std::uint64_t>(step), span.at + begin,
+                     bits + begin);
   }
+#pragma omp simd
+  for (int i = 0; i < span.n; ++i) codes[i] = round_unsigned(exact[i], from[i], bits[i]);
 }
 
 template <Isa isa>

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../update_rules/host_device.h"
-#include "half.h"
+#include "isa.h"
+#include "lanes.h"
 
 namespace fusedopt {
 
@@ -39,43 +41,11 @@ FUSEDOPT_HD Random8 philox(std::uint64_t key, std::uint64_t step, std::uint64_t 
   return {{c0, c1, c2, c3}};
 }
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(FUSEDOPT_HAS_LANES)
 
 // The same for the blocks first, first + 1, ..., as many as there are 64-bit lanes, in order. Products
 // look at the lower half of a lane only, so that what is left in the upper half does not matter
 // before the end. (Left to the compiler's vectorizer this took four times as long.)
-#if defined(__AVX512F__)
-using Lanes = __m512i;
-#define FUSEDOPT_LANES(op) _mm512_##op
-FUSEDOPT_HD Lanes all_lanes(std::uint64_t value) {
-  return _mm512_set1_epi64(static_cast<long long>(value));
-}
-// Which block a lane has: those of store_lanes, which puts one after the other from two halves.
-FUSEDOPT_HD Lanes lane_numbers() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
-FUSEDOPT_HD Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
-  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
-}
-FUSEDOPT_HD Lanes pairs(Lanes lower, Lanes upper) {
-  return _mm512_mask_shuffle_epi32(lower, 0xAAAA, upper, _MM_PERM_CCAA);
-}
-FUSEDOPT_HD void store_lanes(Lanes lanes, void* to) { _mm512_storeu_si512(to, lanes); }
-#else
-using Lanes = __m256i;
-#define FUSEDOPT_LANES(op) _mm256_##op
-FUSEDOPT_HD Lanes all_lanes(std::uint64_t value) {
-  return _mm256_set1_epi64x(static_cast<long long>(value));
-}
-FUSEDOPT_HD Lanes lane_numbers() { return _mm256_setr_epi64x(0, 2, 1, 3); }
-FUSEDOPT_HD Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
-  return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
-}
-FUSEDOPT_HD Lanes pairs(Lanes lower, Lanes upper) {
-  return _mm256_blend_epi32(lower, _mm256_shuffle_epi32(upper, 0xA0), 0xAA);
-}
-FUSEDOPT_HD void store_lanes(Lanes lanes, void* to) {
-  _mm256_storeu_si256(static_cast<__m256i*>(to), lanes);
-}
-#endif
 constexpr int kPhiloxBlocks = sizeof(Lanes) / 8;
 
 template <Isa>
@@ -99,7 +69,6 @@ FUSEDOPT_HD void philox_blocks(std::uint64_t key, std::uint64_t step, std::uint6
   store_lanes(FUSEDOPT_LANES(unpacklo_epi64)(words01, words23), to);
   store_lanes(FUSEDOPT_LANES(unpackhi_epi64)(words01, words23), to + 4 * kPhiloxBlocks);
 }
-#undef FUSEDOPT_LANES
 
 #else
 
