@@ -9,6 +9,7 @@
 #include "../storage/half.h"
 #include "../update_rules/host_device.h"
 #include "apply.h"
+#include "stored_cpu.h"
 #include "tuning.h"
 
 namespace fusedopt {
@@ -101,41 +102,59 @@ void converting_kernel(const PreparedUpdate& prepared, void* const* slots, std::
   }
 }
 
-// One half dtype everywhere: a few vectors at a time, which the compiler unrolls, so that
-// conversions and arithmetic overlap. What is left over goes the way of a mix.
-template <Isa isa, typename Half, typename Update, std::size_t... S>
+// One half dtype everywhere, bfloat16 also with exact masters in two parts: a few vectors at a time,
+// which the compiler unrolls, so that conversions and arithmetic overlap. What is left over goes the
+// way of a mix.
+template <Isa isa, typename Half, bool kSplit, typename Update, std::size_t... S>
 FUSEDOPT_HD void update_halves(const Update& update, void* const* slots, std::int64_t at,
                                std::index_sequence<S...> states) {
-  constexpr int n = kHalfElements;
-  alignas(64) float param[kHalfElements], grad[kHalfElements];
-  alignas(64) float state[kMaxStates][kHalfElements];
+  constexpr int n = kHalfElements<isa>;
+  alignas(64) float param[n], grad[n], state[kMaxStates][n];
   float* const arrays[kMaxStates] = {state[S]...};
-  load_half(static_cast<const Half*>(slots[0]) + at, n, param);
+  const auto bits = [&](int slot) __attribute__((always_inline)) {
+    return static_cast<std::uint16_t*>(slots[slot]) + at;
+  };
+  if constexpr (kSplit) {
+    load_masters(bits(0), bits(kMaster), n, param);
+  } else {
+    load_half(static_cast<const Half*>(slots[0]) + at, n, param);
+  }
   load_half(static_cast<const Half*>(slots[1]) + at, n, grad);
   (load_half(static_cast<const Half*>(slots[2 + S]) + at, n, state[S]), ...);
   update_elements<isa>(update, n, param, grad, arrays, states);
-  store_half(param, n, static_cast<Half*>(slots[0]) + at);
+  if constexpr (kSplit) {
+    store_masters(param, n, bits(0), bits(kMaster));
+  } else {
+    store_half(param, n, static_cast<Half*>(slots[0]) + at);
+  }
   (store_half(state[S], n, static_cast<Half*>(slots[2 + S]) + at), ...);
 }
 
-template <Isa isa, typename Half, typename Update>
+template <Isa isa, typename Half, bool kSplit, typename Update>
 void half_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
                  std::int64_t count) {
+  constexpr int n = kHalfElements<isa>;
   constexpr std::make_index_sequence<Update::kNumStates> states;
   with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
-    for (std::int64_t done = 0; done + kHalfElements <= count; done += kHalfElements) {
-      update_halves<isa, Half>(update, slots, begin + done, states);
+    for (std::int64_t done = 0; done + n <= count; done += n) {
+      update_halves<isa, Half, kSplit>(update, slots, begin + done, states);
     }
   });
-  const std::int64_t done = count / kHalfElements * kHalfElements;
-  converting_kernel<isa>(prepared, slots, begin + done, count - done);
+  const std::int64_t done = count / n * n;
+  constexpr ChunkKernel rest = kSplit ? stored_kernel<isa> : converting_kernel<isa>;
+  rest(prepared, slots, begin + done, count - done);
 }
 
-}  // namespace fusedopt
-
-#include "stored_cpu.h"
-
-namespace fusedopt {
+// The loop for exact masters in two parts. On the baseline one of its own gains 2%, which is not worth
+// 0.2 MB of module.
+template <Isa isa, typename Update>
+ChunkKernel split_kernel() {
+  if constexpr (isa == Isa::baseline) {
+    return stored_kernel<isa>;
+  } else {
+    return half_kernel<isa, BFloat16, true, Update>;
+  }
+}
 
 template <Isa isa, typename Update>
 void scale_grads(PreparedUpdate* prepared, double factor) {
@@ -167,10 +186,11 @@ PreparedUpdate prepare_cpu(const Rule& rule, const Scalars& scalars, const Store
   } else {
     rule.template prepare<float>(scalars, [&](const auto& update) {
       using Update = std::decay_t<decltype(update)>;
-      use(!dtypes.is_plain()             ? stored_kernel<isa>
+      use(dtypes.is_split_bfloat16()     ? split_kernel<isa, Update>()
+          : !dtypes.is_plain()           ? stored_kernel<isa>
           : dtypes.all(Dtype::kFloat32)  ? plain_kernel<isa, float>
-          : dtypes.all(Dtype::kBFloat16) ? half_kernel<isa, BFloat16, Update>
-          : dtypes.all(Dtype::kFloat16)  ? half_kernel<isa, Float16, Update>
+          : dtypes.all(Dtype::kBFloat16) ? half_kernel<isa, BFloat16, false, Update>
+          : dtypes.all(Dtype::kFloat16)  ? half_kernel<isa, Float16, false, Update>
                                          : converting_kernel<isa>,
           update_arrays<isa, float, Update>, update);
     });

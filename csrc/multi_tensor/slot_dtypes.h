@@ -62,6 +62,11 @@ struct SlotDtypes {
     for (int s = 0; s < num_slots; ++s) floats &= is_float(slots[s]);
     return floats && master == kNone && ema == kNone && !stochastic;
   }
+
+  // All in bfloat16, with an exact master, and nothing else.
+  bool is_split_bfloat16() const {
+    return all(Dtype::kBFloat16) && master == Dtype::kInt16 && ema == kNone && !stochastic;
+  }
 };
 
 // How the values of a step are stored, where that is not plain (SlotDtypes::is_plain).

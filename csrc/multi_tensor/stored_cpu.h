@@ -32,18 +32,13 @@ struct Span {
   }
 };
 
-// 16 random bits per element, in order.
+// 16 random bits per element, in order, for up to kScaleElements.
 template <Isa isa>
-__attribute__((noinline)) void random_bits(std::uint64_t key, std::uint64_t step, const Span& span,
-                                           std::uint16_t* bits) {
-  auto block = static_cast<std::uint64_t>(span.at / 8);
-  for (int begin = 0; begin < span.n; begin += 8 * kPhiloxBlocks, block += kPhiloxBlocks) {
-    std::uint32_t words[4][kPhiloxBlocks];
-    philox_lanes<isa>(key, step, block, words);
-    for (int b = 0; b < kPhiloxBlocks; ++b) {
-      const std::uint32_t of_block[] = {words[0][b], words[1][b], words[2][b], words[3][b]};
-      std::memcpy(bits + begin + 8 * b, of_block, sizeof(of_block));
-    }
+FUSEDOPT_HD void random_bits(std::uint64_t key, std::uint64_t step, std::int64_t at,
+                             std::uint16_t* bits) {
+  auto block = static_cast<std::uint64_t>(at / 8);
+  for (int i = 0; i < kScaleElements; i += 8 * kPhiloxBlocks, block += kPhiloxBlocks) {
+    philox_blocks<isa>(key, step, block, bits + i);
   }
 }
 
@@ -52,9 +47,7 @@ template <Isa isa>
 __attribute__((noinline)) float* load_param(const SlotDtypes& dtypes, const Span& span,
                                             float* buffer) {
   if (dtypes.master == Dtype::kInt16) {
-    const auto *high = span.of<std::uint16_t>(0), *low = span.of<std::uint16_t>(kMaster);
-#pragma omp simd
-    for (int i = 0; i < span.n; ++i) buffer[i] = join_master(high[i], low[i]);
+    load_masters(span.of<std::uint16_t>(0), span.of<std::uint16_t>(kMaster), span.n, buffer);
     return buffer;
   }
   const float* param =
@@ -78,15 +71,14 @@ template <Isa isa>
 __attribute__((noinline)) void store_param(const SlotDtypes& dtypes, const Span& span,
                                            const float* from) {
   if (dtypes.master == Dtype::kInt16) {
-    auto *high = span.of<std::uint16_t>(0), *low = span.of<std::uint16_t>(kMaster);
-#pragma omp simd
-    for (int i = 0; i < span.n; ++i) split_master(from[i], &high[i], &low[i]);
-    return;
+    return store_masters(from, span.n, span.of<std::uint16_t>(0), span.of<std::uint16_t>(kMaster));
   }
   if (dtypes.stochastic) {
     const auto* rounding = static_cast<const std::uint64_t*>(span.pointers[kRounding]);
     std::uint16_t bits[kStoredElements];
-    random_bits<isa>(rounding[0], rounding[1], span, bits);
+    for (int begin = 0; begin < span.n; begin += kScaleElements) {
+      random_bits<isa>(rounding[0], rounding[1], span.at + begin, bits + begin);
+    }
     auto* to = span.of<BFloat16>(0);
 #pragma omp simd
     for (int i = 0; i < span.n; ++i) to[i] = round_stochastically(from[i], bits[i]);
@@ -127,27 +119,40 @@ __attribute__((noinline)) void store_state(const SlotDtypes& dtypes, double step
     store_from_float<isa>(dtype, span.pointers[2 + state], span.at, span.n, from);
     return;
   }
-  std::uint16_t bits[kStoredElements];
-  if (dtype == Dtype::kUInt8) {
-    random_bits<isa>(kCodeKey + state, static_cast<std::uint64_t>(step), span, bits);
-  }
+  // First all scales, each of which waits for its 64 elements, then all codes, which wait for nothing.
+  Scale scale_of[kStoredElements / kScaleElements];
   float* scales = span.scales(state);
   for (int begin = 0; begin < span.n; begin += kScaleElements) {
-    const int end = std::min(span.n, begin + kScaleElements);
+    const int end = std::min(span.n, begin + kScaleElements), block = begin / kScaleElements;
     std::uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int i = begin; i < end; ++i) largest = std::max(largest, magnitude_bits(from[i]));
-    const Scale scale(*scales++ = float_from_bits(largest));
-    if (dtype == Dtype::kInt8) {
-      auto* codes = span.of<std::int8_t>(2 + state);
+    scale_of[block] = Scale(scales[block] = float_from_bits(largest));
+  }
+  if (dtype == Dtype::kInt8) {
+    auto* codes = span.of<std::int8_t>(2 + state);
+    for (int begin = 0; begin < span.n; begin += kScaleElements) {
+      const int end = std::min(span.n, begin + kScaleElements);
+      const Scale scale = scale_of[begin / kScaleElements];
 #pragma omp simd
       for (int i = begin; i < end; ++i) codes[i] = encode_signed(from[i], scale);
-    } else {
-      auto* codes = span.of<std::uint8_t>(2 + state);
-#pragma omp simd
-      for (int i = begin; i < end; ++i) codes[i] = encode_unsigned(from[i], scale, bits[i]);
     }
+    return;
   }
+  auto* codes = span.of<std::uint8_t>(2 + state);
+  std::uint16_t bits[kStoredElements];
+  float exact[kStoredElements];
+  for (int begin = 0; begin < span.n; begin += kScaleElements) {
+    const int end = std::min(span.n, begin + kScaleElements);
+    const Scale scale = scale_of[begin / kScaleElements];
+#pragma omp simd
+    for (int i = begin; i < end; ++i) exact[i] = exact_unsigned(from[i], scale);
+    // Integers, while the roots are still being drawn.
+    random_bits<isa>(kCodeKey + state, static_cast<std::uint64_t>(step), span.at + begin,
+                     bits + begin);
+  }
+#pragma omp simd
+  for (int i = 0; i < span.n; ++i) codes[i] = round_unsigned(exact[i], from[i], bits[i]);
 }
 
 template <Isa isa>

@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../storage/isa.h"
+
 namespace fusedopt {
 
 // Elements that one thread takes at a time.
@@ -23,10 +25,12 @@ constexpr std::int64_t kSerialElements = 262144;
 // 128 gives little more. After a wait of 10 ms a step goes alone for 0.3 s at most.
 constexpr int kMaxPatience = 32;
 
-// Elements that the loop for one half dtype converts, updates and converts back at a time. One
-// thread of an EPYC 9005, 2026-11, AVX-512, 100 x 10,000 bfloat16 Adam, ms per step:
-// 16: 0.55, 32: 0.58, 64: 0.51, 128: 0.54; the converting loop below took 0.64.
-constexpr int kHalfElements = 64;
+// Elements that the loop for one half dtype converts, updates and converts back at a time, as many as
+// the registers hold. Adam, one thread of an EPYC 9004, in cache, ns per element (2026-11): AVX-512
+// bfloat16 32: 0.44, 64: 0.42; float16 0.37, 0.35; AVX2 bfloat16 16: 0.64, 32: 0.67, 64: 0.69;
+// float16 0.42, 0.40, 0.53.
+template <Isa isa>
+constexpr int kHalfElements = isa == Isa::avx2 ? 32 : 64;
 
 // Elements that the loop for mixed dtypes converts to float at a time. Same setting:
 // 32: 1.0, 64: 0.80, 128: 0.69, 256: 0.64, 512: 0.60.

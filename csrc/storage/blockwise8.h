@@ -32,6 +32,7 @@ FUSEDOPT_HD std::uint32_t magnitude_bits(float value) {
 struct Scale {
   float raise, reciprocal, most;  // the last two are 0 if the scale is 0 or not finite
 
+  Scale() = default;
   FUSEDOPT_HD explicit Scale(float scale) {
     raise = scale < 0x1p-60f ? 0x1p64f : 1.0f;
     const bool usable = scale > 0.0f && magnitude_bits(scale) < 0x7F800000u;
@@ -59,16 +60,24 @@ FUSEDOPT_HD float decode_unsigned(std::uint8_t code, float scale) {
   return square * square * scale;
 }
 
+// The code before it is rounded.
+FUSEDOPT_HD float exact_unsigned(float value, const Scale& scale) {
+  return 255.0f * std::sqrt(std::sqrt(scale.ratio(value)));
+}
+
 // `random`: 16 bits. What is so close to a code that only its roundings can have moved it stays there:
 // values that do not change must not drift.
-FUSEDOPT_HD std::uint8_t encode_unsigned(float value, const Scale& scale, std::uint32_t random) {
-  const float exact = 255.0f * std::sqrt(std::sqrt(scale.ratio(value)));
+FUSEDOPT_HD std::uint8_t round_unsigned(float exact, float value, std::uint32_t random) {
   const auto near = static_cast<float>(static_cast<int>(exact + 0.5f));
   const float noise = static_cast<float>(static_cast<int>(random)) * 0x1p-16f;
   const float up = std::fabs(exact - near) < 0x1p-12f ? 0.5f : noise;
   const int code = static_cast<int>(exact + up);
   const int least = value > 0.0f ? 1 : 0;
   return static_cast<std::uint8_t>(code > least ? code : least);
+}
+
+FUSEDOPT_HD std::uint8_t encode_unsigned(float value, const Scale& scale, std::uint32_t random) {
+  return round_unsigned(exact_unsigned(value, scale), value, random);
 }
 
 }  // namespace fusedopt

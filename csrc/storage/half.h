@@ -12,13 +12,7 @@
 #include "../update_rules/host_device.h"
 #include "dtype.h"
 #include "isa.h"
-
-#if defined(__F16C__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own AVX-512 header
-#endif
-#include <immintrin.h>
-#endif
+#include "lanes.h"
 
 namespace fusedopt {
 
@@ -71,13 +65,35 @@ FUSEDOPT_HD Float16 to_float16(float value) {
   return {static_cast<std::uint16_t>(sign | half)};
 }
 
+#if defined(FUSEDOPT_HAS_LANES)
+// The bits of floats, of a NaN those of 0x7FC0.
+struct TwoLanes {
+  Lanes first, second;
+
+  FUSEDOPT_HD TwoLanes(const float* from)
+      : first(load_lanes(from)), second(load_lanes(from + kFloatLanes)) {
+    const FloatLanes a = as_floats(first), b = as_floats(second);
+    if (__builtin_expect(any_nan(a, b), false)) {
+      const Lanes nan = FUSEDOPT_LANES(set1_epi32)(0x7FC00000);
+      first = where_nan(a, nan, first);
+      second = where_nan(b, nan, second);
+    }
+  }
+};
+
+FUSEDOPT_HD Lanes to_bfloat16(const TwoLanes& bits) {
+  return upper_halves(rounded_to_upper(bits.first), rounded_to_upper(bits.second));
+}
+#endif
+
 // n elements; the vector loops take what they can and the last loop the rest.
 FUSEDOPT_HD void load_half(const BFloat16* from, int n, float* to) {
   int i = 0;
-#if defined(__AVX512BW__)
-  for (; i + 16 <= n; i += 16) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    _mm512_storeu_si512(to + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#if defined(FUSEDOPT_HAS_LANES)
+  for (; i + 2 * kFloatLanes <= n; i += 2 * kFloatLanes) {
+    const Lanes halves = load_lanes(from + i);
+    store_lanes(first_widened(halves), to + i);
+    store_lanes(second_widened(halves), to + i + kFloatLanes);
   }
 #endif
 #pragma omp simd
@@ -103,18 +119,9 @@ FUSEDOPT_HD void load_half(const Float16* from, int n, float* to) {
 
 FUSEDOPT_HD void store_half(const float* from, int n, BFloat16* to) {
   int i = 0;
-#if defined(__AVX512BW__)
-  const __m512i below_half = _mm512_set1_epi32(0x7FFF), half = _mm512_set1_epi32(0x8000);
-  const __m512i last_bit = _mm512_set1_epi32(0x10000), nan = _mm512_set1_epi32(0x7FC0);
-  for (; i + 16 <= n; i += 16) {
-    const __m512 value = _mm512_loadu_ps(from + i);
-    const __m512i bits = _mm512_castps_si512(value);
-    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, last_bit);
-    const __mmask16 is_number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-    const __m512i even = _mm512_add_epi32(bits, below_half);
-    const __m512i sum = _mm512_mask_add_epi32(even, is_odd, bits, half);
-    const __m512i rounded = _mm512_mask_srli_epi32(nan, is_number, sum, 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(rounded));
+#if defined(FUSEDOPT_HAS_LANES)
+  for (; i + 2 * kFloatLanes <= n; i += 2 * kFloatLanes) {
+    store_lanes(to_bfloat16(TwoLanes(from + i)), to + i);
   }
 #endif
 #pragma omp simd

@@ -37,12 +37,12 @@ extern "C" {
 
 void split_masters(const float* masters, std::int64_t count, std::uint16_t* params,
                    std::uint16_t* remainders) {
-  for (std::int64_t i = 0; i < count; ++i) split_master(masters[i], &params[i], &remainders[i]);
+  store_masters(masters, static_cast<int>(count), params, remainders);
 }
 
 void join_masters(const std::uint16_t* params, const std::uint16_t* remainders, std::int64_t count,
                   float* masters) {
-  for (std::int64_t i = 0; i < count; ++i) masters[i] = join_master(params[i], remainders[i]);
+  load_masters(params, remainders, static_cast<int>(count), masters);
 }
 
 // How many of the masters with the bits [begin, end) are not right.
