@@ -11,9 +11,10 @@ constexpr std::size_t kWord = sizeof(std::uint64_t);
 
 // The only offset at which `fits` finds in all samples what it looks for, or 0.
 template <typename Fits>
-std::size_t only_offset(std::size_t begin, std::size_t end, const Fits& fits) {
+std::size_t only_offset(std::size_t begin, std::size_t end, const Fits& fits,
+                        std::size_t word = kWord) {
   std::size_t found = 0;
-  for (std::size_t at = begin; at + kWord <= end; at += kWord) {
+  for (std::size_t at = begin; at + word <= end; at += word) {
     if (!fits(at)) continue;
     if (found != 0) return 0;
     found = at;
@@ -85,7 +86,38 @@ TorchLayout learn_layout(const std::vector<LayoutSample>& samples) {
            std::none_of(samples.begin() + 2, samples.end(),
                         [&](const LayoutSample& s) { return word_at(s.impl, at) == counter; });
   });
+  if (layout.version == 0) return layout;
+  const auto has_version = [&](const LayoutSample& s, std::size_t at) {
+    const char* const counter = pointer_at(s.impl, layout.version);
+    return counter != nullptr && half_word_at(counter, at) == s.version;
+  };
+  layout.count = only_offset(kWord, kVersionCounterBytes, in_all(has_version), kWord / 2);
+
+  layout.object =
+      only_offset(kWord, kTensorImplBytes, in_all([&](const LayoutSample& s, std::size_t at) {
+                    return word_at(s.impl, at) == address(s.object);
+                  }));
   return layout;
+}
+
+void learn_gradients(const std::vector<GradientSample>& samples, TorchLayout* layout) {
+  const auto in_all = [&](const auto& fits) {
+    return [&samples, fits](std::size_t at) {
+      return std::all_of(samples.begin(), samples.end(),
+                         [&](const GradientSample& sample) { return fits(sample, at); });
+    };
+  };
+  // Only leaves have it.
+  layout->autograd =
+      only_offset(kWord, kTensorImplBytes, in_all([](const GradientSample& s, std::size_t at) {
+                    const std::uint64_t known = word_at(s.leaf, at);
+                    return known != 0 && known % kWord == 0 && word_at(s.other, at) == 0;
+                  }));
+  if (layout->autograd == 0) return;
+  layout->grad =
+      only_offset(kWord, kAutogradMetaBytes, in_all([&](const GradientSample& s, std::size_t at) {
+                    return pointer_at(pointer_at(s.leaf, layout->autograd), at) == s.grad;
+                  }));
 }
 
 }  // namespace fusedopt

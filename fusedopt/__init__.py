@@ -5,8 +5,8 @@ from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adamax import Adamax
 from .attached import attach, detach
+from .clip import clip_grad_norm_
 from .conversion import from_torch, patch, to_torch, unpatch
-from .grad_norm import clip_grad_norm_
 from .lion import Lion
 from .nadam import NAdam
 from .radam import RAdam

@@ -63,6 +63,7 @@ def _bind(module: Any) -> None:
                 torch.Tensor,
                 torch.nn.Parameter,
                 torch._C._increment_version,
+                torch._C._len_torch_function_stack,
                 memory.parts_of,
                 memory.reading_problem,
                 defaultdict,

@@ -157,8 +157,13 @@ def measurable(grad: Tensor) -> tuple[Tensor, DeviceMesh | None, int]:
 
         whole = [Replicate() if p.is_partial() else p for p in grad.placements]
         grad = grad.redistribute(mesh, whole)
-    copies = [mesh.size(dim) for dim, p in enumerate(grad.placements) if p.is_replicate()]
-    return local(grad), mesh, math.prod(copies)
+    return local(grad), *held_by(grad._spec)
+
+
+def held_by(spec: Any) -> tuple[DeviceMesh, int]:
+    """The mesh of a DTensor that is no sum over processes, and how many of these hold the same."""
+    copies = [spec.mesh.size(dim) for dim, p in enumerate(spec.placements) if p.is_replicate()]
+    return spec.mesh, math.prod(copies)
 
 
 def sum_over(value: Tensor, mesh: DeviceMesh) -> Tensor:

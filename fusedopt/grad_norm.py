@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ class GradNorm:
         # the memory.
         self._clip: dict[Bucket, Tensor] = {}
         self._outgrown: list[Tensor] = []
+        self._shardings: Any = None  # the native module's memory of which DTensors are cut alike
         self._streams: dict[Tensor, int] = {}
 
     def measure(
@@ -67,6 +67,42 @@ class GradNorm:
         for bucket, shards in buckets.items():
             scale = (loss_scale or {}).get(bucket[0])
             clips[bucket] = self._measure(bucket, shards, max_norm, scale, skip_nonfinite)
+        return self._combined(meshes, clips, max_norm, skip_nonfinite)
+
+    def measure_ordinary(
+        self, params: list[Tensor], max_norm: float
+    ) -> dict[torch.device, Tensor] | None:
+        """As :meth:`measure`, without a loss scale, if their gradients are ordinary tensors or
+        shards of DTensors; else None, and nothing is changed."""
+        if backend.native is None or tensor_kinds.is_transforming():
+            return None
+        if self._shardings is None:
+            self._shardings = backend.native.Shardings()
+        found = backend.native.ordinary_gradients(params, self._shardings)
+        if found is None:
+            return None
+        buckets: dict[Bucket, list[Tensor]] = {}
+        for spec, shards in found:
+            mesh, copies = (None, 1) if spec is None else dtensor.held_by(spec)
+            if shards:
+                buckets.setdefault((shards[0].device, mesh, copies), []).extend(shards)
+        if not buckets or not all(backend.runs_on(device) for device, _, _ in buckets):
+            return None
+        for bucket, shards in buckets.items():
+            if bucket not in self._clip:
+                self._clip[bucket] = self._zeros(_HEADER, dtype=torch.float64, device=bucket[0])
+            if self._native_norm(bucket, shards, None, max_norm, False) is not None:
+                return None
+        meshes = [*dict.fromkeys(spec.mesh for spec, _ in found if spec is not None)]
+        return self._combined(meshes, {b: self._clip[b] for b in buckets}, max_norm, False)
+
+    def _combined(
+        self,
+        meshes: list[DeviceMesh],
+        clips: dict[Bucket, Tensor],
+        max_norm: float,
+        skip_nonfinite: bool,
+    ) -> dict[torch.device, Tensor]:
         if len(clips) > 1 or meshes:
             norm = _norm_over(meshes, clips)
             combined = _clip_of(norm, max_norm, skip_nonfinite)
@@ -90,7 +126,7 @@ class GradNorm:
             return self._clip[bucket]
 
         # What these make does not outlive the step.
-        if any(map(_is_left_to_torch, grads)) or (grads and tensor_kinds.is_transforming()):
+        if any(map(is_left_to_torch, grads)) or (grads and tensor_kinds.is_transforming()):
             clip = _clip_of(_norm(grads, loss_scale), max_norm, skip_nonfinite)
             return memory.materialized(clip)
         if bucket not in self._clip:
@@ -98,28 +134,28 @@ class GradNorm:
         if not grads:
             self._clip[bucket][:_HEADER] = 0
             return self._clip[bucket]
-        if not backend.runs_on(device) or not any(grad.numel() for grad in grads):
+        if not backend.runs_on(device):
             return by_torch()
-        backend.use_on_stream(self._clip[bucket], self._streams)
-        answer = backend.native.grad_norm(
-            grads,
-            self._clip[bucket],
-            loss_scale,
-            max_norm,
-            skip_nonfinite,
-            torch.get_num_threads(),
-        )
+        answer = self._native_norm(bucket, grads, loss_scale, max_norm, skip_nonfinite)
         if answer is None:
             return self._clip[bucket]
         if answer is False:
             return by_torch()
-        if isinstance(answer, int):
-            self._outgrown.append(self._clip[bucket])
-            self._clip[bucket] = self._zeros(answer, dtype=torch.float64, device=device)
-        else:
-            unusual = set(answer)
-            grads = [_flat(grad) if i in unusual else grad for i, grad in enumerate(grads)]
+        unusual = set(answer)
+        grads = [_flat(grad) if i in unusual else grad for i, grad in enumerate(grads)]
         return self._measure(bucket, grads, max_norm, loss_scale, skip_nonfinite)
+
+    def _native_norm(self, bucket: Bucket, grads: list[Tensor], *options: Any) -> Any:
+        """None if it is measured, False if torch has to do it, or which gradients are unusual."""
+        while True:
+            clip = self._clip[bucket]
+            backend.use_on_stream(clip, self._streams)
+            threads = torch.get_num_threads()
+            answer = backend.native.grad_norm(grads, clip, *options, threads)
+            if answer is None or answer is False or isinstance(answer, list):
+                return answer
+            self._outgrown.append(clip)
+            self._clip[bucket] = self._zeros(answer, dtype=torch.float64, device=bucket[0])
 
 
 def _flat(grad: Tensor) -> Tensor:
@@ -140,7 +176,7 @@ def _flat(grad: Tensor) -> Tensor:
     return grad.clone(memory_format=torch.contiguous_format)
 
 
-def _is_left_to_torch(grad: Tensor) -> bool:
+def is_left_to_torch(grad: Tensor) -> bool:
     """Whether only torch's operators can measure it."""
     return tensor_kinds.is_unusual(grad) and (
         grad.layout is torch.strided or tensor_kinds.has_own_operators(grad)
@@ -149,7 +185,7 @@ def _is_left_to_torch(grad: Tensor) -> bool:
 
 def _norm_of(grad: Tensor, factor: float | Tensor) -> Tensor:
     norm: Tensor
-    if not _is_left_to_torch(grad):
+    if not is_left_to_torch(grad):
         norm = torch.linalg.vector_norm(_flat(grad).double() * factor)
         return norm
     try:
@@ -204,79 +240,3 @@ def _clip_of(norm: Tensor, max_norm: float, skip_nonfinite: bool) -> Tensor:
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     skip = ~norm.isfinite() if skip_nonfinite else torch.zeros_like(norm, dtype=torch.bool)
     return torch.stack([norm, factor, skip.double(), torch.zeros_like(norm)])
-
-
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-    foreach: bool | None = None,
-) -> Tensor:
-    r"""Clip the gradients of the parameters, in place, to a norm of at most ``max_norm``.
-
-    .. math::
-        g \leftarrow g \cdot \min\!\left(1, \frac{\mathrm{max\_norm}}{\lVert g \rVert + 10^{-6}}
-        \right)
-
-    To clip and step, ``max_grad_norm=`` of the optimizers is faster: it does not write the
-    gradients.
-
-    Args:
-        parameters (Tensor or iterable of Tensor): those without a gradient are left out. If there
-            are DTensors among them, all processes must pass the same ones, in the same order.
-        max_norm (float): the largest norm.
-        norm_type (float): norms other than 2 are left to torch (default: 2).
-        error_if_nonfinite (bool): raise if the norm is not finite; waits for the device
-            (default: False).
-        foreach (bool, optional): as in torch, for scaling the gradients.
-
-    Returns:
-        The norm before clipping, a 0-dim tensor; of DTensors that of the whole gradients.
-
-    Raises:
-        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
-        TypeError: a gradient is neither floating point nor complex.
-
-    Differences from torch.nn.utils.clip_grad_norm_: the norm of float16 and bfloat16 gradients is
-    summed in float32 and clips with that accuracy; gradients of sparse layout are measured too;
-    DTensors may be on several meshes, and the norm is an ordinary tensor.
-    """
-    max_norm = float(max_norm)
-    if isinstance(parameters, Tensor):
-        parameters = [parameters]
-    given, parameters = parameters, list(parameters)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    ordinary = not any(map(_is_left_to_torch, grads)) and all(
-        type(grad) in (Tensor, torch.nn.Parameter) or dtensor.is_dtensor(grad) for grad in grads
-    )
-    # Other processes may have gradients where this one has none.
-    shared = any(map(dtensor.is_dtensor, parameters))
-    if float(norm_type) != 2.0 or not (grads or shared) or not ordinary:
-        return torch.nn.utils.clip_grad_norm_(
-            parameters or given, max_norm, norm_type, error_if_nonfinite, foreach
-        )
-    clips = GradNorm(torch.zeros).measure(grads, params=parameters)
-    norm = next(iter(clips.values()))[NORM].clone()
-    if error_if_nonfinite and not norm.isfinite():
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
-            "so it cannot be clipped. To disable this error and scale the gradients by the "
-            "non-finite norm anyway, set `error_if_nonfinite=False`"
-        )
-    typical = ((p if p.grad is None else p.grad) for p in parameters) if shared else grads
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in typical)).to_real()
-    accurate = norm.to(torch.promote_types(dtype, torch.float32))
-    factor = (max_norm / (accurate + 1e-6)).clamp(max=1.0)
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for grad in map(dtensor.local, grads):
-        if not memory.is_zero(grad):  # which cannot be written, and stays what it is
-            by_device.setdefault(grad.device, []).append(grad)
-    for device, shards in by_device.items():
-        if foreach is False or any(map(tensor_kinds.is_lazy_view, shards)):
-            for shard in shards:
-                shard.mul_(factor.to(device))
-        else:
-            torch._foreach_mul_(shards, factor.to(device))
-    return norm.to(dtype)

@@ -33,6 +33,10 @@ def read(optimizer: FusedOptimizer, norm: GradNorm) -> Scaling | None:
         return None
     options.check_max_grad_norm(max_norm)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    if max_norm is not None and not core.amp_fused:
+        core._clips = norm.measure_ordinary(params, max_norm)
+        if core._clips is not None:
+            return {device: (None, None, clip) for device, clip in core._clips.items()}
     grads = [grad for p in params if (grad := p.grad) is not None]
     devices = dict.fromkeys(grad.device for grad in grads)
 

@@ -6,8 +6,9 @@ asking Python costs more than the update of a small tensor. The words lie at fix
 hold for other tensors and after everything that moves a tensor.
 
 Together these words say what a tensor is. While they stay as they were, the native module takes the
-tensor for the one that it has looked at: everything that moves one must change a word. Where any of
-this does not hold, nothing is read and torch is asked each time: slower, but right.
+tensor for the one that it has looked at: everything that moves one must change a word. It also
+counts up the versions of what it writes, and finds the gradients that Python has seen. Where any of
+this does not hold, torch is asked each time: slower, but right.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# What it may forget: see csrc/python/layout.cpp.
+WHAT = ("memory", "negative", "words", "version", "gradient")
 
 _DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 _DTYPES += [torch.int64, torch.int16, torch.uint8]
@@ -48,6 +52,16 @@ def _samples() -> list[Tensor]:
         *(tensor for pair in zip(negative, positive, strict=True) for tensor in pair),
         torch._neg_view(_empty((2, 3, 4, 5, 6), torch.float64)),
     ]
+
+
+def _gradients() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Leaves, their gradients, and tensors like the leaves of which autograd knows nothing."""
+    samples = []
+    for n in range(1, 17):
+        leaf, grad, other = (_empty((n,)) for _ in range(3))
+        leaf.requires_grad_().grad = grad
+        samples.append((leaf, grad, other))
+    return samples
 
 
 def _moves() -> Iterator[Tensor]:
@@ -106,8 +120,8 @@ def prove(module: Any) -> str | None:
             return _prove(module)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         # Another torch, in which a sample cannot be made: nothing is known, which is no error.
-        module.forget_layout("memory")
-        module.forget_layout("negative")
+        for what in WHAT:
+            module.forget_layout(what)
         return f"{type(error).__name__}: {error}"
 
 
@@ -115,8 +129,15 @@ def _prove(module: Any) -> str | None:
     samples = _samples()
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in samples):
         return "imported inside of a mode that makes tensors of another kind"
+    for i, tensor in enumerate(samples):
+        torch._C._increment_version([tensor] * (3 + 5 * i))
+    gradients = _gradients()  # held until everything is learned
     module.learn_layout(
-        [(t, t._cdata, t.untyped_storage()._cdata, *_memory(t), t.is_neg()) for t in samples]
+        [
+            (t, t._cdata, t.untyped_storage()._cdata, *_memory(t), t.is_neg(), t._version)
+            for t in samples
+        ],
+        [(leaf._cdata, grad._cdata, other._cdata) for leaf, grad, other in gradients],
     )
     problem = None
     for tensor in (*_samples(), *_moves()):
@@ -127,12 +148,58 @@ def _prove(module: Any) -> str | None:
         if is_negative != tensor.is_neg():
             module.forget_layout("negative")
             problem = "the negative bit of a tensor is not found"
+        if not _counts_versions(module, tensor):
+            module.forget_layout("version")
+            problem = "the version of a tensor is not found"
+    wrapper = Tensor._make_wrapper_subclass(_Wrapper, (3,))
+    if not _counts_versions(module, wrapper):
+        module.forget_layout("version")
+        problem = "the version of a tensor without memory is not found"
+    if not all(_finds_gradient(module, owners) for owners in range(1, 5)):
+        module.forget_layout("gradient")
+        problem = "the gradient of a tensor is not found"
     if problem is None:
         module.trust_words()
         if not all(map(_changes_words(module), _moves())):
             module.forget_layout("words")
             problem = "a tensor moves without a word that changes"
     return problem
+
+
+class _Wrapper(Tensor):
+    """As DTensors are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *rest: Any) -> Any:
+        raise NotImplementedError(f"{func} of a tensor without memory")
+
+
+def _counts_versions(module: Any, tensor: Tensor) -> bool:
+    if tensor.is_inference():  # has none, and must not get one
+        module.bump_versions([tensor])
+        return True
+    before = tensor._version
+    module.bump_versions([tensor, tensor])
+    return tensor._version == before + 2
+
+
+def _finds_gradient(module: Any, owners: int) -> bool:
+    """Of leaves, as many as here are owners, which have one gradient. That nobody in Python holds
+    it and its object is an owner all the same says that the object lives as long as it does."""
+    leaves = [torch.nn.Parameter(_empty((5,))), *(_empty((5,)) for _ in range(owners - 1))]
+    if module.read_gradient(leaves[-1]) is not None or module.read_gradient(leaves[0]) is not None:
+        return False
+    grad = _empty((5,))
+    for leaf in leaves:
+        leaf.requires_grad_().grad = grad
+    address = id(grad)
+    del grad
+    found, owned = module.read_gradient(leaves[-1]) or (None, 0)
+    if id(found) != address or owned != owners + 1:
+        return False
+    for leaf in leaves:
+        leaf.grad = None
+    return module.read_gradient(leaves[0]) is None
 
 
 def _changes_words(module: Any) -> Callable[[Tensor], bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from cases import bits, every_name, gradient_like, leaf, richest, snapshot
@@ -10,7 +12,7 @@ from conftest import require_kernels
 import fusedopt
 from fusedopt import torch_layout
 
-WHAT = ("memory", "negative")
+KNOWN = ("memory", "negative")  # what read_layout() says
 
 
 @pytest.fixture(params=["native", "kernels"])
@@ -64,14 +66,14 @@ def test_what_moves_a_tensor(module):
 
 
 def test_learning_again_finds_the_same(module):
-    for what in WHAT:
+    for what in torch_layout.WHAT:
         module.forget_layout(what)
     assert module.read_layout(torch.ones(3)) == (None, None)
     assert torch_layout.prove(module) is None
     assert module.read_layout(torch.ones(3))[1] is False
 
 
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("what", KNOWN)
 def test_what_does_not_hold_is_not_used(module, what, monkeypatch):
     """A torch in which a tensor shows something else there than what it says."""
     real = torch.Tensor.is_neg
@@ -89,8 +91,8 @@ def test_what_does_not_hold_is_not_used(module, what, monkeypatch):
             patched.setattr(torch_layout, "_moves", lambda: iter(moves))
             patched.setattr(torch.Tensor, "is_neg", lambda t: t is moves[0] or real(t))
         assert "is not found" in torch_layout.prove(module)
-    known = dict(zip(WHAT, module.read_layout(torch.ones(3)), strict=True))
-    assert [name for name in WHAT if known[name] is None] == [what]
+    known = dict(zip(KNOWN, module.read_layout(torch.ones(3)), strict=True))
+    assert [name for name in KNOWN if known[name] is None] == [what]
 
 
 def test_the_proof_does_not_depend_on_where_objects_lie(module):
@@ -110,7 +112,96 @@ def test_another_torch_in_which_samples_cannot_be_made(module, monkeypatch):
     assert module.read_layout(torch.ones(3)) == (None, None)
 
 
-FORGOTTEN = pytest.mark.parametrize("forgotten", [("memory",), ("negative",), WHAT], ids=str)
+def test_versions_are_counted(module):
+    param = leaf(torch.ones(3))
+    wrapper = torch_layout._Wrapper._make_wrapper_subclass(torch_layout._Wrapper, (3,))
+    view = param.detach()[1:]
+    for tensor in (param, view, torch.ones(2).to_sparse(), torch.ones(2, device="meta"), wrapper):
+        before = tensor._version
+        module.bump_versions([tensor])
+        assert tensor._version == before + 1
+    before = view._version
+    with torch.inference_mode():
+        inference = torch.ones(3)
+    module.bump_versions([inference, param])
+    assert param._version == view._version == before + 1  # one counter
+
+
+def test_gradients_are_found(module):
+    owner = leaf(torch.ones(4))
+    params = [leaf(torch.ones(3)), torch.nn.Parameter(torch.ones(2)), owner.detach()[1:]]
+    params[0].register_hook(lambda grad: grad)
+    params[2].requires_grad_()
+    for param in params:
+        assert module.read_gradient(param) is None
+        param.grad = torch.full_like(param, 7.0)
+        found, _ = module.read_gradient(param)
+        assert found is param.grad
+        param.grad = None
+        assert module.read_gradient(param) is None
+        assert found.tolist() == [7.0] * param.numel()  # the object holds it
+        param.square().sum().backward()
+        assert module.read_gradient(param) is None  # nobody in Python has seen it
+        grad = param.grad
+        assert module.read_gradient(param)[0] is grad
+    assert module.read_gradient(torch.ones(3)) is None
+
+
+class Doubling(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        value = func(*args, **(kwargs or {}))
+        return value * 2 if func == torch.Tensor.grad.__get__ else value
+
+
+def test_code_of_others_decides_what_grad_is(module, monkeypatch):
+    """Also from one step to the next."""
+
+    def run(times, *contexts):
+        param = leaf(torch.ones(3))
+        param.grad = torch.ones(3)
+        opt = fusedopt.SGD([param], lr=0.25, max_grad_norm=100.0)
+        opt.step()
+        for enter in contexts:
+            with enter():
+                opt.step()
+        return 1 - 0.25 * (1 + times) == param[0].item()
+
+    attribute = torch.Tensor.grad
+
+    @contextlib.contextmanager
+    def patched():
+        tripled = property(lambda t: attribute.__get__(t) * 3, attribute.__set__)
+        with monkeypatch.context() as context:
+            context.setattr(torch.Tensor, "grad", tripled, raising=False)
+            yield
+
+    assert run(2, Doubling)
+    assert run(3, patched)
+    assert run(6, Doubling, contextlib.nullcontext, patched)
+
+
+@pytest.mark.parametrize("what", ["version", "gradient"])
+def test_another_torch_in_which_these_are_elsewhere(module, what, monkeypatch):
+    name = {"version": "_counts_versions", "gradient": "_finds_gradient"}[what]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch_layout, name, lambda *_: False)
+        assert f"the {what} of a tensor" in torch_layout.prove(module)
+    param = leaf(torch.ones(3))
+    param.grad = torch.ones(3)
+    if what == "gradient":
+        assert module.read_gradient(param) is None
+    opt, before = fusedopt.SGD([param], lr=0.25), param._version
+    for step in range(1, 4):
+        opt.step()
+        assert param._version == before + step
+        assert param.tolist() == [1 - 0.25 * step] * 3
+
+
+FORGOTTEN = pytest.mark.parametrize(
+    "forgotten",
+    [("memory",), ("negative",), ("version", "gradient"), torch_layout.WHAT],
+    ids=str,
+)
 
 
 @FORGOTTEN

@@ -8,7 +8,11 @@ namespace {
 // `load(row, n, buffer)` returns n elements of the row, in the buffer if they are not in memory as T.
 template <Isa isa, typename T, typename Load>
 double sum_columns(std::int64_t count, T factor, Load&& load) {
-  alignas(64) T sums[kNormColumns] = {};
+  // Columns without an element are zero, and change no sum: a small tensor has none of them.
+  int columns = kNormColumns;
+  while (columns / 2 >= count && columns > 1) columns /= 2;
+  alignas(64) T sums[kNormColumns];
+  for (int c = 0; c < columns; ++c) sums[c] = 0;
   alignas(64) T buffer[kNormColumns];
   for (std::int64_t row = 0; row < count; row += kNormColumns) {
     const std::int64_t left = count - row;
@@ -20,7 +24,7 @@ double sum_columns(std::int64_t count, T factor, Load&& load) {
       sums[c] = sums[c] + grad * grad;
     }
   }
-  for (int half = kNormColumns / 2; half > 0; half /= 2) {
+  for (int half = columns / 2; half > 0; half /= 2) {
 #pragma omp simd
     for (int c = 0; c < half; ++c) sums[c] = sums[c] + sums[c + half];
   }

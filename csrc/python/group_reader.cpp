@@ -19,7 +19,7 @@ bool GroupReader::read(const py::list& groups, const RuleEntry& rule, const std:
   for (std::size_t g = 0; g < records->size(); ++g) {
     GroupRecord& group = (*records)[g];
     PyObject* dict = PyList_GET_ITEM(groups.ptr(), g);
-    PyObject* params = PyDict_CheckExact(dict) ? PyDict_GetItemString(dict, "params") : nullptr;
+    PyObject* params = PyDict_CheckExact(dict) ? item_of(dict, interned("params")) : nullptr;
     if (params == nullptr || !PyList_CheckExact(params) ||
         static_cast<std::size_t>(PyList_GET_SIZE(params)) != group.num_params) {
       return false;
@@ -27,15 +27,16 @@ bool GroupReader::read(const py::list& groups, const RuleEntry& rule, const std:
     for (std::size_t i = 0; i < group.num_params; ++i, ++e) {
       if (PyList_GET_ITEM(params, i) != recogniser.param(e)) return false;
     }
-    const Options options(dict, owner + ", param group " + std::to_string(g));
+    const Options options(dict, owner, g);
     const bool python = options.flag("differentiable", false);
     if (python != group.python || options.capturable() != group.capturable) return false;
     if (python) continue;  // the Python rule reads its options itself
     group.rule = rule.read(options);
     group.options_device = options.device();
     for (const auto& [name, value] : storage_[g]) {
-      PyObject* const now = PyDict_GetItem(dict, name.ptr());
-      if (!value.equal(now == nullptr ? py::handle(Py_None) : py::handle(now))) return false;
+      PyObject* const found = item_of(dict, name.ptr());
+      const py::handle now = found == nullptr ? py::handle(Py_None) : py::handle(found);
+      if (!value.is(now) && !value.equal(now)) return false;
     }
     group.ema_weight = static_cast<float>(1 - options.get("ema", 1));
     const int mask = static_cast<int>(group.rule->state_mask());

@@ -10,6 +10,8 @@ namespace fusedopt {
 
 bool Inspector::inspect(const py::dict& state, const py::object& grads) {
   shared_.clear();
+  find_slots();
+  found_gradients_ = found_gradients();
   Seen block[kBlock];
   std::size_t size = 0;
   const auto see = [&](std::size_t e, PyObject* entry_state) {
@@ -51,9 +53,15 @@ bool Inspector::inspect_block(Seen* block, std::size_t size, const py::dict& sta
   }
   fetch(block, size, kStates | Role::kParam | Role::kStep);
   for (std::size_t i = 0; i < size; ++i) {
-    PyObject* grad = PyObject_GetAttr(block[i][Role::kParam], grad_name);
-    if (grad == nullptr) throw py::error_already_set();
-    held_.push_back(py::reinterpret_steal<py::object>(grad));
+    PyObject* const param = block[i][Role::kParam];
+    PyObject* grad = found_gradients_.of(param);
+    if (grad != nullptr) {
+      held_.push_back(py::reinterpret_borrow<py::object>(grad));
+    } else {
+      grad = PyObject_GetAttr(param, grad_name);
+      if (grad == nullptr) throw py::error_already_set();
+      held_.push_back(py::reinterpret_steal<py::object>(grad));
+    }
     block[i][Role::kGrad] = grad;
   }
   fetch(block, size, Role::kGrad);

@@ -17,7 +17,7 @@ namespace fusedopt {
 class Inspector {
  public:
   Inspector(const RuleEntry& rule, Records* records, const Overlaps* overlaps,
-            Verification* verification, const Recogniser* recogniser, Work* work)
+            Verification* verification, Recogniser* recogniser, Work* work)
       : rule_(rule),
         records_(records),
         overlaps_(overlaps),
@@ -52,9 +52,10 @@ class Inspector {
   Records* const records_;
   const Overlaps* const overlaps_;
   Verification* const verification_;
-  const Recogniser* const recogniser_;
+  Recogniser* const recogniser_;
   Work* const work_;
 
+  FoundGradients found_gradients_;  // in this step, without asking torch
   std::vector<py::object> held_;
   std::vector<PyObject*> written_;  // of the block
   std::vector<Seen> shared_;        // those that share a step count, which follow the others

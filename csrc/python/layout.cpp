@@ -9,8 +9,9 @@
 namespace fusedopt {
 namespace {
 
-// Samples: (tensor, address of its TensorImpl, of its StorageImpl, of its memory, bytes, negative).
-void learn_layout_from(const py::list& samples) {
+// Samples: (tensor, address of its TensorImpl, of its StorageImpl, of its memory, bytes, negative,
+// version). Gradients: (leaf, its gradient, tensor like the leaf), by the addresses of TensorImpls.
+void learn_layout_from(const py::list& samples, const py::list& gradients) {
   std::vector<LayoutSample> known;
   const auto pointer = [](const py::handle address) {
     return reinterpret_cast<const char*>(address.cast<std::uintptr_t>());
@@ -21,9 +22,15 @@ void learn_layout_from(const py::list& samples) {
     const auto object_bytes = static_cast<std::size_t>(Py_TYPE(tuple[0].ptr())->tp_basicsize);
     known.push_back({object, object_bytes, pointer(tuple[1]), pointer(tuple[2]),
                      tuple[3].cast<std::uint64_t>(), tuple[4].cast<std::uint64_t>(),
-                     tuple[5].cast<bool>()});
+                     tuple[5].cast<bool>(), tuple[6].cast<std::uint32_t>()});
   }
   torch.layout = learn_layout(known);
+  std::vector<GradientSample> leaves;
+  for (const py::handle sample : gradients) {
+    const auto tuple = py::cast<py::tuple>(sample);
+    leaves.push_back({pointer(tuple[0]), pointer(tuple[1]), pointer(tuple[2])});
+  }
+  learn_gradients(leaves, &torch.layout);
 }
 
 // ((address of the memory, bytes), negative) of a plain tensor, each None if it is not known.
@@ -37,6 +44,22 @@ py::tuple read_layout(const py::object& tensor) {
   }
   if (torch.layout.knows_negative()) negative = py::bool_(has_negative_bit(tensor.ptr()));
   return py::make_tuple(memory, negative);
+}
+
+// The gradient of a leaf as it is found without asking, and how many own it; None if it is not.
+py::object read_gradient(const py::object& leaf) {
+  PyObject* const grad = torch.layout.knows_gradient() ? known_gradient(leaf.ptr()) : nullptr;
+  if (grad == nullptr) return py::none();
+  constexpr std::size_t kOwners = 8;  // behind the virtual table
+  return py::make_tuple(py::reinterpret_borrow<py::object>(grad),
+                        half_word_at(impl_of(grad), kOwners));
+}
+
+// Counts up the versions, without asking if that is known.
+void bump_versions_of(const py::list& tensors) {
+  std::vector<PyObject*> written;
+  for (const py::handle tensor : tensors) written.push_back(tensor.ptr());
+  bump_versions(written);
 }
 
 void trust_words() { torch.layout.trusts_words = torch.layout.knows_memory(); }
@@ -59,6 +82,8 @@ void forget_layout(const std::string& what) {
   if (what == "words" || what == "memory") torch.layout.trusts_words = false;
   if (what == "memory") torch.layout.num_bytes = 0;
   if (what == "negative") torch.layout.keys = 0;
+  if (what == "version") torch.layout.count = 0;
+  if (what == "gradient") torch.layout.grad = 0;
 }
 
 }  // namespace
@@ -66,6 +91,8 @@ void forget_layout(const std::string& what) {
 void export_layout(py::module_& module) {
   module.def("learn_layout", &learn_layout_from);
   module.def("read_layout", &read_layout);
+  module.def("read_gradient", &read_gradient);
+  module.def("bump_versions", &bump_versions_of);
   module.def("forget_layout", &forget_layout);
   module.def("trust_words", &trust_words);
   py::class_<RememberedTensor>(module, "RememberedTensor")

@@ -1,6 +1,7 @@
 #include "options.h"
 
 #include <stdexcept>
+#include <unordered_map>
 #include <utility>
 
 #include "../multi_tensor/tensor_lists.h"
@@ -21,21 +22,39 @@ bool is_true(PyObject* value) {
 
 }  // namespace
 
-Options::Options(PyObject* group, std::string where) : group_(group), where_(std::move(where)) {
+PyObject* interned(const char* name) {
+  static std::unordered_map<const char*, std::pair<std::string, PyObject*>> names;
+  auto& [text, object] = names[name];
+  if (object == nullptr || text != name) {
+    text = name;
+    object = PyUnicode_InternFromString(name);
+    if (object == nullptr) throw py::error_already_set();
+  }
+  return object;
+}
+
+PyObject* item_of(PyObject* dict, PyObject* name) {
+  PyObject* const value = PyDict_GetItemWithError(dict, name);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+Options::Options(PyObject* group, const std::string& owner, std::size_t number)
+    : group_(group), owner_(owner), number_(number) {
   capturable_ = flag("capturable", false);
 }
 
 double Options::operator()(const char* name) const { return host_number(name, find(name)); }
 
 double Options::get(const char* name, double otherwise) const {
-  PyObject* value = PyDict_GetItemString(group_, name);
+  PyObject* value = look_up(name);
   return value == nullptr || value == Py_None ? otherwise : host_number(name, value);
 }
 
 bool Options::flag(const char* name) const { return is_true(find(name)); }
 
 bool Options::flag(const char* name, bool otherwise) const {
-  PyObject* value = PyDict_GetItemString(group_, name);
+  PyObject* value = look_up(name);
   return value == nullptr ? otherwise : is_true(value);
 }
 
@@ -49,9 +68,13 @@ Number Options::number(const char* name, int item) const {
   return device_number(name, value.ptr());
 }
 
+std::string Options::where() const { return owner_ + ", param group " + std::to_string(number_); }
+
+PyObject* Options::look_up(const char* name) const { return item_of(group_, interned(name)); }
+
 PyObject* Options::find(const char* name) const {
-  PyObject* value = PyDict_GetItemString(group_, name);
-  if (value == nullptr) throw py::key_error(where_ + " has no '" + name + "'");
+  PyObject* value = look_up(name);
+  if (value == nullptr) throw py::key_error(where() + " has no '" + name + "'");
   return value;
 }
 
@@ -71,7 +94,7 @@ double Options::host_number(const char* name, PyObject* value) const {
   if (is_tensor(value) && !view(value, &now)) {  // one without its memory cannot be printed
     const py::object problem = torch.reading_problem(py::handle(value));
     if (!problem.is_none()) {
-      const std::string what = where_ + ": '" + name + "' " + py::cast<std::string>(problem);
+      const std::string what = where() + ": '" + name + "' " + py::cast<std::string>(problem);
       throw std::runtime_error(what);
     }
   }
@@ -87,7 +110,7 @@ void Options::fail(const char* name, const char* expected, PyObject* value) cons
   PyErr_Fetch(&type, &cause, &traceback);
   const std::string got = py::repr(value);
   PyErr_Restore(type, cause, traceback);
-  const std::string message = where_ + ": '" + name + "' must be " + expected + ", got " + got;
+  const std::string message = where() + ": '" + name + "' must be " + expected + ", got " + got;
   if (type == nullptr) throw py::type_error(message);
   py::raise_from(PyExc_TypeError, message.c_str());
   throw py::error_already_set();

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <string>
 
 #include "../multi_tensor/tensor_view.h"
@@ -9,10 +10,17 @@
 
 namespace fusedopt {
 
+// A name as dicts look it up best. Kept for good: names are literals.
+PyObject* interned(const char* name);
+
+// What a dict has under a name, or null. Borrowed.
+PyObject* item_of(PyObject* dict, PyObject* name);
+
 // Options of a dict of Python's. Its TypeErrors say where it is.
 class Options final : public OptionReader {
  public:
-  Options(PyObject* group, std::string where);
+  // `owner` and the number of the group are for messages.
+  Options(PyObject* group, const std::string& owner, std::size_t number);
 
   bool capturable() const { return capturable_; }
   // The device of the numbers that the kernel reads for itself, or kCpu if there are none.
@@ -29,13 +37,16 @@ class Options final : public OptionReader {
   Number number(const char* name, int item) const override;
 
  private:
+  std::string where() const;
+  PyObject* look_up(const char* name) const;  // null if it is not there
   PyObject* find(const char* name) const;
   Number device_number(const char* name, PyObject* value) const;
   double host_number(const char* name, PyObject* value) const;
   [[noreturn]] void fail(const char* name, const char* expected, PyObject* value) const;
 
   PyObject* group_;
-  std::string where_;
+  const std::string& owner_;
+  std::size_t number_;
   bool capturable_ = false;
   mutable int device_ = kCpu;
 };

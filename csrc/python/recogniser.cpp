@@ -10,6 +10,15 @@ bool is_same_name(PyObject* one, PyObject* other) {
          PyUnicode_Compare(one, other) == 0;
 }
 
+std::uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000 && !defined(PYPY_VERSION)
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  static_cast<void>(dict);
+  return 0;
+#endif
+}
+
 // The number of its role, or -1.
 int role_of(const py::object& name, const StateNames& names) {
   int role = -1;
@@ -32,6 +41,8 @@ void Recogniser::add(PyObject* param, py::object spec) {
   params_.push_back(param);
   specs_.push_back(std::move(spec));
   layout_of_.push_back(-1);
+  walked_.emplace_back();
+  same_specs_.emplace_back();
 }
 
 void Recogniser::learn(std::size_t e, PyObject* state, const StateNames& names) {
@@ -68,17 +79,42 @@ void Recogniser::learn_order(const py::dict& state, const Records& records) {
   }
 }
 
-bool Recogniser::find_tensors(Seen* seen) const {
+bool Recogniser::find_tensors(Seen* seen) {
   if (!is_plain_dict(seen->state)) return false;
+  Walked& walked = walked_[seen->entry];
+  const std::uint64_t version = version_of(seen->state);
+  PyObject* const param = (*seen)[Role::kParam];
+  if (walked.state == seen->state && walked.version == version && version != 0) {
+    seen->tensors = walked.tensors;
+    (*seen)[Role::kParam] = param;
+    return true;
+  }
   const auto& keys = layouts_[static_cast<std::size_t>(layout_of_[seen->entry])].keys;
   Py_ssize_t position = 0;
   PyObject *key, *value;
   for (const auto& [name, role] : keys) {
     if (!PyDict_Next(seen->state, &position, &key, &value)) return false;
     if (key != name.ptr() && !is_same_name(key, name.ptr())) return false;
-    if (role >= 0) seen->tensors[role] = value;
+    if (role >= 0) seen->tensors[static_cast<std::size_t>(role)] = value;
   }
-  return !PyDict_Next(seen->state, &position, &key, &value);
+  if (PyDict_Next(seen->state, &position, &key, &value)) return false;
+  walked = {seen->state, version, seen->tensors};
+  return true;
+}
+
+bool Recogniser::is_sharded_like(PyObject* tensor, std::size_t e) {
+  if (is_plain_tensor(tensor)) return false;
+  PyObject* const spec = is_dtensor(tensor) ? torch.spec.of(tensor) : torch.spec.asked(tensor);
+  if (spec == specs_[e].ptr()) return true;
+  std::vector<py::object>& known = same_specs_[e];
+  for (const py::object& same : known) {
+    if (spec == same.ptr()) return true;
+  }
+  const auto held = py::reinterpret_borrow<py::object>(spec);
+  if (!is_same_sharding(held, specs_[e])) return false;
+  if (known.size() == kSpecs) known.erase(known.begin());
+  known.push_back(held);
+  return true;
 }
 
 int Recogniser::traverse(visitproc visit, void* arg) const {
@@ -86,6 +122,9 @@ int Recogniser::traverse(visitproc visit, void* arg) const {
     for (const auto& [name, role] : layout.keys) Py_VISIT(name.ptr());
   }
   for (const py::object& spec : specs_) Py_VISIT(spec.ptr());
+  for (const auto& specs : same_specs_) {
+    for (const py::object& spec : specs) Py_VISIT(spec.ptr());
+  }
   return 0;
 }
 

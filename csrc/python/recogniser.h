@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -56,11 +57,11 @@ class Recogniser {
   }
 
   // Finds the tensors of its state. False if that has not the keys that were learned.
-  bool find_tensors(Seen* seen) const;
+  bool find_tensors(Seen* seen);
 
   // Whether the process holds the same elements of both: then shards can be updated one by one.
-  bool is_placed_like(PyObject* tensor, std::size_t e) const {
-    return specs_[e] ? is_sharded_like(tensor, specs_[e]) : is_plain_tensor(tensor);
+  bool is_placed_like(PyObject* tensor, std::size_t e) {
+    return specs_[e] ? is_sharded_like(tensor, e) : is_plain_tensor(tensor);
   }
 
   int traverse(visitproc visit, void* arg) const;
@@ -72,10 +73,24 @@ class Recogniser {
     std::vector<std::pair<py::object, int>> keys;
   };
 
+  // What a state dict held when it was last walked. The version of a dict changes with each change,
+  // and no two dicts have had the same; younger Pythons have none.
+  struct Walked {
+    PyObject* state = nullptr;
+    std::uint64_t version = 0;
+    std::array<PyObject*, kNumRoles> tensors;
+  };
+
+  bool is_sharded_like(PyObject* tensor, std::size_t e);
+
   std::vector<PyObject*> params_;  // compared, and used only while its group's list holds it
   std::vector<py::object> specs_;
+  // Other specs that were found to be the same sharding as that of the parameter, of late.
+  static constexpr std::size_t kSpecs = 8;
+  std::vector<std::vector<py::object>> same_specs_;
   std::vector<std::int32_t> layout_of_;  // a parameter's, or -1
   std::vector<Layout> layouts_;
+  std::vector<Walked> walked_;  // by parameter
   std::unordered_map<std::string, std::int32_t> layout_index_;
   std::vector<std::int64_t> state_order_;  // parameters in the order of the state, or -1
   std::vector<std::size_t> stateless_;     // the other parameters

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstddef>
 
 #include "../plan/role.h"
@@ -12,11 +13,13 @@ namespace fusedopt {
 struct Seen {
   std::size_t entry = 0;  // which parameter
   PyObject* state = nullptr;
-  PyObject* tensors[kNumRoles] = {};
+  std::array<PyObject*, kNumRoles> tensors = {};
   bool is_copy = false;  // the gradient, made for this step
 
-  PyObject*& operator[](Role role) { return tensors[position(role)]; }
-  PyObject* operator[](Role role) const { return tensors[position(role)]; }
+  PyObject*& operator[](Role role) { return tensors[static_cast<std::size_t>(position(role))]; }
+  PyObject* operator[](Role role) const {
+    return tensors[static_cast<std::size_t>(position(role))];
+  }
 };
 
 }  // namespace fusedopt

@@ -1,5 +1,7 @@
 #include "torch.h"
 
+#include <structmember.h>
+
 #include "../device/gpu.h"
 #include "../multi_tensor/apply.h"
 #include "../multi_tensor/parallel.h"
@@ -10,21 +12,30 @@ namespace fusedopt {
 
 Torch torch;
 
-PyObject* shard_of(PyObject* dtensor) {
-  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-  PyObject* const local = PyObject_GetAttr(dtensor, name);
-  if (local == nullptr) throw py::error_already_set();
-  Py_DECREF(local);  // the DTensor goes on holding it
-  return local;
+void FixedAttribute::find(PyTypeObject* type) {
+  offset = 0;
+  const auto text = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
+  PyObject* const found = _PyType_Lookup(type, text.ptr());
+  if (found == nullptr || Py_TYPE(found) != &PyMemberDescr_Type ||
+      type->tp_getattro != &PyObject_GenericGetAttr) {
+    return;
+  }
+  const PyMemberDef* const member = reinterpret_cast<PyMemberDescrObject*>(found)->d_member;
+  if (member->type == T_OBJECT_EX) offset = member->offset;
 }
 
-bool is_sharded_like(PyObject* tensor, const py::object& spec) {
-  if (is_plain_tensor(tensor)) return false;
-  const py::object now = py::handle(tensor).attr("_spec");
-  if (now.is(spec)) return true;
+PyObject* FixedAttribute::asked(PyObject* object) const {
+  PyObject* const value = PyObject_GetAttrString(object, name);
+  if (value == nullptr) throw py::error_already_set();
+  Py_DECREF(value);  // the object goes on holding it
+  return value;
+}
+
+bool is_same_sharding(py::handle one, py::handle other) {
+  if (one.is(other)) return true;
   for (const char* part : {"mesh", "placements", "shard_order"}) {
     const py::object none = py::none();  // shard_order is younger than torch 2.10
-    if (!py::getattr(now, part, none).equal(py::getattr(spec, part, none))) return false;
+    if (!py::getattr(one, part, none).equal(py::getattr(other, part, none))) return false;
   }
   return true;
 }
@@ -125,7 +136,45 @@ bool has_negative_bit(PyObject* tensor) {
   return py::cast<bool>(py::handle(tensor).attr("is_neg")());
 }
 
+void find_slots() {
+  if (torch.dtensor_type == nullptr) return;
+  auto* const type = reinterpret_cast<PyTypeObject*>(torch.dtensor_type);
+  torch.local_tensor.find(type);
+  torch.spec.find(type);
+}
+
+FoundGradients found_gradients() {
+  static PyObject* const grad = PyUnicode_InternFromString("grad");
+  static PyObject* const function = PyUnicode_InternFromString("__torch_function__");
+  if (!torch.layout.knows_gradient() || torch.num_function_modes().cast<int>() != 0) return {};
+  const auto is_torchs = [](PyObject* object) {
+    auto* const type = reinterpret_cast<PyTypeObject*>(object);
+    PyObject* const attribute = _PyType_Lookup(type, grad);
+    return attribute != nullptr && Py_TYPE(attribute) == &PyGetSetDescr_Type &&
+           type->tp_getattro == &PyObject_GenericGetAttr;
+  };
+  // Those of parameters have it switched off.
+  const auto function_of = [](PyObject* object) {
+    return _PyType_Lookup(reinterpret_cast<PyTypeObject*>(object), function);
+  };
+  FoundGradients found;
+  found.of_plain = is_torchs(torch.tensor_type) && is_torchs(torch.parameter_type);
+  found.of_dtensors = found.of_plain && torch.dtensor_type != nullptr &&
+                      is_torchs(torch.dtensor_type) &&
+                      function_of(torch.dtensor_type) == function_of(torch.parameter_type);
+  return found;
+}
+
 void bump_versions(const std::vector<PyObject*>& written) {
+  if (torch.layout.knows_version()) {
+    for (PyObject* tensor : written) {
+      const char* const counter = pointer_at(impl_of(tensor), torch.layout.version);
+      if (counter == nullptr) continue;  // made in inference mode
+      auto* const count = const_cast<char*>(counter) + torch.layout.count;
+      __atomic_fetch_add(reinterpret_cast<std::uint32_t*>(count), 1, __ATOMIC_RELAXED);
+    }
+    return;
+  }
   py::list list(written.size());
   for (std::size_t i = 0; i < written.size(); ++i) {
     Py_INCREF(written[i]);
@@ -148,8 +197,9 @@ void* current_stream(int device) {
 namespace {
 
 void bind(const py::object& table, const py::object& tensor_type, const py::object& parameter_type,
-          const py::object& increment_version, const py::object& parts_of,
-          const py::object& reading_problem, const py::object& defaultdict_type) {
+          const py::object& increment_version, const py::object& num_function_modes,
+          const py::object& parts_of, const py::object& reading_problem,
+          const py::object& defaultdict_type) {
   const void* pointer = py::isinstance<py::int_>(table)
                             ? reinterpret_cast<void*>(table.cast<std::uintptr_t>())
                             : PyCapsule_GetPointer(table.ptr(), dlpack::kCapsuleName);
@@ -163,6 +213,7 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
   torch.tensor_type = tensor_type.inc_ref().ptr();
   torch.parameter_type = parameter_type.inc_ref().ptr();
   torch.increment_version = increment_version.inc_ref();
+  torch.num_function_modes = num_function_modes.inc_ref();
   torch.parts_of = parts_of.inc_ref();
   torch.reading_problem = reading_problem.inc_ref();
   torch.defaultdict_type = defaultdict_type.inc_ref().ptr();
@@ -171,7 +222,9 @@ void bind(const py::object& table, const py::object& tensor_type, const py::obje
 }
 
 void set_dtensor_type(const py::object& type) {
-  if (torch.dtensor_type == nullptr) torch.dtensor_type = type.inc_ref().ptr();
+  if (torch.dtensor_type != nullptr) return;
+  torch.dtensor_type = type.inc_ref().ptr();
+  find_slots();
 }
 
 // Whether the tensors, of which the first is a parameter, are what needs no other check: plain, with

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -16,14 +17,34 @@ namespace fusedopt {
 
 namespace py = pybind11;
 
+// An attribute that objects of a class keep at a fixed place, if they do.
+struct FixedAttribute {
+  const char* name;
+  std::ptrdiff_t offset = 0;
+
+  void find(PyTypeObject* type);
+  // Borrowed from the object.
+  PyObject* of(PyObject* object) const {
+    if (offset != 0) {
+      PyObject* const value =
+          *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+      if (value != nullptr) return value;
+    }
+    return asked(object);
+  }
+  PyObject* asked(PyObject* object) const;
+};
+
 // Set once by bind() and never released.
 struct Torch {
   const dlpack::ExchangeApi* exchange = nullptr;
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
-  PyObject* dtensor_type = nullptr;  // null while nobody has imported it
+  PyObject* dtensor_type = nullptr;                             // null while nobody has imported it
+  FixedAttribute local_tensor{"_local_tensor"}, spec{"_spec"};  // of DTensors
   PyObject* defaultdict_type = nullptr;
   py::handle increment_version;
+  py::handle num_function_modes;
   py::handle parts_of, reading_problem;  // see fusedopt/memory.py
   TorchLayout layout;
 };
@@ -44,19 +65,45 @@ inline bool is_plain_tensor(PyObject* object) {
   return type == torch.tensor_type || type == torch.parameter_type;
 }
 
-PyObject* shard_of(PyObject* dtensor);
+inline bool is_dtensor(PyObject* object) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch.dtensor_type;
+}
 
 // What this process holds of a tensor: of a DTensor its shard, else the tensor itself. Borrowed.
 inline PyObject* local_of(PyObject* object) {
-  const bool is_dtensor = reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch.dtensor_type;
-  return is_dtensor ? shard_of(object) : object;
+  return is_dtensor(object) ? torch.local_tensor.of(object) : object;
 }
 
-// Whether two shards of DTensors are of the same elements: `spec` is that of one of them.
-bool is_sharded_like(PyObject* tensor, const py::object& spec);
+// Whether shards of DTensors are of the same elements, by the specs of these.
+bool is_same_sharding(py::handle one, py::handle other);
 
 // The TensorImpl of a plain tensor; only if the layout knows where that is.
 inline const char* impl_of(PyObject* tensor) { return pointer_at(tensor, torch.layout.impl); }
+
+// The object of the gradient of a tensor, only if the layout knows where that is. Null if there
+// is none: no gradient, or one that no Python code has seen yet. Borrowed from the tensor, which may
+// get another one as soon as other code runs.
+inline PyObject* known_gradient(PyObject* tensor) {
+  const char* const autograd = pointer_at(impl_of(tensor), torch.layout.autograd);
+  const char* const grad = autograd == nullptr ? nullptr : pointer_at(autograd, torch.layout.grad);
+  if (grad == nullptr) return nullptr;
+  return reinterpret_cast<PyObject*>(const_cast<char*>(pointer_at(grad, torch.layout.object)));
+}
+
+// For which tensors that is what `grad` gives: no mode sees it, and nobody has put code of his own
+// in its place.
+struct FoundGradients {
+  bool of_plain = false, of_dtensors = false;
+
+  PyObject* of(PyObject* tensor) const {
+    const bool is_found = is_plain_tensor(tensor) ? of_plain : of_dtensors && is_dtensor(tensor);
+    return is_found ? known_gradient(tensor) : nullptr;
+  }
+};
+FoundGradients found_gradients();
+
+// Looks again at where DTensors keep what a step reads, which code of others can change.
+void find_slots();
 
 // Where the storage of a plain tensor begins and how long it is. False if it has none.
 bool storage_of(PyObject* tensor, std::uintptr_t* begin, std::uint64_t* num_bytes);
