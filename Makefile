@@ -10,6 +10,8 @@ IN_ENV := $(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sy
 ENV := $(or $(IN_ENV),.venv)
 PY := $(ENV)/bin/python
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+# Of the distribution, as pip knows it: torch.__version__ may have a +cu130 that PyPI's does not have.
+TORCH_VERSION := 'from importlib.metadata import version; print(version("torch"))'
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2
 # timm wants a torchvision, of which the index has only builds for CUDA. In a folder of its own, where
 # a test takes it from, it cannot break other packages beside a torch without CUDA.
@@ -96,12 +98,12 @@ $(INSTALLED): $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@mkdir -p build
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	@$(PY) $(HAS_TORCH) || $(PIP) '$(TORCH)'
-	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' >build/constraints.txt
+	@$(PY) -c $(TORCH_VERSION) | sed 's/^/torch==/' >build/constraints.txt
 	@$(PIP) -c build/constraints.txt 'setuptools>=77' pybind11 cmake ninja || $(OFFLINE)
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[dev]' || $(OFFLINE)
-	@$(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -W ignore -c \
-	  'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*" || $(OFFLINE)
+	@$(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -c \
+	  $(TORCH_VERSION) | awk -F. '{print $$2 + 15}').*" || $(OFFLINE)
 	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: not all was built, see above"
 	@touch $@
 

@@ -93,7 +93,7 @@ def _load(choice: str) -> tuple[Any, str | None]:
                 f"FUSEDOPT_BACKEND=native, but the native module cannot be used: {why}"
             ) from error
         warnings.warn(
-            "fusedopt: the native module cannot be used, steps take the (slow) Python rule: "
+            "fusedopt: the native module cannot be used, steps are left to torch's operators: "
             f"{why.splitlines()[0]} (`python -m fusedopt.info` prints all of it)",
             RuntimeWarning,
             stacklevel=2,
@@ -118,11 +118,36 @@ def _problem(device: torch.device) -> str:
     problem: str = native.device_problem(device.index or 0)
     if problem:
         warnings.warn(
-            f"fusedopt: steps on {device} take the (slow) Python rule: {problem}",
+            f"fusedopt: steps on {device} are left to torch's operators: {problem}",
             RuntimeWarning,
             stacklevel=2,
         )
     return problem
+
+
+def missing_kernels(device: torch.device) -> str:
+    """Why torch's operators step the parameters of a device; empty where the native module does."""
+    if native is None:
+        return (error or "").split("\n", 1)[0]
+    if device.type == native.KERNEL_DEVICE:
+        problem: str = native.device_problem(device.index or 0)
+        return problem
+    return "" if device.type == "cpu" else f"there are no kernels for devices of type {device.type}"
+
+
+@functools.cache
+def warn_of_missing_kernels(device_type: str) -> None:
+    """Once for each type of device, unless it was said already or asked for."""
+    if native is None or device_type in ("cpu", native.KERNEL_DEVICE):
+        return
+    problem = missing_kernels(torch.device(device_type))
+    warnings.warn(
+        f"fusedopt: steps on {device_type} are left to torch's operators: {problem}. They are "
+        "torch.optim's own where it has the options of the group; `python -m fusedopt.info` says "
+        "what runs where",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def is_accelerator(device: torch.device) -> bool:

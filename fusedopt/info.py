@@ -21,6 +21,20 @@ def _gpus(native: Any) -> list[str]:
     return [*lines, f"kernels: {native.describe_cache()}"]
 
 
+def _devices() -> list[torch.device]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    others = [torch.device(accelerator.type, i) for i in range(count)] if accelerator else []
+    return [torch.device("cpu"), *others]
+
+
+def _what_runs(device: torch.device) -> str:
+    problem = backend.missing_kernels(device)
+    if not problem:
+        return "native"
+    return f"torch's own implementations, the rule for options that torch does not have: {problem}"
+
+
 def report() -> str:
     """What ``python -m fusedopt.info`` prints."""
     lines = [
@@ -40,6 +54,7 @@ def report() -> str:
         lines += [f"         {line}" for line in rest]
         lines.append("cuda:    not used: the kernels are in the native module")
     lines.append("python:  available")
+    lines += [f"{device}: {_what_runs(device)}" for device in _devices()]
     return "\n".join(lines)
 
 

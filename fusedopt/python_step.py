@@ -1,28 +1,87 @@
-"""The step of one parameter with torch's operators: its values are loaded, updated and stored."""
+"""The step of parameters with torch's operators: values are loaded, updated and stored."""
 
 from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import dtensor, formats, memory, scaling, stock_step, tensor_kinds
+from . import dtensor, formats, memory, stock_step, tensor_kinds
+from .later import Later, in_pieces
+from .modes import Mode
 from .record import Record
 from .rule import Group, numbers_as_scalars
+from .tensor_list import TensorList
+
+if TYPE_CHECKING:
+    from .together import Bucket
 
 
-def take(record: Record, scales: scaling.Scaling | None) -> None:
-    """Updates a parameter and its state, whatever kinds of tensors they are."""
-    factor = None
-    if scales is not None:
-        of_device = scales[record.param.device]
-        if scaling.skips(of_device):
-            return
-        factor = scaling.grad_factor(of_device)
+def take(record: Record, factor: Tensor | None) -> None:
+    """Updates a parameter and its state, whatever kinds of tensors they are, from its gradient
+    times a factor."""
     if stock_step.concerns(record.param, record.grad, record.entries):
         _take_of_unusual(record, factor)
     else:
         _take_of_ordinary(record, record.group, factor)
+
+
+# Elements that are computed together: on the CPU what stays in its cache, elsewhere what takes
+# little more memory than the largest parameter.
+_PIECE, _PART = 1 << 18, 1 << 24
+
+
+def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
+    """Updates ordinary parameters. On the CPU the calls that write are returned."""
+    records, on_cpu = bucket.records, bucket.records[0].param.is_cpu
+    sizes = (record.param.numel() for record in records)
+    if bucket.mode is Mode.RULE:
+        if on_cpu:
+            return [_new_values(records, bucket.factor)]
+        for part in in_pieces(sizes, _PART):
+            _new_values(records[part], bucket.factor)()
+        return []
+    grads = [record.grad for record in records]
+    if any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads)):
+        grads = [_materialized(grad) for grad in grads]
+    if bucket.factor is not None:
+        factor = bucket.factor.to(grads[0].dtype)  # a 0-dim gradient must not become float64
+        grads = [*torch._foreach_mul(grads, factor)]
+    everything = slice(0, len(records))
+    if not on_cpu:
+        stock_step.take_together(bucket, grads, everything)
+        return []
+    later = Later()
+    for part in [everything] if bucket.mode is Mode.FUSED else in_pieces(sizes, _PIECE):
+        stock_step.take_together(bucket, grads[part], part, later)
+        later.next_piece()
+    return later.calls
+
+
+def _new_values(records: list[Record], factor: Tensor | None) -> functools.partial[Any]:
+    """Writes what the rule has computed, for all parameters of one step count at once."""
+    steps: dict[Any, list[_Step]] = {}
+    group = numbers_as_scalars(records[0].group)
+    for record in records:
+        step = _Step(record, group)
+        steps.setdefault(tuple(step.scalars), []).append(step)
+    tensors: list[Tensor] = []
+    values: list[Tensor] = []
+    for scalars, those in steps.items():
+        columns = zip(
+            *(step.loaded(_materialized(step.record.grad), factor) for step in those), strict=True
+        )
+        update: Any = records[0].rule.update
+        results = update(group, *scalars, *map(TensorList, columns))
+        of_each = zip(*(result.tensors for result in results), strict=True)
+        for step, new in zip(those, of_each, strict=True):
+            step.store(*new)
+            tensors += step.tensors
+            values += step.values
+    return functools.partial(torch._foreach_copy_, tensors, values)
 
 
 def _take_of_unusual(record: Record, factor: Tensor | None) -> None:
@@ -40,23 +99,21 @@ def _take_of_unusual(record: Record, factor: Tensor | None) -> None:
 
 
 def _take_of_ordinary(record: Record, group: Group, factor: Tensor | None) -> None:
-    grad: Tensor = record.param.grad
-    if memory.is_zero(grad):
-        grad = grad.clone()  # torch takes its product with an infinity for zero
+    grad = _materialized(record.param.grad)
     if record.has_sparse_grad:
         update = record.rule.sparse_update
         assert update is not None
         grad = grad.to(torch.promote_types(grad.dtype, record.param.dtype))
         update(group, record.param, grad if factor is None else grad * factor, record.entries)
         return
-    _Step(record, group).take(grad, factor)
+    _Step(record, numbers_as_scalars(group)).take(grad, factor)
 
 
 class _Step:
     """The values of one parameter on their way from memory through the rule and back."""
 
     def __init__(self, record: Record, group: Group) -> None:
-        self.record, self.group = record, numbers_as_scalars(group)
+        self.record, self.group = record, group
         self.entries = record.entries
         self.is_differentiable = bool(group["differentiable"])
         # Autograd goes through the DTensors themselves.
@@ -67,6 +124,15 @@ class _Step:
 
     def take(self, grad: Tensor, factor: Tensor | None) -> None:
         record = self.record
+        values = record.rule.update(self.group, *self.scalars, *self.loaded(grad, factor))
+        if record.param.is_complex():
+            values = tuple(torch.view_as_complex(value.contiguous()) for value in values)
+        self.store(*values)
+        self._write()
+
+    def loaded(self, grad: Tensor, factor: Tensor | None) -> list[Tensor]:
+        """Parameter, gradient and state as the rule takes them."""
+        record = self.record
         param, *slots = map(
             self._loaded, (self._param(), *(record.value_of(key) for key in record.keys))
         )
@@ -74,11 +140,7 @@ class _Step:
             grad = dtensor.local(dtensor.placed_like(grad, record.param))
         grad = _as_real(grad).to(param.dtype)
         grad = grad if factor is None else (grad * factor).to(param.dtype)
-        values = record.rule.update(self.group, *self.scalars, param, grad, *slots)
-        if record.param.is_complex():
-            values = tuple(torch.view_as_complex(value.contiguous()) for value in values)
-        self._store(*values)
-        self._write()
+        return [param, grad, *slots]
 
     # Loading --------------------------------------------------------------------------------------
 
@@ -102,7 +164,7 @@ class _Step:
 
     # Storing --------------------------------------------------------------------------------------
 
-    def _store(self, param: Tensor, *slots: Tensor) -> None:
+    def store(self, param: Tensor, *slots: Tensor) -> None:
         record, entries = self.record, self.entries
         for scalar, kept in zip(record.rule.scalars, self.kept_scalars, strict=True):
             self._add(entries[scalar.name], kept)
@@ -151,6 +213,12 @@ class _Step:
             increment_version([self.record.param, *(self.entries[key] for key in self.record.keys)])
         # At once: an error or an interrupt finds all of it or nothing.
         tensor_kinds.write(self.tensors, self.values)
+
+
+def _materialized(grad: Tensor) -> Tensor:
+    """A gradient with memory, in which its values are: torch takes the product of a zero without
+    memory with an infinity for zero."""
+    return grad.clone() if memory.is_zero(grad) else grad.resolve_neg()
 
 
 def _as_real(tensor: Tensor) -> Tensor:

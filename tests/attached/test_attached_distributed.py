@@ -46,6 +46,7 @@ def test_wrappers_that_reduce_gradients_later(process_group):
         assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+@pytest.mark.usefixtures("only_by_the_rule")
 def test_fully_shard(process_group, backend):
     from torch.distributed.fsdp import fully_shard
 
