@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable
-from itertools import chain, repeat
-from operator import attrgetter, eq, is_
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend, formats, memory, tensor_kinds
+from .addresses import address_of, range_of, span_of
 from .modes import Kind
 from .record import Record
 
-# A property of some tensors, one after the other: nothing that is compared stays in memory, or
-# Python's garbage collection would come in every step.
+# A property of tensors, one after the other.
 Property = Callable[[Iterable[Tensor]], Iterable[Any]]
 
 
@@ -26,110 +26,131 @@ def _bytes(tensors: Iterable[Tensor]) -> Iterable[int]:
     return map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
 
 
-_TYPE: Property = functools.partial(map, type)
-_DTYPE: Property = functools.partial(map, attrgetter("dtype"))
-_SHAPE: Property = functools.partial(map, attrgetter("shape"))
-_STRIDES: Property = functools.partial(map, Tensor.stride)
-# Of a parameter and its state. Where all of this is equal the tensor is the same, or as good.
-_OF_OWN: tuple[Property, ...] = (
-    _TYPE,
-    functools.partial(map, id),
-    functools.partial(map, Tensor.data_ptr),
-    _bytes,
-    _DTYPE,
-    _SHAPE,
-    _STRIDES,
+def _has_memory(tensors: Iterable[Tensor]) -> Iterable[bool]:
+    return map(bool, map(Tensor.data_ptr, tensors))
+
+
+# The type comes first: of other tensors than torch's own nothing more is asked.
+_ORDINARY: tuple[Property, ...] = (
+    functools.partial(map, type),
+    functools.partial(map, attrgetter("layout")),
+    functools.partial(map, attrgetter("dtype")),
+    functools.partial(map, attrgetter("shape")),
+    functools.partial(map, Tensor.stride),
     functools.partial(map, Tensor.is_neg),
-)
-# Of a gradient, which may be another in every step. The keys say what kind of tensor it is for
-# torch: of which device and layout, negated, inside a transformation, and so on.
-_OF_GRAD: tuple[Property, ...] = (
-    _TYPE,
-    functools.partial(map, torch._C._dispatch_keys),
-    _DTYPE,
-    functools.partial(map, attrgetter("device")),
-    _SHAPE,
-    _STRIDES,
-    functools.partial(map, Tensor.storage_offset),
     _bytes,
 )
-
-
-def _read(properties: tuple[Property, ...], tensors: list[Tensor]) -> list[list[Any]]:
-    return [[*of(tensors)] for of in properties]
-
-
-def _agree(
-    properties: tuple[Property, ...], tensors: list[Tensor], values: list[list[Any]]
-) -> bool:
-    return all(all(map(eq, of(tensors), v)) for of, v in zip(properties, values, strict=True))
-
+# Of a parameter and its state. Where all of this is equal the tensor is the same, or as good.
+_OF_OWN: tuple[Property, ...] = (*_ORDINARY, functools.partial(map, Tensor.data_ptr))
+# Of a gradient, which may be another in every step.
+_OF_GRAD: tuple[Property, ...] = (
+    *_ORDINARY,
+    functools.partial(map, attrgetter("is_nested")),
+    functools.partial(map, attrgetter("device")),
+    functools.partial(map, Tensor.storage_offset),
+    _has_memory,
+)
 
 # Parameters that are looked at together, one property of all of them after the other: as many as
-# stay in the cache meanwhile.
+# stay in the cache meanwhile, and so few that Python's garbage collection does not come for it.
 _BLOCK = 64
 
 
-class Picture:
-    """Parameters as one step found them, without the tensors themselves. Another step sees without
-    a line of Python for each tensor whether all of them still are."""
+class Columns:
+    """Parameters of a step with their gradients and state."""
 
-    def __init__(self, records: list[Record]) -> None:
-        self._blocks = [_Block(records[at:end]) for at, end in _blocks(records)]
+    __slots__ = ("grads", "params", "states")
 
-    def is_still(self, records: list[Record]) -> bool:
-        """Whether all is as it was, but for values and where the gradients are."""
-        slices = _blocks(records)
-        return len(slices) == len(self._blocks) and all(
-            block.is_still(records[at:end])
-            for block, (at, end) in zip(self._blocks, slices, strict=True)
+    def __init__(self, params: list[Any], grads: list[Any], states: list[dict[str, Any]]) -> None:
+        self.params, self.grads, self.states = params, grads, states
+
+    @classmethod
+    def of(cls, records: list[Record]) -> Columns:
+        return cls(
+            [record.param for record in records],
+            [record.grad for record in records],
+            [record.entries for record in records],
         )
 
+    def __getitem__(self, part: slice) -> Columns:
+        return Columns(self.params[part], self.grads[part], self.states[part])
 
-def _blocks(records: list[Record]) -> list[tuple[int, int]]:
-    return [(at, at + _BLOCK) for at in range(0, len(records), _BLOCK)]
+    def at(self, indices: list[int]) -> Columns:
+        if len(indices) == len(self.params):
+            return self
+        params, grads, states = self.params, self.grads, self.states
+        return Columns(
+            [params[i] for i in indices], [grads[i] for i in indices], [states[i] for i in indices]
+        )
+
+    def state(self, key: str) -> list[Any]:
+        return [state[key] for state in self.states]
+
+    def like(self, keys: list[str]) -> list[int]:
+        """Of each parameter the first whose numbers, as the step count, are the same ones."""
+        if not keys:
+            return [0] * len(self.params)
+        columns = [*map(self.state, keys)]
+        values = (
+            zip(map(Tensor.item, c), map(attrgetter("dtype"), c), strict=True) for c in columns
+        )
+        numbers = [*zip(*values, strict=True)]
+        first = dict(zip(reversed(numbers), range(len(numbers) - 1, -1, -1), strict=True))
+        return [*map(first.__getitem__, numbers)]
+
+    def own(self) -> list[Any]:
+        """Each parameter, and what its state consists of."""
+        one = ((param,) for param in self.params)
+        pairs = zip(one, map(dict.values, self.states), strict=True)
+        return [*chain.from_iterable(chain.from_iterable(pairs))]
 
 
-class _Block:
-    def __init__(self, records: list[Record]) -> None:
-        grads = [record.grad for record in records]
-        self._keys = [tuple(record.entries) for record in records]
-        self._own = _read(_OF_OWN, [tensor for record in records for tensor in own_tensors(record)])
-        self._grads = _read(_OF_GRAD, grads)
+class Picture:
+    """What parameters, gradients and state were, without these themselves. Another step sees
+    without a line of Python for each tensor whether all of it still is."""
 
-    def is_still(self, records: list[Record]) -> bool:
-        states = [{} if record.state is None else record.state for record in records]
-        if len(records) != len(self._keys) or not all(map(is_, map(type, states), repeat(dict))):
+    def __init__(self, columns: Columns) -> None:
+        self._size = len(columns.params)
+        self._blocks = [[*self._block(columns[part])] for part in self._parts()]
+
+    def is_still(self, columns: Columns) -> bool:
+        """Whether all is as it was, but for values and where the gradients are."""
+        if len(columns.params) != self._size:
             return False
-        if not all(map(eq, map(tuple, states), self._keys)):
+        try:
+            return all(
+                {*map(type, columns.states[part])} == {dict}
+                and all(map(operator.eq, self._block(columns[part]), block))
+                for part, block in zip(self._parts(), self._blocks, strict=True)
+            )
+        except RuntimeError:  # a tensor of another kind, which has no strides or no storage
             return False
-        grads = [record.grad for record in records]
-        if not _agree(_OF_GRAD, grads, self._grads):
-            return False
-        params = ([record.param] for record in records)
-        pairs = zip(params, map(dict.values, states), strict=True)
-        own = [*chain.from_iterable(chain.from_iterable(pairs))]
-        return _agree(_OF_OWN, own, self._own)
+
+    def _parts(self) -> Iterable[slice]:
+        return (slice(at, at + _BLOCK) for at in range(0, self._size, _BLOCK))
+
+    @staticmethod
+    def _block(columns: Columns) -> Iterable[list[Any]]:
+        yield [*map(tuple, columns.states)]
+        own = columns.own()
+        yield from ([*of(own)] for of in _OF_OWN)
+        yield from ([*of(columns.grads)] for of in _OF_GRAD)
 
 
 class Known:
     """A parameter that was checked; another step may begin from the same."""
 
-    __slots__ = ("kind", "numbers", "picture", "ranges", "shares", "span", "terms")
+    __slots__ = ("begin", "kind", "picture", "ranges", "shares", "span", "terms")
 
     def __init__(self, record: Record, terms: Any) -> None:
         param, grad, entries = record.param, record.grad, record.entries
         like = [grad, *(entries[key] for key in record.keys)]
         count: Tensor | None = entries.get("step")
         self.terms = terms
-        self.picture = _Block([record])
+        self.picture = Picture(Columns.of([record]))
         self.ranges = [range_of(tensor) for tensor in own_tensors(record)]
-        self.span = span_of(grad)
+        self.begin, self.span = address_of(grad), span_of(grad)
         self.shares = False
-        # All whose numbers are checked together in a step: where the count may go, and what the
-        # numbers of the group meet.
-        of_count = None if count is None or not count.is_cpu else count.dtype
-        self.numbers = record.g, param.dtype, of_count
         self.kind = Kind(
             device=param.device.type,
             dtype=param.dtype,
@@ -141,7 +162,7 @@ class Known:
         )
 
     def is_still(self, record: Record) -> bool:
-        return not self.kind.is_first and self.picture.is_still([record])
+        return not self.kind.is_first and self.picture.is_still(Columns.of([record]))
 
 
 # What torch's implementations take as a number of a parameter.
@@ -163,7 +184,7 @@ def goes_with_others(record: Record) -> bool:
     if any(count.dim() or count.dtype not in _COUNTS for count in counts):
         return False
     return all(
-        _is_ordinary(tensor) and not tensor_kinds.is_lazy_view(tensor)
+        _is_ordinary(tensor) and not tensor_kinds.is_lazy_view(tensor) and not tensor.is_inference()
         for tensor in own_tensors(record)
     )
 
@@ -175,28 +196,3 @@ def _is_ordinary(tensor: Tensor) -> bool:
 def own_tensors(record: Record) -> list[Any]:
     """A parameter and what its state consists of."""
     return [record.param, *record.entries.values()]
-
-
-# Where tensors are ------------------------------------------------------------------------------
-
-
-def span_of(tensor: Tensor) -> int:
-    """Bytes from its first element to the end of its last; none of one that has no memory."""
-    if tensor.numel() == 0 or memory.is_zero(tensor):
-        return 0
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (reach + 1) * tensor.element_size()
-
-
-def address_of(tensor: Tensor) -> int:
-    if tensor.device.type in ("cpu", "cuda", "xpu"):
-        return operator.index(tensor.data_ptr())
-    # What a data_ptr() is elsewhere only the device knows.
-    storage: int = tensor.untyped_storage()._cdata
-    return (storage << 48) + operator.index(tensor.storage_offset()) * tensor.element_size()
-
-
-def range_of(tensor: Tensor) -> tuple[int, int]:
-    """Where it begins and ends."""
-    begin = address_of(tensor)
-    return begin, begin + span_of(tensor)

@@ -5,21 +5,37 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .known import Columns
+
 # Tensors up to which one call for each costs less than a pass over their elements.
 _FEW = 8
+
+# Functions over lists whose results have the form of their first operands.
+_ELEMENTWISE = {
+    f"_foreach_{name}"
+    for name in (
+        *("abs", "add", "addcdiv", "addcmul", "div", "lerp", "maximum", "mul", "neg"),
+        *("reciprocal", "sign", "sqrt", "sub"),
+    )
+}
+# What else torch's implementations call; it reads no elements.
+_READERS = ("__get__", "is_complex", "tensor", "_set_grad_enabled")
+
+
+class CannotWait(Exception):
+    """An implementation does not leave all of its work to functions over lists."""
 
 
 class Later(TorchFunctionMode):
     """While it is active, torch's functions over lists compute nothing: ``calls`` are left, which
     do. They are one C function each, so that no interrupt comes between them, and the memory that
-    they need is there. Nothing may read what they compute before they are made."""
+    they need is there. What might read elements before that raises CannotWait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,44 +46,44 @@ class Later(TorchFunctionMode):
         self._first: list[int] = []
         # Intermediate values: what later calls may write over, and what this piece uses.
         self._free: defaultdict[Any, list[Tensor]] = defaultdict(list)
-        self._used: list[Tensor] = []
+        self._used: list[tuple[Any, Tensor]] = []
 
-    def copies(self, columns: list[list[Tensor]]) -> list[list[Tensor]]:
-        """Copies of numbers, some of each parameter, to compute on at once; the originals get it
-        later. Parameters with equal ones, as their counts nearly always are, share copies."""
-        keys = [*zip(*(_values(column) for column in columns), strict=True)]
-        first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
-        self._first = [*first.values()]
+    def copies(self, columns: Columns, keys: list[str]) -> list[list[Tensor]]:
+        """Copies of numbers of each parameter, to compute on at once; the originals get it later.
+        Parameters with equal ones, as their counts nearly always are, share copies."""
+        like = columns.like(keys)
+        self._first = sorted({*like})
         copied = []
-        for column in columns:
-            of_key = {key: column[at].clone() for key, at in first.items()}
-            copied.append([of_key[key] for key in keys])
-            self._now.update(map(id, of_key.values()))
+        for column in map(columns.state, keys):
+            copies = {at: column[at].clone() for at in self._first}
+            self._now.update(map(id, copies.values()))
+            copied.append([copies[at] for at in like])
             self.calls.append(functools.partial(torch._foreach_copy_, column, copied[-1]))
         return copied
 
     def next_piece(self) -> None:
         """What follows does not read what came before."""
-        for tensor in self._used:
-            self._free[_form(tensor)].append(tensor)
+        for form, tensor in self._used:
+            self._free[form].append(tensor)
         self._used = []
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name, kwargs = function.__name__, kwargs or {}
-        if not name.startswith(("_foreach_", "_fused_")):
+        if name in _READERS or (name == "item" and id(args[0]) in self._now):
             return function(*args, **kwargs)
+        if not name.startswith(("_foreach_", "_fused_")) or not isinstance(args[0], (list, tuple)):
+            raise CannotWait(name)
         if id(args[0][0]) in self._now:
-            once = (
-                [a[i] for i in self._first] if isinstance(a, (list, tuple)) else a for a in args
-            )
-            return function(*once, **kwargs)
+            return function(*map(self._once, args), **kwargs)
         if name.endswith("_"):
             self.calls.append(functools.partial(function, *args, **kwargs))
             return None
+        if name not in _ELEMENTWISE:
+            raise CannotWait(name)
         results = [self._intermediate(tensor) for tensor in args[0]]
-        if len(results) > _FEW:
+        if len(results) > _FEW or len(args) > 2:
             in_place = getattr(torch, f"{name}_")
             self.calls.append(functools.partial(torch._foreach_copy_, results, args[0]))
             self.calls.append(functools.partial(in_place, results, *args[1:], **kwargs))
@@ -85,17 +101,11 @@ class Later(TorchFunctionMode):
         return [argument[i] for i in self._first] if is_column else argument
 
     def _intermediate(self, like: Tensor) -> Tensor:
-        free = self._free[_form(like)]
-        self._used.append(free.pop() if free else torch.empty_like(like))
-        return self._used[-1]
-
-
-def _values(numbers: list[Tensor]) -> list[Any]:
-    return [*zip(map(Tensor.item, numbers), map(attrgetter("dtype"), numbers), strict=True)]
-
-
-def _form(tensor: Tensor) -> Any:
-    return tensor.dtype, tensor.shape, tensor.stride()
+        form = like.dtype, like.shape, like.stride()
+        free = self._free[form]
+        tensor = free.pop() if free else torch.empty_like(like)
+        self._used.append((form, tensor))
+        return tensor
 
 
 def in_pieces(sizes: Iterable[int], largest: int) -> list[slice]:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import dtensor, formats, memory, stock_step, tensor_kinds
-from .later import Later, in_pieces
+from .later import CannotWait, Later, in_pieces
 from .modes import Mode
 from .record import Record
 from .rule import Group, numbers_as_scalars
 from .tensor_list import TensorList
 
 if TYPE_CHECKING:
-    from .together import Bucket
+    from .work import Bucket
 
 
 def take(record: Record, factor: Tensor | None) -> None:
@@ -36,33 +36,64 @@ _PIECE, _PART = 1 << 18, 1 << 24
 
 def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
     """Updates ordinary parameters. On the CPU the calls that write are returned."""
-    records, on_cpu = bucket.records, bucket.records[0].param.is_cpu
-    sizes = (record.param.numel() for record in records)
-    if bucket.mode is Mode.RULE:
-        if on_cpu:
-            return [_new_values(records, bucket.factor)]
-        for part in in_pieces(sizes, _PART):
-            _new_values(records[part], bucket.factor)()
-        return []
-    grads = [record.grad for record in records]
+    columns, on_cpu = bucket.columns, bucket.kind.device == "cpu"
+    sizes = [param.numel() for param in columns.params]
+    if bucket.mode is not Mode.RULE:
+        grads = _scaled(columns.grads, bucket.factor)
+        if not on_cpu:
+            stock_step.take_together(bucket, grads, slice(None))
+            return []
+        later = Later()
+        pieces = [slice(None)] if bucket.mode is Mode.FUSED else in_pieces(sizes, _PIECE)
+        try:
+            for part in pieces:
+                stock_step.take_together(bucket, grads[part], part, later)
+                later.next_piece()
+            return later.calls
+        except CannotWait:  # another torch: the rule does the same
+            pass
+    new_values = _new_plain_values if bucket.is_plain() else _new_values
+    if on_cpu:
+        return [new_values(bucket, slice(None))]
+    for part in in_pieces(sizes, _PART):
+        new_values(bucket, part)()
+    return []
+
+
+def _scaled(grads: list[Tensor], factor: Tensor | None) -> list[Tensor]:
     if any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads)):
-        grads = [_materialized(grad) for grad in grads]
-    if bucket.factor is not None:
-        factor = bucket.factor.to(grads[0].dtype)  # a 0-dim gradient must not become float64
-        grads = [*torch._foreach_mul(grads, factor)]
-    everything = slice(0, len(records))
-    if not on_cpu:
-        stock_step.take_together(bucket, grads, everything)
-        return []
-    later = Later()
-    for part in [everything] if bucket.mode is Mode.FUSED else in_pieces(sizes, _PIECE):
-        stock_step.take_together(bucket, grads[part], part, later)
-        later.next_piece()
-    return later.calls
+        grads = [*map(_materialized, grads)]
+    if factor is None:
+        return grads
+    # A 0-dim gradient must not become float64.
+    return [*torch._foreach_mul(grads, factor.to(grads[0].dtype))]
 
 
-def _new_values(records: list[Record], factor: Tensor | None) -> functools.partial[Any]:
+def _new_plain_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
+    """Writes what the rule has computed from tensors that are what it computes with."""
+    columns, first = bucket.columns[part], bucket.record(0)
+    rule, group = first.rule, numbers_as_scalars(first.group)
+    like = columns.like([*rule.scalar_by_name])
+    tensors: list[Tensor] = []
+    values: list[Tensor] = []
+    for at in sorted({*like}):
+        those = columns.at([i for i, of in enumerate(like) if of == at])
+        kept, scalars = bucket.record((part.start or 0) + at).next_scalars(group)
+        for scalar, value in zip(rule.scalars, kept, strict=True):
+            tensors += those.state(scalar.name)
+            values += [value] * len(those.params)
+        own = [those.params, *map(those.state, first.keys)]
+        lists = [own[0], _scaled(those.grads, bucket.factor), *own[1:]]
+        update: Any = rule.update
+        for column, new in zip(own, update(group, *scalars, *map(TensorList, lists)), strict=True):
+            tensors += column
+            values += new.tensors
+    return functools.partial(torch._foreach_copy_, tensors, values)
+
+
+def _new_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
     """Writes what the rule has computed, for all parameters of one step count at once."""
+    records, factor = bucket.records[part], bucket.factor
     steps: dict[Any, list[_Step]] = {}
     group = numbers_as_scalars(records[0].group)
     for record in records:
@@ -139,7 +170,7 @@ class _Step:
         if not self.is_differentiable:
             grad = dtensor.local(dtensor.placed_like(grad, record.param))
         grad = _as_real(grad).to(param.dtype)
-        grad = grad if factor is None else (grad * factor).to(param.dtype)
+        grad = grad if factor is None else grad * factor.to(param.dtype)
         return [param, grad, *slots]
 
     # Loading --------------------------------------------------------------------------------------

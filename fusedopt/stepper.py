@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from .problem import Problem
 from .record import Members, Record, is_plain_dict, plain_groups
 from .rule import STORAGE_OPTIONS
 from .scaling import Scaling
-from .together import Together, Work
+from .together import Together
+from .work import Work
 
 
 class _NoPlan(NamedTuple):
@@ -46,6 +48,8 @@ class Stepper:
         if self._plan_amp_fused != amp_fused:
             self.plan, self._plan_amp_fused = None, amp_fused
         scales = self._scaling(members)
+        if self._together.settled is not None and self._step_again(members, scales):
+            return
         outcome = self._native_step(self.plan, members, scales)
         if outcome.is_stale:
             plain = plain_groups(members.groups)
@@ -63,6 +67,18 @@ class Stepper:
             members.groups = plain_groups(members.groups)
             _check_all(members.with_grad())  # says which
             raise
+
+    @torch.no_grad()
+    def _step_again(self, members: Members, scales: Scaling | None) -> bool:
+        """Does what the last step left to torch's operators, if that was all and nothing is another
+        tensor since."""
+        if backend.is_capturing():
+            _check_capturable(members)
+        work = self._together.again(members, scales)
+        if work is None:
+            return False
+        self._mixed_step(None, members, scales, _NoPlan(), lambda _: work)
+        return True
 
     def _native_step(
         self,
@@ -134,17 +150,22 @@ class Stepper:
                 _check_all(_odd(plan, outcome, members))
         if not outcome.is_done:
             together.remember(members, records, unknown)
-            self._mixed_step(plan, together, records, members, scales, outcome)
+
+            def arrange(python: list[Record] | None) -> Work:
+                return together.arrange(members, records if python is None else python, scales)
+
+            self._mixed_step(plan, members, scales, outcome, arrange)
+            if not unknown and len(records) == len(members.with_grad()):
+                together.settle(members, records)
         self.plan, self._together = plan, together
 
     def _mixed_step(
         self,
         plan: Any,
-        together: Together,
-        records: list[Record],
         members: Members,
         scales: Scaling | None,
         outcome: Any,
+        arrange: Callable[[list[Record] | None], Work],
     ) -> None:
         """Takes the Python rule where the native side cannot go, copies gradients that have another
         layout than their parameter, and does all the rest in one native call."""
@@ -157,8 +178,8 @@ class Stepper:
         commits = [*members.commits(), functools.partial(done.append, True)]
         try:
             while not outcome.is_done:
-                python = _left_to_python(plan, records, members, outcome, grads)
-                work = together.arrange(members, python, scales)
+                # Without a plan, it is all of them.
+                work = arrange(plan and _left_to_python(plan, members, outcome, grads))
                 targets, copies = work.kept()
                 written, kept = written + targets, kept + copies
                 last = self.step_in_python(work)
@@ -252,17 +273,11 @@ def _odd(plan: Any, outcome: Any, members: Members) -> list[Record]:
 
 
 def _left_to_python(
-    plan: Any,
-    records: list[Record],
-    members: Members,
-    outcome: Any,
-    grads: dict[int, Tensor | None],
+    plan: Any, members: Members, outcome: Any, grads: dict[int, Tensor | None]
 ) -> list[Record]:
-    """Which of the odd entries of a plan take the Python rule, in the order of the groups; without
-    a plan all of them. Adds to ``grads`` what the kernels see instead of their gradients: None, or
-    for the other entries a copy. A copy that they do not take either is given up."""
-    if plan is None:
-        return records
+    """Which of the odd entries of a plan take the Python rule, in the order of the groups. Adds to
+    ``grads`` what the kernels see instead of their gradients: None, or for the other entries a
+    copy. A copy that they do not take either is given up."""
     python = []
     for entry in outcome.odd:
         g, i, native = plan.locate(entry)

@@ -22,7 +22,7 @@ from .rule import STEP, Group
 if TYPE_CHECKING:
     from .later import Later
     from .record import Record
-    from .together import Bucket
+    from .work import Bucket
 
 # Options that reinterpret the bits of memory.
 _OF_MEMORY = {"state_dtype": "8bit", "master_weights": "split", "rounding": "stochastic"}
@@ -137,36 +137,40 @@ def take_together(
     bucket: Bucket, grads: list[Tensor], part: slice, later: Later | None = None
 ) -> None:
     """Steps some parameters of one group, with all their state, as one of torch's implementations
-    does; or leaves that to later calls."""
-    first, mode, rule = bucket.records[0], bucket.mode, bucket.records[0].rule
-    records = bucket.records[part]
-    entries = [record.entries for record in records]
+    does; or leaves that to later calls.
 
-    def column(key: str) -> list[Any]:
-        return [of_one[key] for of_one in entries]
-
-    params = [record.param for record in records]
-    slots = [column(slot.name) if slot.name in first.keys else [] for slot in rule.slots]
-    others = [column(scalar.name) for scalar in rule.scalars if scalar is not STEP]
-    counts = column("step") if rule.counts_steps else []
-    step: Any = inspect.unwrap(first.members.optimizer._stock.step)  # type: ignore[union-attr]
+    Raises:
+        CannotWait: the implementation computes what cannot be left to them.
+    """
+    record, mode, columns = bucket.record(0), bucket.mode, bucket.columns[part]
+    rule, params, device = record.rule, columns.params, record.param.device
+    slots = [columns.state(slot.name) if slot.name in record.keys else [] for slot in rule.slots]
+    counts = columns.state(STEP.name) if rule.counts_steps else []
+    others = [scalar.name for scalar in rule.scalars if scalar is not STEP]
+    numbers = [*map(columns.state, others)]
+    step: Any = inspect.unwrap(record.members.optimizer._stock.step)  # type: ignore[union-attr]
     function = step.__globals__[step.__module__.rpartition(".")[2]]
-    options = _options(function, first.group, first.members.optimizer.defaults, mode)
+    options = _options(function, record.group, record.members.optimizer.defaults, mode)
     if "capturable" in options:
         options["capturable"] = bool(counts) and not counts[0].is_cpu
-    kept, device = counts, params[0].device
+    kept = counts
     if mode is Mode.FUSED:
-        torch._C._increment_version([*params, *itertools.chain(*slots)])  # torch does not
+        # torch does not count this.
+        written = functools.partial(
+            torch._C._increment_version, [*params, *itertools.chain(*slots)]
+        )
+        written() if later is None else later.calls.append(written)
         if counts and counts[0].device != device:
             # Its kernels take the counts from the device; ours stay where they are.
-            numbers = [count.item() for count in counts]
-            values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+            values = torch.tensor(
+                [count.item() for count in counts], dtype=torch.float32, device="cpu"
+            )
             counts = [*values.to(device, non_blocking=True).unbind()]
-    elif later is not None:
-        counts, *others = later.copies([counts, *others]) if counts else ([], *others)
-    columns = [params, grads, *slots, *others, *([counts] if rule.counts_steps else [])]
+    elif later is not None and counts:
+        counts, *numbers = later.copies(columns, [STEP.name, *others])
+    lists = [params, grads, *slots, *numbers, *([counts] if rule.counts_steps else [])]
     with later or contextlib.nullcontext():
-        function(*columns, **options)
+        function(*lists, **options)
     if mode is Mode.FUSED and counts is not kept:
         torch._foreach_add_(kept, 1)
 

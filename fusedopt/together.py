@@ -1,89 +1,86 @@
-"""Parameters that are stepped together with torch's operators: which those are, and that they are
-still as they were when all of them was checked."""
+"""What the steps of an optimizer remember of the parameters that torch's operators step."""
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, NamedTuple
+from itertools import repeat
+from operator import attrgetter, is_not
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backend, dtensor, memory, modes, options, scaling, tensor_kinds
-from .known import Known, Picture, goes_with_others, own_tensors, range_of
-from .modes import Mode
-from .problem import Problem
-from .record import Members, Record
+from . import backend, dtensor, memory, options, tensor_kinds, work
+from .addresses import Range, Written, address_of, addresses_of, overlapping, range_of
+from .known import Columns, Known, Picture, goes_with_others, own_tensors
+from .record import Members, Record, is_plain_dict, plain_groups
 from .rule import Group
 from .scaling import Scaling
-from .state import last_count
+from .work import Alike, Place
 
 
-class Bucket(NamedTuple):
-    """Parameters of one group that take one way together."""
+class _Settled:
+    """What a step did all of whose parameters were known: the next does the same if it finds
+    everything as it was."""
 
-    mode: Mode
-    records: list[Record]
-    factor: Tensor | None
+    def __init__(
+        self,
+        members: Members,
+        records: list[Record],
+        known: list[Known],
+        terms: list[Any],
+        written: Written,
+    ) -> None:
+        columns = Columns.of(records)
+        self.places = [(record.g, record.i) for record in records]
+        self.alike = work.alike_ones(records, known)
+        self._amp_fused = members.optimizer.amp_fused
+        self._sizes = [len(group["params"]) for group in members.groups]
+        self._has_grad = [p.grad is not None for group in members.groups for p in group["params"]]
+        self._picture = Picture(columns)
+        self._terms, self._options = terms, [*map(_plain_options, members.groups)]
+        self._written, self._spans = written, [one.span for one in known]
+        self._types = {alike.device.type for alike in self.alike}
+        self._grads = addresses_of(columns.grads, self._types)
 
+    def found_again(self, members: Members) -> Columns | None:
+        """The parameters, gradients and state of a step if they are the same.
 
-@dataclass
-class Work:
-    """What a step leaves to torch's operators, without what is skipped."""
-
-    buckets: list[Bucket]
-    alone: list[tuple[Record, Tensor | None]]
-
-    @property
-    def records(self) -> list[Record]:
-        return [
-            *(record for bucket in self.buckets for record in bucket.records),
-            *(record for record, _ in self.alone),
-        ]
-
-    @torch.no_grad()
-    def kept(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What is written before all else is computed, and copies of it. Of the CPU only: other
-        devices seldom have the memory for that, and there an error may leave some parameters
-        stepped."""
-        written, kept = {}, []
-        for record, _ in self.alone:
-            for value in (record.param, *(record.state or {}).values()):
-                if not isinstance(value, Tensor) or id(value := dtensor.local(value)) in written:
-                    continue
-                copy = tensor_kinds.copy(value) if value.device.type == "cpu" else None
-                if copy is not None:
-                    written[id(value)] = value if tensor_kinds.is_unusual(value) else value.detach()
-                    kept.append(copy)
-        return [*written.values()], kept
-
-
-class _Range(NamedTuple):
-    """Bytes that a step reads or writes."""
-
-    begin: int
-    end: int
-    of: int  # a parameter
-    is_written: bool
-
-
-def _overlapping(ranges: list[_Range]) -> Iterator[list[_Range]]:
-    """The ranges in order, those in one list that overlap, directly or through others."""
-    found: list[_Range] = []
-    end = 0
-    for one in sorted(ranges, key=attrgetter("begin")):
-        if one.begin == one.end:
-            continue
-        if found and one.begin >= end:
-            yield found
-            found = []
-        end = max(end, one.end) if found else one.end
-        found.append(one)
-    if found:
-        yield found
+        Raises:
+            TypeError, RuntimeError, ValueError: an option is not what it can be.
+        """
+        if plain_groups(members.groups) is not members.groups or not is_plain_dict(members.state):
+            return None
+        if members.optimizer.amp_fused != self._amp_fused:
+            return None
+        if [len(group["params"]) for group in members.groups] != self._sizes:
+            return None
+        for g, group in enumerate(members.groups):
+            plain = _plain_options(group)
+            if plain is None or plain != self._options[g]:
+                options.check_group(members, g)
+                if _terms(members, group) != self._terms[g]:
+                    return None
+                self._options[g] = plain
+        params = [param for group in members.groups for param in group["params"]]
+        grads = [*map(attrgetter("grad"), params)]
+        has_grad = [*map(is_not, grads, repeat(None))]
+        if has_grad != self._has_grad:
+            return None
+        if not all(has_grad):
+            at = [i for i, has in enumerate(has_grad) if has]
+            params, grads = [params[i] for i in at], [grads[i] for i in at]
+        states: list[dict[str, Any]] = [{}] * len(params)
+        if members.state:
+            states = [*map(members.state.get, params, states)]
+        columns = Columns(params, grads, states)
+        if not self._picture.is_still(columns):
+            return None
+        begins = addresses_of(grads, self._types)
+        if begins != self._grads:
+            if not self._written.is_apart(begins, self._spans):
+                return None
+            self._grads = begins
+        return columns
 
 
 class Together:
@@ -91,74 +88,62 @@ class Together:
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}  # by the id of the parameter
-        # What they write: where each range begins and ends, in order.
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-        self._terms: dict[int, Any] = {}
-        # All parameters of the last step, if they are known, and where their gradients were.
-        self._picture: Picture | None = None
-        self._grad_places: list[int] = []
+        self._written = Written([])
+        self.settled: _Settled | None = None
 
-    def unknown(self, members: Members, records: list[Record]) -> list[Record]:
-        """Those that must be checked, because something is not as it was. Of the others checks
-        only what may be other numbers in every step.
+    # A step as the last ---------------------------------------------------------------------------
+
+    def again(self, members: Members, scales: Scaling | None) -> work.Work | None:
+        """The work of a step all of whose parameters take torch's operators and are as the last
+        found them; None if something is not.
 
         Raises:
-            Problem: an option has no meaning in this step.
+            TypeError, RuntimeError, ValueError: an option is not what it can be.
         """
-        terms = {g: _terms(members, group) for g, group in enumerate(members.groups)}
-        # The same object as long as it is equal.
-        old = self._terms
-        self._terms = {g: old[g] if old.get(g) == now else now for g, now in terms.items()}
+        settled = self.settled
+        if settled is None or tensor_kinds.is_transforming() or tensor_kinds.is_traced():
+            return None
+        columns = settled.found_again(members)
+        if columns is None:
+            return None
+        places, alike = settled.places, settled.alike
+        if not _all_go_on(members, columns, places, alike):
+            return None
+        factors = work.factors_of({one.device for one in alike}, scales)
+        return work.arranged(members, columns, places, alike, factors)
+
+    def settle(self, members: Members, records: list[Record]) -> None:
+        """A step of these parameters, all those that have a gradient, has been done: the next is
+        seen at a glance, if all of them are known."""
+        known = [self._known.get(id(record.param)) for record in records]
+        terms = [_terms(members, group) for group in members.groups]
+        found = [one for one in known if one is not None and not one.kind.is_first]
+        if records and len(found) == len(records):
+            self.settled = _Settled(members, records, found, terms, self._written)
+
+    # Other steps ----------------------------------------------------------------------------------
+
+    def unknown(self, members: Members, records: list[Record]) -> list[Record]:
+        """Those that must be checked, because something is not as it was. Of the others looks only
+        at what may be other numbers in every step."""
         if not self._known or tensor_kinds.is_transforming() or tensor_kinds.is_traced():
-            return [*records]
-        known = self._unchanged(records)
-        unknown = [record for record, one in zip(records, known, strict=True) if one is None]
-        alike: dict[Any, Record] = {}  # one of those with the same numbers
-        for record, one in zip(records, known, strict=True):
-            if one is not None:
-                count = one.numbers[-1] and record.state["step"].item()
-                alike[one.numbers, count] = record
-        for (numbers, count), record in alike.items():
-            if count is not None and not 0 <= count < last_count(numbers[-1]):
-                return records
-            _check_numbers(record)
-        return unknown
+            return records
+        terms = [_terms(members, group) for group in members.groups]
 
-    def _unchanged(self, records: list[Record]) -> list[Known | None]:
-        """What is known of each of them, None where it is not as it was."""
-        terms = self._terms
-        known: list[Known | None] = []
-        for record in records:
+        def is_known(record: Record) -> bool:
             one = self._known.get(id(record.param))
-            known.append(one if one is not None and one.terms is terms[record.g] else None)
-        same = self._picture is not None and None not in known and self._picture.is_still(records)
-        if not same:
-            known = [
-                one if one is not None and one.is_still(record) else None
-                for record, one in zip(records, known, strict=True)
-            ]
-        places = [
-            0 if one is None else record.grad.data_ptr()
-            for record, one in zip(records, known, strict=True)
-        ]
-        if not same or places != self._grad_places:
-            known = [
-                one if one is not None and (one.shares or not self._writes(record.grad)) else None
-                for record, one in zip(records, known, strict=True)
-            ]
-            if not same:
-                self._picture = None if None in known else Picture(records)
-            self._grad_places = places
-        return known
+            if one is None or one.terms != terms[record.g] or not one.is_still(record):
+                return False
+            begin = address_of(record.grad)
+            return begin == one.begin if one.shares else self._written.is_apart([begin], [one.span])
 
-    def _writes(self, grad: Tensor) -> bool:
-        """Whether a step writes to the memory of a gradient."""
-        begin, end = range_of(grad)
-        at = bisect.bisect_right(self._begins, begin)
-        if at > 0 and self._ends[at - 1] > begin:
-            return True
-        return at < len(self._begins) and self._begins[at] < end
+        unknown: list[Record] = []
+        known: list[Record] = []
+        for record in records:
+            (known if is_known(record) else unknown).append(record)
+        alike = work.alike_ones(known, [self._known[id(record.param)] for record in known])
+        places = [(record.g, record.i) for record in known]
+        return unknown if _all_go_on(members, Columns.of(known), places, alike) else records
 
     def remember(self, members: Members, records: list[Record], unknown: list[Record]) -> None:
         """What was checked, for this step and the next."""
@@ -169,89 +154,90 @@ class Together:
         for device in {record.param.device for record in unknown}:
             if not backend.runs_on(device):
                 backend.warn_of_missing_kernels(device.type)
+        terms = [_terms(members, group) for group in members.groups]
         for record in unknown:
             if goes_with_others(record):
-                self._known[id(record.param)] = Known(record, self._terms[record.g])
+                self._known[id(record.param)] = Known(record, terms[record.g])
             else:
                 self._known.pop(id(record.param), None)
-        self._picture = None
+        self.settled = None
         self._find_shared(records)
 
     def _find_shared(self, records: list[Record]) -> None:
         """Marks the parameters whose memory is written and that of others too, or read by others:
         it matters in which order they go, so that they go one by one."""
-        ranges: list[_Range] = []
+        ranges: list[Range] = []
         for of, known in self._known.items():
             known.shares = False
-            ranges += [_Range(*where, of, True) for where in known.ranges]
+            ranges += [Range(*where, of, True) for where in known.ranges]
         seen: set[int] = set()
         for record in records:
             of = id(record.param)
             if of not in self._known:
-                ranges += [_Range(*range_of(part), of, True) for part in _memory_of(record)]
+                ranges += [Range(*range_of(part), of, True) for part in _memory_of(record)]
             else:
-                ranges.append(_Range(*range_of(record.grad), of, False))
+                ranges.append(Range(*range_of(record.grad), of, False))
                 self._known[of].shares |= of in seen
             seen.add(of)
-        self._begins, self._ends = [], []
-        for together in _overlapping(ranges):
+        written: list[tuple[int, int]] = []
+        for together in overlapping(ranges):
             if any(one.is_written for one in together):
-                self._begins.append(together[0].begin)
-                self._ends.append(max(one.end for one in together))
+                written.append((together[0].begin, max(one.end for one in together)))
                 for one in together if len(together) > 1 else ():
                     if one.of in self._known:
                         self._known[one.of].shares = True
+        self._written = Written(written)
 
-    def arrange(self, members: Members, records: list[Record], scales: Scaling | None) -> Work:
+    def arrange(self, members: Members, records: list[Record], scales: Scaling | None) -> work.Work:
         """Which way each of them goes."""
-        alone: list[tuple[Record, Tensor | None]] = []
-        factors: dict[torch.device, Tensor | None] = {}
-        if scales is not None:
-            devices = {record.param.device for record in records}
-            factors = {
-                device: scaling.grad_factor(scales[device])
-                for device in devices
-                if not scaling.skips(scales[device])
-            }
-            records = [record for record in records if record.param.device in factors]
-        found: dict[Any, list[Record]] = {}
-        for record in records:
-            known = self._known.get(id(record.param))
-            if known is None or known.shares:
-                alone.append((record, factors.get(record.param.device)))
-            else:
-                key = record.g, record.param.device, known.kind
-                found.setdefault(key, []).append(record)
-        buckets = []
-        optimizer = members.optimizer
-        torchs = None if optimizer._stock is None else optimizer._torch_options
-        for (g, device, kind), those in found.items():
-            factor = factors.get(device)
-            kind = kind._replace(is_scaled=factor is not None)
-            mode = modes.choose(members.rule, torchs, members.groups[g], kind)
-            if mode is Mode.ALONE:
-                alone += [(record, factor) for record in those]
-            else:
-                buckets.append(Bucket(mode, those, factor))
-        alone.sort(key=lambda one: (one[0].g, one[0].i))
-        return Work(buckets, alone)
+        factors = work.factors_of({record.param.device for record in records}, scales)
+        together = [record for record in records if id(record.param) in self._known]
+        alike = work.alike_ones(together, [self._known[id(record.param)] for record in together])
+        places = [(record.g, record.i) for record in together]
+        found = work.arranged(members, Columns.of(together), places, alike, factors)
+        found.alone += [
+            (record, factors[record.param.device])
+            for record in records
+            if id(record.param) not in self._known and record.param.device in factors
+        ]
+        found.alone.sort(key=lambda one: (one[0].g, one[0].i))
+        return found
 
 
-def _check_numbers(record: Record) -> None:
-    try:
-        options.check_numbers(record)
-    except Problem as problem:
-        raise problem.at(record.describe()) from problem.__cause__
+def _all_go_on(
+    members: Members, columns: Columns, places: list[Place], alike: dict[Alike, list[int]]
+) -> bool:
+    return all(
+        work.numbers_go_on(members, one, columns.at(at), [places[i] for i in at])
+        for one, at in alike.items()
+    )
+
+
+# Options ------------------------------------------------------------------------------------------
+
+_PLAIN_TYPES = {int, float, bool, str, type(None), torch.dtype}
+
+
+def _plain_options(group: Group) -> Group | None:
+    """The options of a group, if none of them can be another while it is the same object."""
+    values = {name: v for name, v in group.items() if name not in ("params", "param_names")}
+    for value in values.values():
+        parts = value if type(value) is tuple else (value,)
+        if not {*map(type, parts)} <= _PLAIN_TYPES:
+            return None
+    return values
 
 
 def _terms(members: Members, group: Group) -> Any:
     """What decides, beside numbers, how the parameters of a group are kept and checked."""
-    words = [
-        (name, value)
-        for name, value in group.items()
-        if name not in ("params", "param_names")
-        and (value is None or isinstance(value, (bool, str, torch.dtype)))
-    ]
+    defaults = members.optimizer.defaults
+    words: list[tuple[str, Any]] = []
+    for name, value in group.items():
+        if isinstance(defaults.get(name), bool):
+            words.append((name, bool(value)))
+        elif name not in ("params", "param_names"):
+            if value is None or isinstance(value, (str, torch.dtype)):
+                words.append((name, value))
     kept = [slot.name for slot in members.rule.slots_of(group)]
     return words, kept, members.optimizer.amp_fused, group.get("ema") is None
 

@@ -17,7 +17,7 @@ from cases import (
     bits,
     gradient_like,
     leaf,
-    richest_of_every_class,
+    richest,
     snapshot,
 )
 from memory import STORED
@@ -134,7 +134,7 @@ def _stock(case, dtype, mode):
     return stepped(lambda groups: TABLES[case.name].stock(groups, **options), dtype=dtype)
 
 
-@richest_of_every_class
+@richest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "more", [{}, {"l1": 0.1}, {"ema": 0.5}, {"maximize": True, "l1": 0.1}], ids=str
@@ -148,7 +148,7 @@ def test_the_rule_over_lists_has_the_bits_of_the_rule(case, dtype, more, python)
     assert snapshot(together) == snapshot(alone)
 
 
-@richest_of_every_class
+@richest
 @pytest.mark.parametrize("stored", STORED)
 def test_stored_values_over_lists(case, stored, python):
     options, dtype = STORED[stored]
@@ -161,7 +161,7 @@ def test_stored_values_over_lists(case, stored, python):
     assert snapshot(together) == snapshot(alone)
 
 
-@richest_of_every_class
+@richest
 def test_parameters_at_different_steps(case, python):
     """Those of one group that have been updated a different number of times."""
     results = []
