@@ -30,10 +30,10 @@ def _has_memory(tensors: Iterable[Tensor]) -> Iterable[bool]:
     return map(bool, map(Tensor.data_ptr, tensors))
 
 
-# The type comes first: of other tensors than torch's own nothing more is asked.
+# The type comes first: of other tensors than torch's own nothing more is asked. Those of another
+# layout and nested ones have no strides or no storage, and raise RuntimeError.
 _ORDINARY: tuple[Property, ...] = (
     functools.partial(map, type),
-    functools.partial(map, attrgetter("layout")),
     functools.partial(map, attrgetter("dtype")),
     functools.partial(map, attrgetter("shape")),
     functools.partial(map, Tensor.stride),
@@ -45,7 +45,6 @@ _OF_OWN: tuple[Property, ...] = (*_ORDINARY, functools.partial(map, Tensor.data_
 # Of a gradient, which may be another in every step.
 _OF_GRAD: tuple[Property, ...] = (
     *_ORDINARY,
-    functools.partial(map, attrgetter("is_nested")),
     functools.partial(map, attrgetter("device")),
     functools.partial(map, Tensor.storage_offset),
     _has_memory,
@@ -100,8 +99,7 @@ class Columns:
 
     def own(self) -> list[Any]:
         """Each parameter, and what its state consists of."""
-        one = ((param,) for param in self.params)
-        pairs = zip(one, map(dict.values, self.states), strict=True)
+        pairs = zip(zip(self.params), map(dict.values, self.states), strict=True)
         return [*chain.from_iterable(chain.from_iterable(pairs))]
 
 

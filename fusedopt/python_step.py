@@ -37,7 +37,7 @@ _PIECE, _PART = 1 << 18, 1 << 24
 def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
     """Updates ordinary parameters. On the CPU the calls that write are returned."""
     columns, on_cpu = bucket.columns, bucket.kind.device == "cpu"
-    sizes = [param.numel() for param in columns.params]
+    sizes = map(Tensor.numel, columns.params)
     if bucket.mode is not Mode.RULE:
         grads = _scaled(columns.grads, bucket.factor)
         if not on_cpu:
