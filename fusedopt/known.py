@@ -58,10 +58,11 @@ _BLOCK = 64
 class Columns:
     """Parameters of a step with their gradients and state."""
 
-    __slots__ = ("grads", "params", "states")
+    __slots__ = ("_like", "grads", "params", "states")
 
     def __init__(self, params: list[Any], grads: list[Any], states: list[dict[str, Any]]) -> None:
         self.params, self.grads, self.states = params, grads, states
+        self._like: dict[tuple[str, ...], list[int]] = {}
 
     @classmethod
     def of(cls, records: list[Record]) -> Columns:
@@ -72,6 +73,8 @@ class Columns:
         )
 
     def __getitem__(self, part: slice) -> Columns:
+        if part.indices(len(self.params))[:2] == (0, len(self.params)):
+            return self
         return Columns(self.params[part], self.grads[part], self.states[part])
 
     def at(self, indices: list[int]) -> Columns:
@@ -85,17 +88,17 @@ class Columns:
     def state(self, key: str) -> list[Any]:
         return [state[key] for state in self.states]
 
-    def like(self, keys: list[str]) -> list[int]:
+    def like(self, keys: tuple[str, ...]) -> list[int]:
         """Of each parameter the first whose numbers, as the step count, are the same ones."""
         if not keys:
             return [0] * len(self.params)
-        columns = [*map(self.state, keys)]
-        values = (
-            zip(map(Tensor.item, c), map(attrgetter("dtype"), c), strict=True) for c in columns
-        )
-        numbers = [*zip(*values, strict=True)]
-        first = dict(zip(reversed(numbers), range(len(numbers) - 1, -1, -1), strict=True))
-        return [*map(first.__getitem__, numbers)]
+        if keys not in self._like:
+            columns = [*map(self.state, keys)]
+            types = [map(attrgetter("dtype"), column) for column in columns]
+            numbers = [*zip(*types, *(map(Tensor.item, column) for column in columns), strict=True)]
+            first = dict(zip(reversed(numbers), range(len(numbers) - 1, -1, -1), strict=True))
+            self._like[keys] = [*map(first.__getitem__, numbers)]
+        return self._like[keys]
 
     def own(self) -> list[Any]:
         """Each parameter, and what its state consists of."""

@@ -48,7 +48,7 @@ class Later(TorchFunctionMode):
         self._free: defaultdict[Any, list[Tensor]] = defaultdict(list)
         self._used: list[tuple[Any, Tensor]] = []
 
-    def copies(self, columns: Columns, keys: list[str]) -> list[list[Tensor]]:
+    def copies(self, columns: Columns, keys: tuple[str, ...]) -> list[list[Tensor]]:
         """Copies of numbers of each parameter, to compute on at once; the originals get it later.
         Parameters with equal ones, as their counts nearly always are, share copies."""
         like = columns.like(keys)

@@ -73,7 +73,7 @@ def _new_plain_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
     """Writes what the rule has computed from tensors that are what it computes with."""
     columns, first = bucket.columns[part], bucket.record(0)
     rule, group = first.rule, numbers_as_scalars(first.group)
-    like = columns.like([*rule.scalar_by_name])
+    like = columns.like((*rule.scalar_by_name,))
     tensors: list[Tensor] = []
     values: list[Tensor] = []
     for at in sorted({*like}):

@@ -283,24 +283,10 @@ def _left_to_python(
         g, i, native = plan.locate(entry)
         record = Record(members, g, i)
         can_copy = native and entry not in grads
-        grads[entry] = _grad_in_layout(record) if can_copy else None
+        grads[entry] = record.grad_in_layout() if can_copy else None
         if grads[entry] is None:
             python.append(record)
     return sorted(python, key=lambda record: (record.g, record.i))
-
-
-def _grad_in_layout(record: Record) -> Tensor | None:
-    """A copy of the gradient with the strides of the parameter, or None if it is not an ordinary
-    real tensor. Of DTensors that of what this process holds."""
-    param, grad = record.held, dtensor.local(dtensor.placed_like(record.grad, record.param))
-    if type(grad) is not Tensor or grad.layout is not torch.strided:
-        return None
-    if grad.dtype not in backend.FLOATS:
-        return None
-    if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
-        return None
-    copy = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
-    return copy.copy_(grad.detach())
 
 
 def _is_skipped(scales: Scaling | None) -> bool:

@@ -146,8 +146,7 @@ def take_together(
     rule, params, device = record.rule, columns.params, record.param.device
     slots = [columns.state(slot.name) if slot.name in record.keys else [] for slot in rule.slots]
     counts = columns.state(STEP.name) if rule.counts_steps else []
-    others = [scalar.name for scalar in rule.scalars if scalar is not STEP]
-    numbers = [*map(columns.state, others)]
+    numbers = [columns.state(scalar.name) for scalar in rule.scalars if scalar is not STEP]
     step: Any = inspect.unwrap(record.members.optimizer._stock.step)  # type: ignore[union-attr]
     function = step.__globals__[step.__module__.rpartition(".")[2]]
     options = _options(function, record.group, record.members.optimizer.defaults, mode)
@@ -167,7 +166,7 @@ def take_together(
             )
             counts = [*values.to(device, non_blocking=True).unbind()]
     elif later is not None and counts:
-        counts, *numbers = later.copies(columns, [STEP.name, *others])
+        counts, *numbers = later.copies(columns, (*rule.scalar_by_name,))
     lists = [params, grads, *slots, *numbers, *([counts] if rule.counts_steps else [])]
     with later or contextlib.nullcontext():
         function(*lists, **options)

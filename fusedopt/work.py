@@ -133,7 +133,7 @@ def arranged(
 def numbers_go_on(members: Members, alike: Alike, columns: Columns, places: list[Place]) -> bool:
     """Whether numbers of the options and of the parameters have a meaning in the step, which may be
     other ones in every step."""
-    keys = [] if alike.kind.counts_on_device else [*members.rule.scalar_by_name]
+    keys = () if alike.kind.counts_on_device else (*members.rule.scalar_by_name,)
     for at in {*columns.like(keys)}:
         if STEP.name in keys:
             count = columns.states[at][STEP.name]
