@@ -21,7 +21,7 @@ OFFLINE := echo "make: pip could not fetch everything; going on with what is ins
 # With which tests compile the kernels, each in a folder of its own.
 NVRTC := nvidia-cuda-nvrtc-cu12==12.1.105 nvidia-cuda-nvrtc-cu12==12.8.93 nvidia-cuda-nvrtc==13.0.88
 
-.PHONY: build on_host test kernels fuzz sanitize bench docs lint sdist wheel clean
+.PHONY: build on_host test kernels fuzz sanitize bench docs lint sdist wheel torch-version clean
 build: $(INSTALLED)
 
 # The GPU's kernels on the CPU, for tests without a GPU; where there is what a native module needs.
@@ -88,6 +88,9 @@ wheel: sdist
 	  -w build/dist/local build/dist/source
 	PATH="$(ENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 -w build/dist \
 	  build/dist/local/fusedopt-*.whl
+
+torch-version:
+	@$(PY) -c $(TORCH_VERSION)
 
 clean:
 	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt

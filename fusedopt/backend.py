@@ -117,11 +117,7 @@ def has_kernels(device: torch.device) -> bool:
 def _problem(device: torch.device) -> str:
     problem: str = native.device_problem(device.index or 0)
     if problem:
-        warnings.warn(
-            f"fusedopt: steps on {device} are left to torch's operators: {problem}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn_of_missing_kernels(device.type, problem)
     return problem
 
 
@@ -132,19 +128,16 @@ def missing_kernels(device: torch.device) -> str:
     if device.type == native.KERNEL_DEVICE:
         problem: str = native.device_problem(device.index or 0)
         return problem
-    return "" if device.type == "cpu" else f"there are no kernels for devices of type {device.type}"
+    return "" if device.type == "cpu" else f"fusedopt has no kernels for {device.type}"
 
 
 @functools.cache
-def warn_of_missing_kernels(device_type: str) -> None:
-    """Once for each type of device, unless it was said already or asked for."""
-    if native is None or device_type in ("cpu", native.KERNEL_DEVICE):
-        return
-    problem = missing_kernels(torch.device(device_type))
+def warn_of_missing_kernels(device_type: str, problem: str) -> None:
+    """Once for each reason."""
     warnings.warn(
         f"fusedopt: steps on {device_type} are left to torch's operators: {problem}. They are "
-        "torch.optim's own where it has the options of the group; `python -m fusedopt.info` says "
-        "what runs where",
+        "torch.optim's own where it has all options of the group, and slower where it has not; "
+        "`python -m fusedopt.info` says what runs where",
         RuntimeWarning,
         stacklevel=2,
     )

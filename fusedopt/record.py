@@ -194,8 +194,8 @@ class Record:
             return None
         if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
             return None
-        copy = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
-        return copy.copy_(grad.detach())
+        moved = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
+        return moved.copy_(grad.detach())
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

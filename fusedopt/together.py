@@ -138,12 +138,17 @@ class Together:
             return begin == one.begin if one.shares else self._written.is_apart([begin], [one.span])
 
         unknown: list[Record] = []
-        known: list[Record] = []
+        known: dict[int, Record] = {}
         for record in records:
-            (known if is_known(record) else unknown).append(record)
-        alike = work.alike_ones(known, [self._known[id(record.param)] for record in known])
-        places = [(record.g, record.i) for record in known]
-        return unknown if _all_go_on(members, Columns.of(known), places, alike) else records
+            of = id(record.param)
+            if of not in known and is_known(record):
+                known[of] = record
+            else:  # or it is listed twice
+                unknown.append(record)
+        alike = work.alike_ones([*known.values()], [self._known[of] for of in known])
+        places = [(record.g, record.i) for record in known.values()]
+        columns = Columns.of([*known.values()])
+        return unknown if _all_go_on(members, columns, places, alike) else records
 
     def remember(self, members: Members, records: list[Record], unknown: list[Record]) -> None:
         """What was checked, for this step and the next."""
@@ -152,8 +157,9 @@ class Together:
         listed = {id(param) for group in members.groups for param in group["params"]}
         self._known = {key: known for key, known in self._known.items() if key in listed}
         for device in {record.param.device for record in unknown}:
-            if not backend.runs_on(device):
-                backend.warn_of_missing_kernels(device.type)
+            # Without a native module it was said at import, or asked for.
+            if backend.native is not None and not backend.runs_on(device):
+                backend.warn_of_missing_kernels(device.type, backend.missing_kernels(device))
         terms = [_terms(members, group) for group in members.groups]
         for record in unknown:
             if goes_with_others(record):
@@ -230,10 +236,10 @@ def _plain_options(group: Group) -> Group | None:
 
 def _terms(members: Members, group: Group) -> Any:
     """What decides, beside numbers, how the parameters of a group are kept and checked."""
-    defaults = members.optimizer.defaults
+    defaults, switches = members.optimizer.defaults, members.rule.switches
     words: list[tuple[str, Any]] = []
     for name, value in group.items():
-        if isinstance(defaults.get(name), bool):
+        if isinstance(defaults.get(name), bool) or name in switches:
             words.append((name, bool(value)))
         elif name not in ("params", "param_names"):
             if value is None or isinstance(value, (str, torch.dtype)):

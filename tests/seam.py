@@ -25,6 +25,7 @@ from fusedopt import (
     state,
     stepper,
     tensor_kinds,
+    together,
 )
 
 __all__ = ["formats", "grad_norm", "modes"]
@@ -91,6 +92,16 @@ def one_by_one() -> Iterator[None]:
     """It is computed parameter by parameter."""
     with mock.patch.object(modes, "choose", lambda *_: modes.Mode.ALONE):
         yield
+
+
+def forget_what_was_checked(opt: Any) -> None:
+    """The next step looks at all tensors closely, as the first does."""
+    opt._stepper._together = together.Together()
+
+
+def is_settled(opt: Any) -> bool:
+    """Whether the next step looks at what it finds with no line of Python for each parameter."""
+    return opt._stepper._together.settled is not None
 
 
 @contextlib.contextmanager
@@ -236,11 +247,18 @@ def forget_missing_kernels() -> None:
     fusedopt.backend.warn_of_missing_kernels.cache_clear()
 
 
+def missing_kernels(device: torch.device) -> str:
+    """Why torch's operators step the parameters of a device."""
+    return fusedopt.backend.missing_kernels(device)
+
+
 def warn_of_missing_kernels(device_type: str) -> None:
     """As the first step on such a device does."""
-    fusedopt.backend.warn_of_missing_kernels(device_type)
+    problem = missing_kernels(torch.device(device_type))
+    fusedopt.backend.warn_of_missing_kernels(device_type, problem)
 
 
 def forget_gpu_problems() -> None:
     """Whether a GPU can run the kernels is asked again, and said again."""
     fusedopt.backend._problem.cache_clear()
+    forget_missing_kernels()
