@@ -4,11 +4,13 @@ rule. Decided by what is known of them, without touching a tensor."""
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from .formats import HALVES
@@ -37,16 +39,24 @@ class Kind(NamedTuple):
     is_scaled: bool  # gradients are multiplied with a factor first
 
 
+@functools.cache
+def _has_kernel(operator: str, overload: str, device: str) -> bool:
+    packet = getattr(torch.ops.aten, operator, None)
+    if packet is None or overload not in packet.overloads():
+        return False
+    name = f"aten::{operator}" if overload == "default" else f"aten::{operator}.{overload}"
+    key = torch._C._dispatch_key_for_device(device)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+
+
 class Torch(NamedTuple):
     """What an installed torch can do."""
 
-    # (aten's name of an operator, type of device) -> whether there is a kernel
-    has_operator: Callable[[str, str], bool] = lambda operator, device: (
-        torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"aten::{operator}", torch._C._dispatch_key_for_device(device)
-        )
-    )
+    # (aten's name of an operator, of its overload, type of device) -> whether there is a kernel
+    has_kernel: Callable[[str, str, str], bool] = _has_kernel
     foreach_devices: tuple[str, ...] = tuple(_get_foreach_kernels_supported_devices())
+    # On which the implementations that are not fused take counts.
+    counting_devices: tuple[str, ...] = tuple(_get_capturable_supported_devices())
 
 
 INSTALLED = Torch()
@@ -75,7 +85,8 @@ def choose(
         return by_rule
     if _is_fused(rule, options, group, kind, have) and set(on_device) <= {"lr"}:
         return Mode.FUSED
-    if kind.dtype in HALVES or (kind.counts_on_device and "capturable" not in options):
+    can_count = "capturable" in options and kind.device in have.counting_devices
+    if kind.dtype in HALVES or (kind.counts_on_device and not can_count):
         return by_rule
     if on_device and not kind.counts_on_device:
         return by_rule
@@ -101,7 +112,7 @@ def _is_fused(rule: Rule, options: frozenset[str], group: Group, kind: Kind, hav
         return False  # amsgrad: it drops a NaN that the others keep
     if kind.dtype in HALVES and (kind.is_scaled or kind.device in ("cpu", "mps")):
         return False  # scaled gradients may have no place in half precision once they are unscaled
-    operator = (
-        f"_fused_{rule.name}w_" if group.get("decoupled_weight_decay") else f"_fused_{rule.name}_"
-    )
-    return have.has_operator(operator, kind.device)
+    operator = f"_fused_{rule.name}{'w' if group.get('decoupled_weight_decay') else ''}_"
+    lr = group["lr"]
+    is_on_device = isinstance(lr, Tensor) and not lr.is_cpu
+    return have.has_kernel(operator, "tensor_lr" if is_on_device else "default", kind.device)

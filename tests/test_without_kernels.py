@@ -58,7 +58,7 @@ def values(opt) -> list:
 
 # Which way -------------------------------------------------------------------------------------
 
-CUDA = Torch(lambda operator, device: device in ("cuda", "cpu"), ("cuda",))
+CUDA = Torch(lambda operator, overload, device: device in ("cuda", "cpu"), ("cuda",), ("cuda",))
 ORDINARY = Kind("cuda", torch.float32, True, True, False, False, False)
 WAYS = [
     # class, options, kind, way
@@ -84,12 +84,19 @@ WAYS = [
     ("Adam", {"lr": torch.tensor(0.1), "l1": 0.1}, {}, Mode.ALONE),
     ("RMSprop", {}, {}, Mode.FOREACH),
     ("RMSprop", {}, {"counts_on_device": True}, Mode.FOREACH),
+    ("RMSprop", {}, {"counts_on_device": True, "device": "mps"}, Mode.ALONE),
     ("RMSprop", {}, {"dtype": torch.float16}, Mode.RULE),
     ("RMSprop", {"eps_inside_sqrt": True}, {}, Mode.RULE),
     ("RAdam", {}, {}, Mode.LOOP),
     ("RAdam", {}, {"device": "cpu"}, Mode.RULE),
     ("Lion", {}, {}, Mode.RULE),
 ]
+
+
+def test_what_this_torch_has():
+    assert modes.INSTALLED.has_kernel("_fused_adam_", "default", "cpu")
+    assert not modes.INSTALLED.has_kernel("_fused_rmsprop_", "default", "cpu")
+    assert not modes.INSTALLED.has_kernel("_fused_adam_", "lr_of_two", "cpu")
 
 
 @pytest.mark.parametrize(("name", "options", "kind", "way"), WAYS)
