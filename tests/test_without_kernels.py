@@ -287,6 +287,8 @@ CHANGES = {
     ),
     "no state": lambda opt, params: opt.state.pop(params[1], None),
     "count": _state("step", lambda step: step + 3),
+    "negative count in place": _state("step", torch.neg_),
+    "count at the end in place": _state("step", lambda step: step.fill_(2.0**24)),
     "count in float64": _state("step", torch.Tensor.double),
     "negative count": _state("step", torch.neg),
     "count at the end": _state("step", lambda step: torch.full_like(step, 2.0**24)),
