@@ -65,8 +65,13 @@ def _scaled(grads: list[Tensor], factor: Tensor | None) -> list[Tensor]:
         grads = [*map(_materialized, grads)]
     if factor is None:
         return grads
-    # A 0-dim gradient must not become float64.
-    return [*torch._foreach_mul(grads, factor.to(grads[0].dtype))]
+    dtype = grads[0].dtype
+    scaled = torch._foreach_mul(grads, factor.to(dtype))
+    # The product of two 0-dim tensors is of the wider dtype, and rounded once.
+    return [
+        new if grad.dim() else (grad * factor).to(dtype)
+        for grad, new in zip(grads, scaled, strict=True)
+    ]
 
 
 def _new_plain_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
@@ -170,7 +175,7 @@ class _Step:
         if not self.is_differentiable:
             grad = dtensor.local(dtensor.placed_like(grad, record.param))
         grad = _as_real(grad).to(param.dtype)
-        grad = grad if factor is None else grad * factor.to(param.dtype)
+        grad = grad if factor is None else (grad * factor).to(param.dtype)
         return [param, grad, *slots]
 
     # Loading --------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ def _stock(case, dtype, mode):
 @richest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "more", [{}, {"l1": 0.1}, {"ema": 0.5}, {"maximize": True, "l1": 0.1}], ids=str
+    "more",
+    [{}, {"l1": 0.1}, {"ema": 0.5}, {"maximize": True, "l1": 0.1}, {"max_grad_norm": 0.5}],
+    ids=str,
 )
 def test_the_rule_over_lists_has_the_bits_of_the_rule(case, dtype, more, python):
     build = Case(case.name, {**case.options, **more}).ours
@@ -439,4 +441,4 @@ def test_info_has_a_line_for_each_device(monkeypatch):
     lines = dict(line.split(":  ", 1) for line in info.report().splitlines() if ":  " in line)
     for device in devices:
         assert seam.missing_kernels(device) in lines[str(device)]
-        assert lines[str(device)].startswith("native") != bool(seam.missing_kernels(device))
+        assert lines[str(device)].strip().startswith("native") != bool(seam.missing_kernels(device))
