@@ -52,7 +52,7 @@ _OF_GRAD: tuple[Property, ...] = (
 
 # Parameters that are looked at together, one property of all of them after the other: as many as
 # stay in the cache meanwhile, and so few that Python's garbage collection does not come for it.
-_BLOCK = 64
+_BLOCK = 128
 
 
 class Columns:
@@ -160,6 +160,7 @@ class Known:
             counts_on_device=count is not None and not count.is_cpu,
             is_first=record.rule.first_step_fills_state and record.is_first_step,
             is_scaled=False,
+            is_lazy=grad.is_neg() or memory.is_zero(grad),
         )
 
     def is_still(self, record: Record) -> bool:

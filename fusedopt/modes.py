@@ -37,6 +37,7 @@ class Kind(NamedTuple):
     counts_on_device: bool
     is_first: bool  # it is this step that gives the state its values
     is_scaled: bool  # gradients are multiplied with a factor first
+    is_lazy: bool = False  # gradients are negated, or zeros without memory
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
     columns, on_cpu = bucket.columns, bucket.kind.device == "cpu"
     sizes = map(Tensor.numel, columns.params)
     if bucket.mode is not Mode.RULE:
-        grads = _scaled(columns.grads, bucket.factor)
+        grads = _scaled(bucket, columns.grads)
         if not on_cpu:
             stock_step.take_together(bucket, grads, slice(None))
             return []
@@ -60,9 +60,11 @@ def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
     return []
 
 
-def _scaled(grads: list[Tensor], factor: Tensor | None) -> list[Tensor]:
-    if any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads)):
+def _scaled(bucket: Bucket, grads: list[Tensor]) -> list[Tensor]:
+    """Gradients as they are used."""
+    if bucket.kind.is_lazy:
         grads = [*map(_materialized, grads)]
+    factor = bucket.factor
     if factor is None:
         return grads
     dtype = grads[0].dtype
@@ -88,7 +90,7 @@ def _new_plain_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
             tensors += those.state(scalar.name)
             values += [value] * len(those.params)
         own = [those.params, *map(those.state, first.keys)]
-        lists = [own[0], _scaled(those.grads, bucket.factor), *own[1:]]
+        lists = [own[0], _scaled(bucket, those.grads), *own[1:]]
         update: Any = rule.update
         for column, new in zip(own, update(group, *scalars, *map(TensorList, lists)), strict=True):
             tensors += column
