@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,6 +60,16 @@ class Later(TorchFunctionMode):
             copied.append([copies[at] for at in like])
             self.calls.append(functools.partial(torch._foreach_copy_, column, copied[-1]))
         return copied
+
+    def take(self, function: Callable[[], Any]) -> None:
+        """Calls a function while this mode is active, and only then: an interrupt comes after the
+        mode has been entered and does not keep it from being left, as it could in ``with``."""
+        enter = functools.partial(torch._C._push_on_torch_function_stack, self)
+        both = map(functools.partial.__call__, [enter, functools.partial(function)])
+        try:
+            deque(both, maxlen=0)
+        finally:
+            torch._C._pop_torch_function_stack()
 
     def next_piece(self) -> None:
         """What follows does not read what came before."""

@@ -168,8 +168,8 @@ def take_together(
     elif later is not None and counts:
         counts, *numbers = later.copies(columns, (*rule.scalar_by_name,))
     lists = [params, grads, *slots, *numbers, *([counts] if rule.counts_steps else [])]
-    with later or contextlib.nullcontext():
-        function(*lists, **options)
+    call = functools.partial(function, *lists, **options)
+    call() if later is None else later.take(call)
     if mode is Mode.FUSED and counts is not kept:
         torch._foreach_add_(kept, 1)
 
