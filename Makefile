@@ -12,6 +12,8 @@ PY := $(ENV)/bin/python
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 # Compiling all of torch's Python files would take 11 of 20 seconds; those in use are when imported.
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --retries 2 --no-compile
+# Of the distribution, as pip knows it: torch.__version__ may have a +cu130 that PyPI's does not have.
+TORCH_VERSION := 'from importlib.metadata import version; print(version("torch"))'
 # timm wants a torchvision, of which the index has only builds for CUDA. In a folder of its own, where
 # a test takes it from, it cannot break other packages beside a torch without CUDA.
 # INSTALLED-bench, INSTALLED-dev: the native module and the packages of one of pyproject.toml's extras.
@@ -21,7 +23,7 @@ OFFLINE := echo "make: pip could not fetch everything; going on with what is ins
 # With which tests compile the kernels, each in a folder of its own.
 NVRTC := nvidia-cuda-nvrtc-cu12==12.1.105 nvidia-cuda-nvrtc-cu12==12.8.93 nvidia-cuda-nvrtc==13.0.88
 
-.PHONY: build on_host test kernels fuzz sanitize bench docs lint sdist wheel clean
+.PHONY: build on_host test kernels fuzz sanitize bench docs lint sdist wheel torch-version clean
 build: $(INSTALLED)-dev
 
 # The GPU's kernels on the CPU, for tests without a GPU; where there is what a native module needs.
@@ -90,6 +92,9 @@ wheel: sdist
 	PATH="$(ENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 -w build/dist \
 	  build/dist/local/fusedopt-*.whl
 
+torch-version:
+	@$(PY) -c $(TORCH_VERSION)
+
 clean:
 	rm -rf build dist bench/out *.egg-info fusedopt/_native*.so fusedopt/_build_error.txt
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -98,14 +103,14 @@ $(INSTALLED)-%: $(PY) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@mkdir -p build
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	@$(PY) $(HAS_TORCH) || { echo "make: installing $(TORCH) into $(ENV)"; $(PIP) '$(TORCH)'; }
-	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' >build/constraints.txt
+	@$(PY) -c $(TORCH_VERSION) | sed 's/^/torch==/' >build/constraints.txt
 	@$(PIP) -c build/constraints.txt 'setuptools>=77' pybind11 cmake ninja || $(OFFLINE)
 	@echo "make: compiling what has changed of the native module (all of it: two minutes on two cores)"
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@echo "make: installing what pyproject.toml names for [$*]"
 	@$(PIP) --no-build-isolation -c build/constraints.txt --editable '.[$*]' || $(OFFLINE)
-	@[ $* != dev ] || $(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -W ignore -c \
-	  'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*" || $(OFFLINE)
+	@[ $* != dev ] || $(PIP) --no-deps --upgrade --target build/timm timm "torchvision==0.$$($(PY) -c \
+	  $(TORCH_VERSION) | awk -F. '{print $$2 + 15}').*" || $(OFFLINE)
 	@! head -n 20 fusedopt/_build_error.txt 2>/dev/null || echo "make: not all was built, see above"
 	@touch $@
 

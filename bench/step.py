@@ -66,7 +66,7 @@ HEAD_START = 1.5  # of the time that the host took for the last step
 HEAD_START_MS = 0.2
 
 GPU_NOTE = "GPU only: speed-up without the time to launch; GB/s and floor likewise"
-BF16_SGD_NOTE = "† torch 2.13 computes bf16 fused SGD wrongly on the CPU (pytorch #191763)"
+BF16_SGD_NOTE = "† torch until 2.13 computes bf16 fused SGD wrongly on the CPU (pytorch #191763)"
 
 
 @dataclass(frozen=True)

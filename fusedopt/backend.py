@@ -94,7 +94,7 @@ def _load(choice: str) -> tuple[Any, str | None]:
                 f"FUSEDOPT_BACKEND=native, but the native module cannot be used: {why}"
             ) from error
         warnings.warn(
-            "fusedopt: the native module cannot be used, steps take the (slow) Python rule: "
+            "fusedopt: the native module cannot be used, steps are left to torch's operators: "
             f"{why.splitlines()[0]} (`python -m fusedopt.info` prints all of it)",
             RuntimeWarning,
             stacklevel=2,
@@ -118,12 +118,30 @@ def has_kernels(device: torch.device) -> bool:
 def _problem(device: torch.device) -> str:
     problem: str = native.device_problem(device.index or 0)
     if problem:
-        warnings.warn(
-            f"fusedopt: steps on {device} take the (slow) Python rule: {problem}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn_of_missing_kernels(device.type, problem)
     return problem
+
+
+def missing_kernels(device: torch.device) -> str:
+    """Why torch's operators step the parameters of a device; empty where the native module does."""
+    if native is None:
+        return (error or "").split("\n", 1)[0]
+    if device.type == native.KERNEL_DEVICE:
+        problem: str = native.device_problem(device.index or 0)
+        return problem
+    return "" if device.type == "cpu" else f"fusedopt has no kernels for {device.type}"
+
+
+@functools.cache
+def warn_of_missing_kernels(device_type: str, problem: str) -> None:
+    """Once for each reason."""
+    warnings.warn(
+        f"fusedopt: steps on {device_type} are left to torch's operators: {problem}. They are "
+        "torch.optim's own where it has all options of the group, and slower where it has not; "
+        "`python -m fusedopt.info` says what runs where",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def is_accelerator(device: torch.device) -> bool:

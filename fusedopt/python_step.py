@@ -1,28 +1,125 @@
-"""The step of one parameter with torch's operators: its values are loaded, updated and stored."""
+"""The step of parameters with torch's operators: values are loaded, updated and stored."""
 
 from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import dtensor, formats, memory, scaling, stock_step, tensor_kinds
+from . import dtensor, formats, memory, stock_step, tensor_kinds
+from .later import CannotWait, Later, in_pieces
+from .modes import Mode
 from .record import Record
 from .rule import Group, numbers_as_scalars
+from .tensor_list import TensorList
+
+if TYPE_CHECKING:
+    from .work import Bucket
 
 
-def take(record: Record, scales: scaling.Scaling | None) -> None:
-    """Updates a parameter and its state, whatever kinds of tensors they are."""
-    factor = None
-    if scales is not None:
-        of_device = scales[record.param.device]
-        if scaling.skips(of_device):
-            return
-        factor = scaling.grad_factor(of_device)
+def take(record: Record, factor: Tensor | None) -> None:
+    """Updates a parameter and its state, whatever kinds of tensors they are, from its gradient
+    times a factor."""
     if stock_step.concerns(record.param, record.grad, record.entries):
         _take_of_unusual(record, factor)
     else:
         _take_of_ordinary(record, record.group, factor)
+
+
+# Elements that are computed together: on the CPU what stays in its cache, elsewhere what takes
+# little more memory than the largest parameter.
+_PIECE, _PART = 1 << 18, 1 << 24
+
+
+def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
+    """Updates ordinary parameters. On the CPU the calls that write are returned."""
+    columns, on_cpu = bucket.columns, bucket.kind.device == "cpu"
+    sizes = map(Tensor.numel, columns.params)
+    if bucket.mode is not Mode.RULE:
+        grads = _scaled(bucket, columns.grads)
+        if not on_cpu:
+            stock_step.take_together(bucket, grads, slice(None))
+            return []
+        later = Later()
+        pieces = [slice(None)] if bucket.mode is Mode.FUSED else in_pieces(sizes, _PIECE)
+        try:
+            for part in pieces:
+                stock_step.take_together(bucket, grads[part], part, later)
+                later.next_piece()
+            return later.calls
+        except CannotWait:  # another torch: the rule does the same
+            pass
+    new_values = _new_plain_values if bucket.is_plain() else _new_values
+    if on_cpu:
+        return [new_values(bucket, slice(None))]
+    for part in in_pieces(sizes, _PART):
+        new_values(bucket, part)()
+    return []
+
+
+def _scaled(bucket: Bucket, grads: list[Tensor]) -> list[Tensor]:
+    """Gradients as they are used."""
+    if bucket.kind.is_lazy:
+        grads = [*map(_materialized, grads)]
+    factor = bucket.factor
+    if factor is None:
+        return grads
+    dtype = grads[0].dtype
+    scaled = torch._foreach_mul(grads, factor.to(dtype))
+    # The product of two 0-dim tensors is of the wider dtype, and rounded once.
+    return [
+        new if grad.dim() else (grad * factor).to(dtype)
+        for grad, new in zip(grads, scaled, strict=True)
+    ]
+
+
+def _new_plain_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
+    """Writes what the rule has computed from tensors that are what it computes with."""
+    columns, first = bucket.columns[part], bucket.record(0)
+    rule, group = first.rule, numbers_as_scalars(first.group)
+    like = columns.like((*rule.scalar_by_name,))
+    tensors: list[Tensor] = []
+    values: list[Tensor] = []
+    for at in sorted({*like}):
+        those = columns.at([i for i, of in enumerate(like) if of == at])
+        kept, scalars = bucket.record((part.start or 0) + at).next_scalars(group)
+        for scalar, value in zip(rule.scalars, kept, strict=True):
+            tensors += those.state(scalar.name)
+            values += [value] * len(those.params)
+        own = [those.params, *map(those.state, first.keys)]
+        lists = [own[0], _scaled(bucket, those.grads), *own[1:]]
+        update: Any = rule.update
+        for column, new in zip(own, update(group, *scalars, *map(TensorList, lists)), strict=True):
+            tensors += column
+            values += new.tensors
+    return functools.partial(torch._foreach_copy_, tensors, values)
+
+
+def _new_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
+    """Writes what the rule has computed, for all parameters of one step count at once."""
+    records, factor = bucket.records[part], bucket.factor
+    steps: dict[Any, list[_Step]] = {}
+    group = numbers_as_scalars(records[0].group)
+    for record in records:
+        step = _Step(record, group)
+        steps.setdefault(tuple(step.scalars), []).append(step)
+    tensors: list[Tensor] = []
+    values: list[Tensor] = []
+    for scalars, those in steps.items():
+        columns = zip(
+            *(step.loaded(_materialized(step.record.grad), factor) for step in those), strict=True
+        )
+        update: Any = records[0].rule.update
+        results = update(group, *scalars, *map(TensorList, columns))
+        of_each = zip(*(result.tensors for result in results), strict=True)
+        for step, new in zip(those, of_each, strict=True):
+            step.store(*new)
+            tensors += step.tensors
+            values += step.values
+    return functools.partial(torch._foreach_copy_, tensors, values)
 
 
 def _take_of_unusual(record: Record, factor: Tensor | None) -> None:
@@ -40,23 +137,21 @@ def _take_of_unusual(record: Record, factor: Tensor | None) -> None:
 
 
 def _take_of_ordinary(record: Record, group: Group, factor: Tensor | None) -> None:
-    grad: Tensor = record.param.grad
-    if memory.is_zero(grad):
-        grad = grad.clone()  # torch takes its product with an infinity for zero
+    grad = _materialized(record.param.grad)
     if record.has_sparse_grad:
         update = record.rule.sparse_update
         assert update is not None
         grad = grad.to(torch.promote_types(grad.dtype, record.param.dtype))
         update(group, record.param, grad if factor is None else grad * factor, record.entries)
         return
-    _Step(record, group).take(grad, factor)
+    _Step(record, numbers_as_scalars(group)).take(grad, factor)
 
 
 class _Step:
     """The values of one parameter on their way from memory through the rule and back."""
 
     def __init__(self, record: Record, group: Group) -> None:
-        self.record, self.group = record, numbers_as_scalars(group)
+        self.record, self.group = record, group
         self.entries = record.entries
         self.is_differentiable = bool(group["differentiable"])
         # Autograd goes through the DTensors themselves.
@@ -67,6 +162,15 @@ class _Step:
 
     def take(self, grad: Tensor, factor: Tensor | None) -> None:
         record = self.record
+        values = record.rule.update(self.group, *self.scalars, *self.loaded(grad, factor))
+        if record.param.is_complex():
+            values = tuple(torch.view_as_complex(value.contiguous()) for value in values)
+        self.store(*values)
+        self._write()
+
+    def loaded(self, grad: Tensor, factor: Tensor | None) -> list[Tensor]:
+        """Parameter, gradient and state as the rule takes them."""
+        record = self.record
         param, *slots = map(
             self._loaded, (self._param(), *(record.value_of(key) for key in record.keys))
         )
@@ -74,11 +178,7 @@ class _Step:
             grad = dtensor.local(dtensor.placed_like(grad, record.param))
         grad = _as_real(grad).to(param.dtype)
         grad = grad if factor is None else (grad * factor).to(param.dtype)
-        values = record.rule.update(self.group, *self.scalars, param, grad, *slots)
-        if record.param.is_complex():
-            values = tuple(torch.view_as_complex(value.contiguous()) for value in values)
-        self._store(*values)
-        self._write()
+        return [param, grad, *slots]
 
     # Loading --------------------------------------------------------------------------------------
 
@@ -102,7 +202,7 @@ class _Step:
 
     # Storing --------------------------------------------------------------------------------------
 
-    def _store(self, param: Tensor, *slots: Tensor) -> None:
+    def store(self, param: Tensor, *slots: Tensor) -> None:
         record, entries = self.record, self.entries
         for scalar, kept in zip(record.rule.scalars, self.kept_scalars, strict=True):
             self._add(entries[scalar.name], kept)
@@ -151,6 +251,12 @@ class _Step:
             increment_version([self.record.param, *(self.entries[key] for key in self.record.keys)])
         # At once: an error or an interrupt finds all of it or nothing.
         tensor_kinds.write(self.tensors, self.values)
+
+
+def _materialized(grad: Tensor) -> Tensor:
+    """A gradient with memory, in which its values are: torch takes the product of a zero without
+    memory with an infinity for zero."""
+    return grad.clone() if memory.is_zero(grad) else grad.resolve_neg()
 
 
 def _as_real(tensor: Tensor) -> Tensor:

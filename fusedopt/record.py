@@ -195,6 +195,19 @@ class Record:
             formats.decode(value, self.entries[f"{key}_scale"]) if formats.is_code(value) else value
         )
 
+    def grad_in_layout(self) -> Tensor | None:
+        """A copy of the gradient with the strides of the parameter, or None if it is not an
+        ordinary real tensor. Of DTensors that of what this process holds."""
+        param, grad = self.held, dtensor.local(dtensor.placed_like(self.grad, self.param))
+        if type(grad) is not Tensor or grad.layout is not torch.strided:
+            return None
+        if grad.dtype not in backend.FLOATS:
+            return None
+        if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
+            return None
+        moved = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
+        return moved.copy_(grad.detach())
+
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
         """Says of an error that an unusual tensor raises which parameter it is."""

@@ -132,12 +132,12 @@ def _can_go_on(record: Record, scalar: Scalar) -> bool:
     if value.device.type != "cpu" or value.dtype == torch.float64:
         return True
     count = tensor_kinds.number(value)
-    return count is None or bool(count < _last_count(value.dtype))
+    return count is None or bool(count < last_count(value.dtype))
 
 
 @functools.cache
-def _last_count(dtype: torch.dtype) -> float:
-    """Up to where a step count of this dtype can go on."""
+def last_count(dtype: torch.dtype) -> float:
+    """Up to where a step count of this dtype can go on; float64 further than any step counts."""
     if dtype == torch.bool:
         return 0
     return 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(dtype).max

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from .problem import Problem
 from .record import Members, Record, is_plain_dict, plain_groups
 from .rule import STORAGE_OPTIONS
 from .scaling import Scaling
+from .together import Together
+from .work import Work
 
 
 class _NoPlan(NamedTuple):
@@ -38,12 +41,15 @@ class Stepper:
         self._norm = GradNorm()
         self._tickets: dict[torch.device, Tensor] = {}
         self._streams: dict[Tensor, int] = {}  # the last that used the tickets
+        self._together = Together()
 
     def step(self, members: Members) -> None:
         amp_fused = members.optimizer.amp_fused
         if self._plan_amp_fused != amp_fused:
             self.plan, self._plan_amp_fused = None, amp_fused
         scales = self._scaling(members)
+        if self._together.settled is not None and self._step_again(members, scales):
+            return
         outcome = self._native_step(self.plan, members, scales)
         if outcome.is_stale:
             plain = plain_groups(members.groups)
@@ -61,6 +67,18 @@ class Stepper:
             members.groups = plain_groups(members.groups)
             _check_all(members.with_grad())  # says which
             raise
+
+    @torch.no_grad()
+    def _step_again(self, members: Members, scales: Scaling | None) -> bool:
+        """Does what the last step left to torch's operators, if that was all and nothing is another
+        tensor since."""
+        if backend.is_capturing():
+            _check_capturable(members)
+        work = self._together.again(members, scales)
+        if work is None:
+            return False
+        self._mixed_step(None, members, scales, _NoPlan(), lambda _: work)
+        return True
 
     def _native_step(
         self,
@@ -100,21 +118,25 @@ class Stepper:
         capturing = backend.is_capturing()
         if capturing:
             _check_capturable(members)
-        plan, self.plan = self.plan, None  # kept only if the step succeeds
+        # Kept only if the step succeeds.
+        plan, self.plan = self.plan, None
+        together, self._together = self._together, Together()
         is_stale = outcome.is_stale
         if not is_stale:
-            odd = _odd(plan, outcome, members)
-            _check_all(odd)
-            is_stale = any(map(state.missing, odd))
+            records = _odd(plan, outcome, members)
+            unknown = together.unknown(members, records)
+            _check_all(unknown)
+            is_stale = any(map(state.missing, unknown))
         if is_stale:
             for g in range(len(members.groups)):
                 options.check_group(members, g)
             can_plan = backend.native is not None and not members.is_virtual()
             records = members.with_grad()
-            _check_all(r for r in records if not (can_plan and r.is_ordinary()))
-            if capturing and any(map(state.missing, records)):
+            unknown = together.unknown(members, records)
+            _check_all(r for r in unknown if not (can_plan and r.is_ordinary()))
+            if capturing and any(map(state.missing, unknown)):
                 raise backend.capture_error(f"{members.name} creates state")
-            for record in records:
+            for record in unknown:
                 state.complete(record)
             if members.created and members.rule.first_step_fills_state and _is_skipped(scales):
                 # It is the state that says that there was a first step.
@@ -127,11 +149,23 @@ class Stepper:
                     plan = None
                 _check_all(_odd(plan, outcome, members))
         if not outcome.is_done:
-            self._mixed_step(plan, members, scales, outcome)
-        self.plan = plan
+            together.remember(members, records, unknown)
+
+            def arrange(python: list[Record] | None) -> Work:
+                return together.arrange(members, records if python is None else python, scales)
+
+            self._mixed_step(plan, members, scales, outcome, arrange)
+            if not unknown and len(records) == len(members.with_grad()):
+                together.settle(members, records)
+        self.plan, self._together = plan, together
 
     def _mixed_step(
-        self, plan: Any, members: Members, scales: Scaling | None, outcome: Any
+        self,
+        plan: Any,
+        members: Members,
+        scales: Scaling | None,
+        outcome: Any,
+        arrange: Callable[[list[Record] | None], Work],
     ) -> None:
         """Takes the Python rule where the native side cannot go, copies gradients that have another
         layout than their parameter, and does all the rest in one native call."""
@@ -144,14 +178,15 @@ class Stepper:
         commits = [*members.commits(), functools.partial(done.append, True)]
         try:
             while not outcome.is_done:
-                python = _left_to_python(plan, members, outcome, grads)
-                targets, copies = _kept(python)
+                # Without a plan, it is all of them.
+                work = arrange(plan and _left_to_python(plan, members, outcome, grads))
+                targets, copies = work.kept()
                 written, kept = written + targets, kept + copies
-                for record in python:
-                    self.step_in_python(record, scales)
+                last = self.step_in_python(work)
                 if plan is None:
-                    _call_all(commits)
+                    _call_all([*last, *commits])
                     break
+                _call_all(last)
                 outcome = self._native_step(plan, members, scales, grads)
                 if outcome.is_stale:
                     raise RuntimeError(
@@ -164,9 +199,13 @@ class Stepper:
                     tensor_kinds.write(written, kept)
             raise
 
-    def step_in_python(self, record: Record, scales: Scaling | None) -> None:
-        """What is not left to the native module. Tests look here."""
-        python_step.take(record, scales)
+    def step_in_python(self, work: Work) -> list[functools.partial[Any]]:
+        """What is not left to the native module. Tests look here. Returns calls that are still to
+        be made, which nothing can make fail."""
+        last = [call for bucket in work.buckets for call in python_step.take_together(bucket)]
+        for record, factor in work.alone:
+            python_step.take(record, factor)
+        return last
 
     def _make_plan(self, members: Members) -> Any:
         if (cls := dtensor.dtensor_type()) is not None:
@@ -236,52 +275,18 @@ def _odd(plan: Any, outcome: Any, members: Members) -> list[Record]:
 def _left_to_python(
     plan: Any, members: Members, outcome: Any, grads: dict[int, Tensor | None]
 ) -> list[Record]:
-    """Which of the odd entries of a plan take the Python rule, in the order of the groups; without
-    a plan all of them. Adds to ``grads`` what the kernels see instead of their gradients: None, or
-    for the other entries a copy. A copy that they do not take either is given up."""
-    if plan is None:
-        return members.with_grad()
+    """Which of the odd entries of a plan take the Python rule, in the order of the groups. Adds to
+    ``grads`` what the kernels see instead of their gradients: None, or for the other entries a
+    copy. A copy that they do not take either is given up."""
     python = []
     for entry in outcome.odd:
         g, i, native = plan.locate(entry)
         record = Record(members, g, i)
         can_copy = native and entry not in grads
-        grads[entry] = _grad_in_layout(record) if can_copy else None
+        grads[entry] = record.grad_in_layout() if can_copy else None
         if grads[entry] is None:
             python.append(record)
     return sorted(python, key=lambda record: (record.g, record.i))
-
-
-def _grad_in_layout(record: Record) -> Tensor | None:
-    """A copy of the gradient with the strides of the parameter, or None if it is not an ordinary
-    real tensor. Of DTensors that of what this process holds."""
-    param, grad = record.held, dtensor.local(dtensor.placed_like(record.grad, record.param))
-    if type(grad) is not Tensor or grad.layout is not torch.strided:
-        return None
-    if grad.dtype not in backend.FLOATS:
-        return None
-    if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
-        return None
-    copy = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
-    return copy.copy_(grad.detach())
-
-
-@torch.no_grad()
-def _kept(records: list[Record]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the Python rule is about to write, and copies of it. On the CPU only: other devices
-    seldom have the memory for that, and there an error may leave some parameters stepped."""
-    written, kept = {}, []
-    for record in records:
-        if record.param.device.type != "cpu":
-            continue
-        for value in (record.param, *(record.state or {}).values()):
-            if not isinstance(value, Tensor) or id(value := dtensor.local(value)) in written:
-                continue
-            copy = tensor_kinds.copy(value)
-            if copy is not None:
-                written[id(value)] = value if tensor_kinds.is_unusual(value) else value.detach()
-                kept.append(copy)
-    return [*written.values()], kept
 
 
 def _is_skipped(scales: Scaling | None) -> bool:

@@ -1,9 +1,12 @@
-"""The step of torch's own for-loop, for parameters whose elements only torch's operators reach."""
+"""The step as torch's class has it: its for-loop for one parameter whose elements only torch's
+operators reach, and its fastest implementation for many ordinary ones."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,11 +15,14 @@ import torch
 from torch import Tensor
 
 from . import formats, tensor_kinds
+from .modes import Mode, own_options
 from .problem import Problem
-from .rule import STORAGE_OPTIONS, Group
+from .rule import STEP, Group
 
 if TYPE_CHECKING:
+    from .later import Later
     from .record import Record
+    from .work import Bucket
 
 # Options that reinterpret the bits of memory.
 _OF_MEMORY = {"state_dtype": "8bit", "master_weights": "split", "rounding": "stochastic"}
@@ -36,19 +42,10 @@ def concerns(param: Tensor, grad: Tensor | None, state: Any) -> bool:
     return False
 
 
-def own_options(record: Record) -> list[str]:
-    """Options that are on and that torch does not compute. (``capturable`` says where steps are
-    counted; torch's loop is told that by itself.)"""
-    group = record.group
-    on = [name for name in ("l1", *record.rule.switches) if group.get(name)]
-    on = [name for name in on if name != "capturable"]
-    return on + [name for name in STORAGE_OPTIONS if group.get(name) is not None]
-
-
 def can_take(record: Record) -> bool:
     """Whether torch's loop does what the group asks for, with the state that there is."""
     entries = record.entries
-    if record.members.optimizer._stock is None or own_options(record):
+    if record.members.optimizer._stock is None or own_options(record.rule, record.group):
         return False
     if any(map(formats.is_code, entries.values())):
         return False
@@ -63,7 +60,7 @@ def check(record: Record) -> None:
     held, group = record.held, record.group
     if tensor_kinds.is_virtual(held) or not record.is_unusual:
         return
-    on = own_options(record)
+    on = own_options(record.rule, group)
     if held.layout is torch.strided and not held.is_nested:
         on = [name for name in on if group[name] == _OF_MEMORY.get(name)]
     if on:
@@ -134,3 +131,69 @@ def with_numbers(group: Group, param: Tensor) -> Group:
         return value if number is None else number
 
     return {name: known(value) for name, value in group.items() if name != "params"}
+
+
+def take_together(
+    bucket: Bucket, grads: list[Tensor], part: slice, later: Later | None = None
+) -> None:
+    """Steps some parameters of one group, with all their state, as one of torch's implementations
+    does; or leaves that to later calls.
+
+    Raises:
+        CannotWait: the implementation computes what cannot be left to them.
+    """
+    record, mode, columns = bucket.record(0), bucket.mode, bucket.columns[part]
+    rule, params, device = record.rule, columns.params, record.param.device
+    slots = [columns.state(slot.name) if slot.name in record.keys else [] for slot in rule.slots]
+    counts = columns.state(STEP.name) if rule.counts_steps else []
+    numbers = [columns.state(scalar.name) for scalar in rule.scalars if scalar is not STEP]
+    step: Any = inspect.unwrap(record.members.optimizer._stock.step)  # type: ignore[union-attr]
+    function = step.__globals__[step.__module__.rpartition(".")[2]]
+    options = _options(function, record.group, record.members.optimizer.defaults, mode)
+    if "capturable" in options:
+        options["capturable"] = bool(counts) and not counts[0].is_cpu
+    kept = counts
+    if mode is Mode.FUSED:
+        # torch does not count this.
+        written = functools.partial(
+            torch._C._increment_version, [*params, *itertools.chain(*slots)]
+        )
+        written() if later is None else later.calls.append(written)
+        if counts and counts[0].device != device:
+            # Its kernels take the counts from the device; ours stay where they are.
+            values = torch.tensor(
+                [count.item() for count in counts], dtype=torch.float32, device="cpu"
+            )
+            counts = [*values.to(device, non_blocking=True).unbind()]
+    elif later is not None and counts:
+        counts, *numbers = later.copies(columns, (*rule.scalar_by_name,))
+    lists = [params, grads, *slots, *numbers, *([counts] if rule.counts_steps else [])]
+    call = functools.partial(function, *lists, **options)
+    call() if later is None else later.take(call)
+    if mode is Mode.FUSED and counts is not kept:
+        torch._foreach_add_(kept, 1)
+
+
+def _options(function: Any, group: Group, defaults: Group, mode: Mode) -> dict[str, Any]:
+    """Those that one of torch's functions takes, as it takes them: flags, and numbers."""
+    values = {name: group[name] for name in defaults if name in group}
+    flags = {name for name, default in defaults.items() if isinstance(default, bool)}
+    if "betas" in values:
+        values["beta1"], values["beta2"] = values.pop("betas")
+
+    def plain(name: str, value: Any) -> Any:
+        if name in flags:
+            return bool(value)
+        # What is on a device stays there.
+        return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
+
+    options = {"foreach": mode is Mode.FOREACH, "fused": mode is Mode.FUSED}
+    options |= {"differentiable": False, "has_complex": False}
+    of_group = _parameters(function) - options.keys()
+    options |= {name: plain(name, v) for name, v in values.items() if name in of_group}
+    return {name: value for name, value in options.items() if name in _parameters(function)}
+
+
+@functools.cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -174,6 +174,13 @@ def require_kernels() -> Any:
     return module
 
 
+@pytest.fixture
+def only_by_the_rule() -> Iterator[None]:
+    """For tests that compare bits of what torch computes too with bits of what it does not."""
+    with seam.only_by_the_rule():
+        yield
+
+
 @pytest.fixture(params=["python", "native", "kernels"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test on every backend, within one process."""

@@ -15,9 +15,20 @@ from unittest import mock
 import torch
 
 import fusedopt
-from fusedopt import formats, grad_norm, optimizer, rule, state, stepper, tensor_kinds
+from fusedopt import (
+    formats,
+    grad_norm,
+    modes,
+    optimizer,
+    rule,
+    scaling,
+    state,
+    stepper,
+    tensor_kinds,
+    together,
+)
 
-__all__ = ["formats", "grad_norm"]
+__all__ = ["formats", "grad_norm", "modes"]
 
 # Which way a step goes ------------------------------------------------------------------------
 
@@ -27,9 +38,9 @@ def python_steps(opt: Any) -> Iterator[list[tuple[int, int]]]:
     """What takes the Python rule meanwhile: group and index of the parameter, for each time."""
     take, seen = opt._stepper.step_in_python, []
 
-    def record(record: Any, *rest: Any) -> None:
-        seen.append((record.g, record.i))
-        take(record, *rest)
+    def record(work: Any) -> Any:
+        seen.extend((record.g, record.i) for record in work.records)
+        return take(work)
 
     with mock.patch.object(opt._stepper, "step_in_python", record):
         yield seen
@@ -75,6 +86,52 @@ def plans_of_all() -> Iterator[list[Any]]:
 
     with mock.patch.object(stepper.Stepper, "_make_plan", record):
         yield made
+
+
+def only_by_the_rule() -> Iterator[None]:
+    """What is not left to the native module is left to torch's implementations by no means."""
+    choose = modes.choose
+
+    def without_torch(of: Any, _: Any, *rest: Any) -> Any:
+        return choose(of, None, *rest)
+
+    with mock.patch.object(modes, "choose", without_torch):
+        yield
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """It is computed parameter by parameter."""
+    with mock.patch.object(modes, "choose", lambda *_: modes.Mode.ALONE):
+        yield
+
+
+def forget_what_was_checked(opt: Any) -> None:
+    """The next step looks at all tensors closely, as the first does."""
+    opt._stepper._together = together.Together()
+
+
+def is_settled(opt: Any) -> bool:
+    """Whether the next step looks at what it finds with no line of Python for each parameter."""
+    return opt._stepper._together.settled is not None
+
+
+@contextlib.contextmanager
+def checks_of(opt: Any) -> Iterator[list[Any]]:
+    """The parameters that are checked meanwhile."""
+    check, checked = stepper._check, []
+
+    def record(one: Any) -> None:
+        checked.append(one.param)
+        check(one)
+
+    with mock.patch.object(stepper, "_check", record):
+        yield checked
+
+
+def has_stock(cls: Any) -> bool:
+    """Whether torch has a class of the same name."""
+    return cls._stock is not None
 
 
 def has_plan(opt: Any) -> bool:
@@ -203,6 +260,36 @@ def gpu_library() -> tuple[str, str]:
     return fusedopt.backend._gpu_library()
 
 
+@contextlib.contextmanager
+def questions_whether_to_skip() -> Iterator[list[Any]]:
+    """How often a step asks a device whether it is skipped."""
+    skips, asked = scaling.skips, []
+
+    def ask(of_device: Any) -> bool:
+        asked.append(of_device)
+        return skips(of_device)
+
+    with mock.patch.object(scaling, "skips", ask):
+        yield asked
+
+
+def forget_missing_kernels() -> None:
+    """That a device has no kernels is said again."""
+    fusedopt.backend.warn_of_missing_kernels.cache_clear()
+
+
+def missing_kernels(device: torch.device) -> str:
+    """Why torch's operators step the parameters of a device."""
+    return fusedopt.backend.missing_kernels(device)
+
+
+def warn_of_missing_kernels(device_type: str) -> None:
+    """As the first step on such a device does."""
+    problem = missing_kernels(torch.device(device_type))
+    fusedopt.backend.warn_of_missing_kernels(device_type, problem)
+
+
 def forget_gpu_problems() -> None:
     """Whether a GPU can run the kernels is asked again, and said again."""
     fusedopt.backend._problem.cache_clear()
+    forget_missing_kernels()

@@ -157,7 +157,7 @@ def test_a_gpu_that_the_kernels_cannot_run_on(kernels, monkeypatch):
     params = [torch.linspace(-1, 1, 37).requires_grad_() for _ in range(2)]
     ours, stock = fusedopt.Adam(params[:1]), torch.optim.Adam(params[1:], foreach=False)
     try:
-        with pytest.warns(RuntimeWarning, match="Python rule: it is sm_70") as caught:
+        with pytest.warns(RuntimeWarning, match="torch's operators: it is sm_70") as caught:
             for _ in range(3):
                 for p, opt in zip(params, (ours, stock), strict=True):
                     p.grad = p.detach() * 2 + 0.3

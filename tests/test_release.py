@@ -32,6 +32,23 @@ def load(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
 
+# The environment ------------------------------------------------------------------------------
+
+
+def test_pip_is_held_to_the_torch_that_it_knows(tmp_path):
+    """The wheels of PyPI are of a version without the +cu130 that torch itself has."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text('__version__ = "2.14.1+cu130"\n')
+    (tmp_path / "torch-2.14.1.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: torch\nVersion: 2.14.1\n"
+    (tmp_path / "torch-2.14.1.dist-info/METADATA").write_text(metadata)
+    make = ["make", "--no-print-directory", "torch-version", f"PY={sys.executable}"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(make, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert done.stdout.decode().split() == ["2.14.1"]
+    assert "torch.__version__)" not in (ROOT / "Makefile").read_text()
+
+
 # The source distribution ----------------------------------------------------------------------
 
 

@@ -66,6 +66,7 @@ def test_a_model_that_is_wrapped_later(static_graph, process_group, backend):
     assert len(gradients(model)) == 3
 
 
+@pytest.mark.usefixtures("only_by_the_rule")
 @pytest.mark.parametrize("has_root", [True, False])
 def test_fully_shard(has_root, process_group, backend):
     """Without a root, each layer has a callback at the end of the backward, where some of them

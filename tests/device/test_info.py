@@ -33,8 +33,8 @@ def test_info_names_each_gpu(gpus, driver, tmp_path):
     driver.set(major1=7)
     gpus(2)
     assert said_of_gpus() == [
-        "cuda:0:  Stand-in, sm_90: kernels compiled by NVRTC 12.8; the driver knows CUDA 13.0",
-        "cuda:1:  it is sm_70, and the kernels need sm_75 (Turing) or newer",
+        "cuda:0:  native, Stand-in, sm_90: kernels compiled by NVRTC 12.8; the driver knows CUDA 13.0",
+        "cuda:1:  torch.optim's own steps, and rules for the options that it lacks: it is sm_70, and the kernels need sm_75 (Turing) or newer",
         f"kernels: compiled when a step on a GPU first needs them, kept in {tmp_path}/cache",
     ]
 

@@ -49,7 +49,6 @@ MAKERS = {
     torch.clone,
     torch.where,
     torch.maximum,
-    torch._foreach_copy_,
     Tensor.clone,
     Tensor.to,
     Tensor.copy_,

@@ -20,6 +20,7 @@ def one_rank(tmp_path):
 
 
 @richest_by_options
+@pytest.mark.usefixtures("only_by_the_rule")
 def test_shards_without_memory(case, backend, one_rank):
     from torch.distributed.tensor import DTensor, Shard
 

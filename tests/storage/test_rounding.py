@@ -34,6 +34,9 @@ from stored import (
 
 import fusedopt
 
+# Bit for bit the same as without options, which torch would compute.
+pytestmark = pytest.mark.usefixtures("only_by_the_rule")
+
 # Random123's known answers for philox4x32 with 10 rounds: four words of the counter, two of the
 # key, four of the result.
 KNOWN = [

@@ -34,6 +34,9 @@ from stored import (
     twin_of,
 )
 
+# Bit for bit the same as without options, which torch would compute.
+pytestmark = pytest.mark.usefixtures("only_by_the_rule")
+
 
 @richest
 @pytest.mark.parametrize("dtype", [F64, torch.complex64], ids=str)

@@ -43,6 +43,9 @@ from stored import (
 
 import fusedopt
 
+# Bit for bit the same as without options, which torch would compute.
+pytestmark = pytest.mark.usefixtures("only_by_the_rule")
+
 
 def _replace(opt, state):
     for key, value in state.items():

@@ -33,6 +33,9 @@ from stored import (
     twin_of,
 )
 
+# Bit for bit the same as without options, which torch would compute.
+pytestmark = pytest.mark.usefixtures("only_by_the_rule")
+
 
 @every_loop
 @every_way

@@ -43,6 +43,9 @@ from torch import nn
 
 import fusedopt
 
+# Bit for bit the same as without options, which torch would compute.
+pytestmark = pytest.mark.usefixtures("only_by_the_rule")
+
 
 @every_loop
 @every_way
