@@ -29,12 +29,15 @@ def said_of_gpus():
     return [line for line in lines if line.startswith(("cuda", "kernels"))]
 
 
-def test_info_names_each_gpu(gpus, driver, tmp_path):
+def test_info_names_each_gpu(gpus, driver, kernels, tmp_path, monkeypatch):
     driver.set(major1=7)
     gpus(2)
+    monkeypatch.setattr(kernels, "KERNEL_DEVICE", "cuda")
     assert said_of_gpus() == [
-        "cuda:0:  native, Stand-in, sm_90: kernels compiled by NVRTC 12.8; the driver knows CUDA 13.0",
-        "cuda:1:  torch.optim's own steps, and rules for the options that it lacks: it is sm_70, and the kernels need sm_75 (Turing) or newer",
+        "cuda:0:  native, Stand-in, sm_90: kernels compiled by NVRTC 12.8; the driver knows CUDA "
+        "13.0",
+        "cuda:1:  torch.optim's own steps, and rules for the options that it lacks: it is sm_70, "
+        "and the kernels need sm_75 (Turing) or newer",
         f"kernels: compiled when a step on a GPU first needs them, kept in {tmp_path}/cache",
     ]
 

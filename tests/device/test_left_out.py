@@ -26,7 +26,7 @@ from device import (
 
 def test_a_torch_without_cuda(driver, kernels):
     seam.use_driver(kernels, "", "this torch is built without CUDA")
-    assert_left_out(kernels, "Python rule: this torch is built without CUDA")
+    assert_left_out(kernels, "torch's operators: this torch is built without CUDA")
 
 
 def test_no_such_library(driver, kernels):
