@@ -123,7 +123,7 @@ def cases() -> dict[str, tuple[str, dict[str, Callable[[], Contender]]]]:
             },
         ),
         "groups": (
-            f"Adam, {NUM_GROUPS} groups of one tensor",
+            f"Adam, {NUM_GROUPS} groups of one",
             {
                 "": lambda: stepping(ours, tensors(NUM_GROUPS), in_groups=True),
                 "one group": lambda: stepping(ours, tensors(NUM_GROUPS)),
@@ -133,7 +133,7 @@ def cases() -> dict[str, tuple[str, dict[str, Callable[[], Contender]]]]:
             },
         ),
         "clip": (
-            "Adam, max_grad_norm",
+            "Adam, clipped",
             {
                 "": lambda: stepping(ours, tensors(), max_grad_norm=1.0),
                 "without": lambda: stepping(ours, tensors()),
@@ -149,7 +149,7 @@ def cases() -> dict[str, tuple[str, dict[str, Callable[[], Contender]]]]:
             },
         ),
         "clip_dtensors": (
-            "Adam, DTensors, max_grad_norm",
+            "Adam, DTensors, clipped",
             {
                 "": lambda: stepping(ours, dtensors(), max_grad_norm=1.0),
                 "without": lambda: stepping(ours, dtensors()),
