@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Set
 from functools import cached_property
@@ -67,11 +66,17 @@ class Members:
             if param.grad is not None and id(param) not in self.absent
         ]
 
+    def grads(self) -> list[Any]:
+        """The gradient of each parameter, None for those that have no part in the step."""
+        params = [param for group in self.groups for param in group["params"]]
+        hidden = self.hidden_grads()
+        return [None if e in hidden else param.grad for e, param in enumerate(params)]
+
     def hidden_grads(self) -> dict[int, Tensor | None]:
         """What a native step sees instead of some gradients, by the number of the parameter."""
         if not self.absent:
             return {}
-        params = itertools.chain.from_iterable(group["params"] for group in self.groups)
+        params = (param for group in self.groups for param in group["params"])
         return {e: None for e, param in enumerate(params) if id(param) in self.absent}
 
     def is_virtual(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
-from operator import attrgetter, is_not
+from operator import is_not
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class _Settled:
         self.alike = work.alike_ones(records, known)
         self._amp_fused = members.optimizer.amp_fused
         self._sizes = [len(group["params"]) for group in members.groups]
-        self._has_grad = [p.grad is not None for group in members.groups for p in group["params"]]
+        self._has_grad = [grad is not None for grad in members.grads()]
         self._picture = Picture(columns)
         self._terms, self._options = terms, [*map(_plain_options, members.groups)]
         self._written, self._spans = written, [one.span for one in known]
@@ -62,7 +62,7 @@ class _Settled:
                     return None
                 self._options[g] = plain
         params = [param for group in members.groups for param in group["params"]]
-        grads = [*map(attrgetter("grad"), params)]
+        grads = members.grads()
         has_grad = [*map(is_not, grads, repeat(None))]
         if has_grad != self._has_grad:
             return None

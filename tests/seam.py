@@ -88,6 +88,7 @@ def plans_of_all() -> Iterator[list[Any]]:
         yield made
 
 
+@contextlib.contextmanager
 def only_by_the_rule() -> Iterator[None]:
     """What is not left to the native module is left to torch's implementations by no means."""
     choose = modes.choose
