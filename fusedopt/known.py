@@ -26,10 +26,6 @@ def _bytes(tensors: Iterable[Tensor]) -> Iterable[int]:
     return map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
 
 
-def _has_memory(tensors: Iterable[Tensor]) -> Iterable[bool]:
-    return map(bool, map(Tensor.data_ptr, tensors))
-
-
 # The type comes first: of other tensors than torch's own nothing more is asked. Those of another
 # layout and nested ones have no strides or no storage, and raise RuntimeError.
 _ORDINARY: tuple[Property, ...] = (
@@ -47,7 +43,7 @@ _OF_GRAD: tuple[Property, ...] = (
     *_ORDINARY,
     functools.partial(map, attrgetter("device")),
     functools.partial(map, Tensor.storage_offset),
-    _has_memory,
+    functools.partial(map, Tensor._is_zerotensor),  # which no address tells from an empty one
 )
 
 # Parameters that are looked at together, one property of all of them after the other: as many as

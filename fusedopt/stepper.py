@@ -182,7 +182,7 @@ class Stepper:
                 work = arrange(plan and _left_to_python(plan, members, outcome, grads))
                 targets, copies = work.kept()
                 written, kept = written + targets, kept + copies
-                last = self.step_in_python(work)
+                last = self.step_in_python(work) if work.buckets or work.alone else []
                 if plan is None:
                     _call_all([*last, *commits])
                     break
