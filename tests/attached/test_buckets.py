@@ -127,9 +127,11 @@ def test_gradients_that_are_not_of_this_backward_stay(case, backend):
     assert snapshot(opt) == snapshot(ordinary)
 
 
+@pytest.mark.usefixtures("only_by_the_rule")
 @pytest.mark.parametrize("steps", [0, 2])
 def test_nor_beside_what_needs_more_than_a_native_call(steps, backend):
-    """A gradient in another layout; state that is not complete."""
+    """A gradient in another layout; state that is not complete. (What goes alone is stepped by the
+    rule, whose last bit may be another than that of torch's implementations.)"""
 
     def transpose(param):
         param.grad = param.grad.t().contiguous().t()
