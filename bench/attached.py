@@ -207,15 +207,13 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     others, name = OtherWork(), options.optimizers[0]
     added = {count: added_us(name, count, options) for count in options.counts}
     report.console.print(tabulate_added(added, name))
-    if others.disturbs(pick_device(options.device)):
-        report.console.print(report.BUSY_NOTE)
+    seen = others.seen(pick_device(options.device))
+    if note := report.busy_note([seen]):
+        report.console.print(note)
     setup = {"size": asdict(size), "steps": options.steps, "seed": options.seed}
     setup["default_malloc"] = options.default_malloc
-    return [
-        report.write_json(
-            options.out / "attached.json", facts, **setup, results=results, added_us=added
-        )
-    ]
+    path = options.out / "attached.json"
+    return [report.write_json(path, facts, **setup, results=results, added_us=added | seen)]
 
 
 if __name__ == "__main__":
