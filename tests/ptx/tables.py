@@ -104,10 +104,10 @@ class Table:
 
     def _numbers(self) -> Iterator[Region]:
         """The addresses of numbers that rules read: among their doubles, none of which has such
-        bits, unless it is a subnormal number."""
+        bits, unless it is a subnormal number. Some Pythons have their heap in the first 4 GB."""
         for at in range(0, self.head.pointers_at - 8, 8):
             (address,) = struct.unpack_from("<Q", self.data, at)
-            if 1 << 32 < address < 1 << 47:
+            if 1 << 20 < address < 1 << 47:
                 (is_double,) = struct.unpack_from("<?", self.data, at + 8)
                 yield Region("number of a group", address, 8 if is_double else 4, writable=False)
 
