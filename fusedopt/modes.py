@@ -91,10 +91,9 @@ def choose(
         return by_rule
     if on_device and not kind.counts_on_device:
         return by_rule
-    # torch writes the gradient that looks ahead over the one that it was given, and multiplies what
-    # it does not use of a RAdam step with 0, of which a square beyond the range makes NaN.
+    # torch writes the gradient that looks ahead over the one that it was given.
     overwrites = group.get("nesterov") and not (group["weight_decay"] or group["maximize"])
-    is_right = not overwrites and rule.name != "radam"
+    is_right = rule.stock_over_lists_is_right and not overwrites
     if kind.device in (*have.foreach_devices, "cpu") and is_right:
         return Mode.FOREACH
     return by_rule if kind.device == "cpu" else Mode.LOOP

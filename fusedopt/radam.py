@@ -62,6 +62,8 @@ RULE = Rule(
     slots=(Slot("exp_avg"), Slot("exp_avg_sq", unsigned=True)),
     update=_update,
     numbers=_numbers,
+    # What a step does not use is multiplied with 0 there: a square beyond the range becomes NaN.
+    stock_over_lists_is_right=False,
 )
 
 

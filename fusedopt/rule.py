@@ -165,6 +165,8 @@ class Rule:
     switches: tuple[str, ...] = ()
     # torch's constructor makes the state, so that its step() expects to find it.
     stock_starts_with_state: bool = False
+    # torch's implementation over lists gives what its for-loop gives, whatever the values are.
+    stock_over_lists_is_right: bool = True
 
     @cached_property
     def by_name(self) -> dict[str, Slot]:

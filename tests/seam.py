@@ -63,28 +63,17 @@ def failing_before_the_update(opt: Any, error: type[Exception]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def new_plans(opt: Any) -> Iterator[list[Any]]:
-    """The plans that are made meanwhile."""
-    make, made = opt._stepper._make_plan, []
+def new_plans(opt: Any = None) -> Iterator[list[Any]]:
+    """The plans that are made meanwhile, by an optimizer or, without one, by any of them and by any
+    bucket."""
+    of = stepper.Stepper if opt is None else opt._stepper
+    make, made = of._make_plan, []
 
     def record(*args: Any) -> Any:
         made.append(make(*args))
         return made[-1]
 
-    with mock.patch.object(opt._stepper, "_make_plan", record):
-        yield made
-
-
-@contextlib.contextmanager
-def plans_of_all() -> Iterator[list[Any]]:
-    """The plans that are made meanwhile, by any optimizer or bucket."""
-    make, made = stepper.Stepper._make_plan, []
-
-    def record(*args: Any) -> Any:
-        made.append(make(*args))
-        return made[-1]
-
-    with mock.patch.object(stepper.Stepper, "_make_plan", record):
+    with mock.patch.object(of, "_make_plan", record):
         yield made
 
 

@@ -96,7 +96,7 @@ def test_who_is_stepped_together(backend):
     params, opt, twins, ordinary = pair(count=10, bucket_bytes=72)
     step_both(params, opt, twins, ordinary)
     step_both(params, opt, twins, ordinary)
-    with seam.attached_steps(opt) as steps, seam.plans_of_all() as plans:
+    with seam.attached_steps(opt) as steps, seam.new_plans() as plans:
         step_both(params, opt, twins, ordinary)
         assert [*map(len, steps)] == [3, 3, 3, 1]
         together = {id(p): at for at, ps in enumerate(steps) for p in ps}
