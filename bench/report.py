@@ -191,9 +191,19 @@ def opacity(result: dict[str, Any]) -> float:
 
 
 def write_json(path: Path, facts: dict[str, Any], **results: Any) -> Path:
+    """Numbers to six digits: noise begins before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": facts, **results}, indent=1) + "\n")
+    written = _rounded({"environment": facts, **results})
+    path.write_text(json.dumps(written, separators=(",", ":")) + "\n")
     return path
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(_rounded, value)]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write_png(path: Path, figure: Figure) -> Path:

@@ -86,17 +86,17 @@ TorchLayout learn_layout(const std::vector<LayoutSample>& samples) {
            std::none_of(samples.begin() + 2, samples.end(),
                         [&](const LayoutSample& s) { return word_at(s.impl, at) == counter; });
   });
+  layout.object =
+      only_offset(kWord, kTensorImplBytes, in_all([&](const LayoutSample& s, std::size_t at) {
+                    return word_at(s.impl, at) == address(s.object);
+                  }));
+
   if (layout.version == 0) return layout;
   const auto has_version = [&](const LayoutSample& s, std::size_t at) {
     const char* const counter = pointer_at(s.impl, layout.version);
     return counter != nullptr && half_word_at(counter, at) == s.version;
   };
   layout.count = only_offset(kWord, kVersionCounterBytes, in_all(has_version), kWord / 2);
-
-  layout.object =
-      only_offset(kWord, kTensorImplBytes, in_all([&](const LayoutSample& s, std::size_t at) {
-                    return word_at(s.impl, at) == address(s.object);
-                  }));
   return layout;
 }
 

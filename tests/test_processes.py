@@ -37,7 +37,8 @@ def trained(case: Any, backend: str) -> Any:
     ("backend", "wait"), [("native", ""), ("native", "always"), ("python", "")]
 )
 def test_spawned_processes_give_the_same_bits(backend, wait, monkeypatch):
-    """Four on whatever cores there are, at the same time, with and without late threads."""
+    """Four on whatever cores there are, at the same time, with and without late threads, which only
+    native steps have. Each takes three seconds to import torch."""
     monkeypatch.setenv("FUSEDOPT_CPU_THREADS", wait)
     if backend == "native" and fusedopt.backend.native is None:
         pytest.skip("no native module")

@@ -12,13 +12,14 @@ from cases import (
     CASES,
     NAMES,
     RICHEST_OF,
+    STATELESS,
     TABLES,
     Case,
     bits,
     gradient_like,
     leaf,
     richest,
-    richest_and_stateless,
+    richest_of_every_class,
     snapshot,
 )
 from memory import STORED
@@ -142,7 +143,7 @@ def _stock(case, dtype, mode):
     return stepped(lambda groups: TABLES[case.name].stock(groups, **options), dtype=dtype)
 
 
-@richest
+@richest_of_every_class
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "more",
@@ -158,7 +159,7 @@ def test_the_rule_over_lists_has_the_bits_of_the_rule(case, dtype, more, python)
     assert snapshot(together) == snapshot(alone)
 
 
-@richest
+@richest_of_every_class
 @pytest.mark.parametrize("stored", STORED)
 def test_stored_values_over_lists(case, stored, python):
     options, dtype = STORED[stored]
@@ -340,7 +341,7 @@ def _(opt, params):
     params[1].data = params[2].data
 
 
-@richest_and_stateless
+@pytest.mark.parametrize("case", [*RICHEST_OF.values(), *STATELESS], ids=str)
 def test_a_step_sees_what_has_changed(case, python):
     """Whatever has happened since the last step, the next is the one that checks everything."""
 
@@ -371,8 +372,6 @@ def test_a_step_sees_what_has_changed(case, python):
         return found
 
     for name in CHANGES:
-        if case.name == "Lion" and name == "betas":
-            continue
         assert (name, course(name, False)) == (name, course(name, True))
 
 

@@ -81,6 +81,7 @@ void load(const std::string& path, Driver* driver) {
   driver->check(driver->device_count(&driver->num_devices), "counting the GPUs");
   int count = 0;
   driver->check(driver->num_architectures(&count), "asking NVRTC for its architectures");
+  if (count < 1) throw DeviceProblem("NVRTC knows no architecture");
   driver->architectures.resize(static_cast<std::size_t>(count));
   driver->check(driver->get_architectures(driver->architectures.data()),
                 "asking NVRTC for its architectures");

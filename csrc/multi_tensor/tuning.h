@@ -32,7 +32,8 @@ constexpr int kMaxPatience = 32;
 template <Isa isa>
 constexpr int kHalfElements = isa == Isa::avx2 ? 32 : 64;
 
-// Elements that the loop for mixed dtypes converts to float at a time. Same setting:
+// Elements that the loop for mixed dtypes converts to float at a time. One thread of an EPYC 9005,
+// 2026-11, AVX-512, 100 x 10,000 bfloat16 Adam, ms per step:
 // 32: 1.0, 64: 0.80, 128: 0.69, 256: 0.64, 512: 0.60.
 constexpr int kConvertElements = 512;
 

@@ -29,15 +29,14 @@ void measure(const std::vector<GradToMeasure>& grads, const GradNorm& norm, int 
 // one takes its place.
 class Shardings {
  public:
-  std::size_t find(PyObject* spec) {
-    const auto known = number_of_.find(spec);
+  std::size_t find(const py::object& spec) {
+    const auto known = number_of_.find(spec.ptr());
     if (known != number_of_.end()) return known->second;
-    const auto held = py::reinterpret_borrow<py::object>(spec);
     std::size_t number = 0;
-    while (number < specs_.size() && !is_same_sharding(held, specs_[number])) ++number;
-    if (number == specs_.size()) specs_.push_back(held);
-    number_of_.emplace(spec, number);
-    held_.push_back(held);
+    while (number < specs_.size() && !is_same_sharding(spec, specs_[number])) ++number;
+    if (number == specs_.size()) specs_.push_back(spec);
+    number_of_.emplace(spec.ptr(), number);
+    held_.push_back(spec);
     return number;
   }
   const py::object& spec(std::size_t number) const { return specs_[number]; }
@@ -64,7 +63,6 @@ bool is_sum(const py::object& spec) {
 // no sums: [(spec, what this process holds)], by sharding, without a spec for the plain ones. Those
 // of the parameters come first, in their order, whether they have gradients or not. Else None.
 py::object ordinary_gradients(const py::list& params, Shardings* shardings) {
-  static PyObject* const name = PyUnicode_InternFromString("grad");
   find_slots();
   const FoundGradients finds = found_gradients();
   shardings->limit(4 * params.size() + 64);
@@ -90,11 +88,7 @@ py::object ordinary_gradients(const py::list& params, Shardings* shardings) {
     if (!is_ordinary(param.ptr()) || place(param.ptr()) < 0) return py::none();
   }
   for (const py::handle param : params) {
-    PyObject* const known = finds.of(param.ptr());
-    const auto grad = known != nullptr
-                          ? py::reinterpret_borrow<py::object>(known)
-                          : py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), name));
-    if (!grad) throw py::error_already_set();
+    const py::object grad = finds.grad_of(param.ptr());
     if (grad.is_none()) continue;
     if (!is_ordinary(grad.ptr()) || is_dtensor(grad.ptr()) != is_dtensor(param.ptr())) {
       return py::none();
@@ -109,8 +103,8 @@ py::object ordinary_gradients(const py::list& params, Shardings* shardings) {
 
 // Measures the norm of gradients on one device. `clip` is a float64 tensor there: what StepScaling
 // reads, a zero for the kernel to count in, and room for sums. None if done; the size that `clip`
-// must have if it is too small; False if there is nothing to measure or this GPU refuses the kernel; or a list of the gradients
-// that are no dense float tensors.
+// must have if it is too small; False if there is nothing to measure or this GPU refuses the kernel;
+// or a list of the gradients that are no dense float tensors.
 py::object grad_norm_of(const py::list& tensors, const py::object& clip,
                         const py::object& loss_scale, double max_norm, bool skip_nonfinite,
                         int num_threads) {

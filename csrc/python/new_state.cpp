@@ -1,5 +1,9 @@
 #include "new_state.h"
 
+#include <optional>
+
+#include "torch.h"
+
 namespace fusedopt {
 
 namespace py = pybind11;
@@ -26,8 +30,7 @@ NewState::NewState(const py::object& created, const py::object& owner) {
   if (created.is_none() || owner.is_none()) return;
   owner_ = owner;
   for (const auto& [param, entries] : py::cast<py::dict>(created)) {
-    PyObject* const existing = PyDict_GetItemWithError(owner.ptr(), param.ptr());
-    if (existing == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    PyObject* const existing = item_of(owner.ptr(), param.ptr());
     if (existing == nullptr) {
       added_[param] = entries;
     } else {
@@ -47,10 +50,18 @@ void NewState::commit() const {
 
 void NewState::take_back() const {
   if (!owner_) return;
-  for (const auto& [param, entries] : added_) {
-    if (PyDict_DelItem(owner_.ptr(), param.ptr()) != 0) throw py::error_already_set();
-  }
   for (const Changed& changed : changed_) replace(changed.existing, changed.before);
+  // To find a parameter is Python code, in which an interrupt may arrive: it is raised afterwards.
+  std::optional<py::error_already_set> arrived;
+  for (const auto& [param, entries] : added_) {
+    while (PyDict_DelItem(owner_.ptr(), param.ptr()) != 0) {
+      py::error_already_set error;
+      if (error.matches(PyExc_KeyError)) break;  // another thread has taken it away
+      if (arrived) throw error;
+      arrived.emplace(std::move(error));
+    }
+  }
+  if (arrived) throw *arrived;
 }
 
 }  // namespace fusedopt

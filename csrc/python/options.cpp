@@ -1,7 +1,6 @@
 #include "options.h"
 
 #include <stdexcept>
-#include <unordered_map>
 #include <utility>
 
 #include "../multi_tensor/tensor_lists.h"
@@ -21,23 +20,6 @@ bool is_true(PyObject* value) {
 }
 
 }  // namespace
-
-PyObject* interned(const char* name) {
-  static std::unordered_map<const char*, std::pair<std::string, PyObject*>> names;
-  auto& [text, object] = names[name];
-  if (object == nullptr || text != name) {
-    text = name;
-    object = PyUnicode_InternFromString(name);
-    if (object == nullptr) throw py::error_already_set();
-  }
-  return object;
-}
-
-PyObject* item_of(PyObject* dict, PyObject* name) {
-  PyObject* const value = PyDict_GetItemWithError(dict, name);
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
 
 Options::Options(PyObject* group, const std::string& owner, std::size_t number)
     : group_(group), owner_(owner), number_(number) {

@@ -10,12 +10,6 @@
 
 namespace fusedopt {
 
-// A name as dicts look it up best. Kept for good: names are literals.
-PyObject* interned(const char* name);
-
-// What a dict has under a name, or null. Borrowed.
-PyObject* item_of(PyObject* dict, PyObject* name);
-
 // Options of a dict of Python's. Its TypeErrors say where it is.
 class Options final : public OptionReader {
  public:

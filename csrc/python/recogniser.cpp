@@ -98,22 +98,21 @@ bool Recogniser::find_tensors(Seen* seen) {
     if (role >= 0) seen->tensors[static_cast<std::size_t>(role)] = value;
   }
   if (PyDict_Next(seen->state, &position, &key, &value)) return false;
-  walked = {seen->state, version, seen->tensors};
+  if (version != 0) walked = {seen->state, version, seen->tensors};
   return true;
 }
 
 bool Recogniser::is_sharded_like(PyObject* tensor, std::size_t e) {
   if (is_plain_tensor(tensor)) return false;
-  PyObject* const spec = is_dtensor(tensor) ? torch.spec.of(tensor) : torch.spec.asked(tensor);
-  if (spec == specs_[e].ptr()) return true;
+  py::object spec = torch.spec.of(tensor);
+  if (spec.is(specs_[e])) return true;
   std::vector<py::object>& known = same_specs_[e];
   for (const py::object& same : known) {
-    if (spec == same.ptr()) return true;
+    if (spec.is(same)) return true;
   }
-  const auto held = py::reinterpret_borrow<py::object>(spec);
-  if (!is_same_sharding(held, specs_[e])) return false;
+  if (!is_same_sharding(spec, specs_[e])) return false;
   if (known.size() == kSpecs) known.erase(known.begin());
-  known.push_back(held);
+  known.push_back(std::move(spec));
   return true;
 }
 
@@ -128,10 +127,6 @@ int Recogniser::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-PyObject* state_of(PyObject* param, const py::dict& state) {
-  PyObject* const found = PyDict_GetItemWithError(state.ptr(), param);
-  if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return found;
-}
+PyObject* state_of(PyObject* param, const py::dict& state) { return item_of(state.ptr(), param); }
 
 }  // namespace fusedopt

@@ -2,6 +2,10 @@
 
 #include <structmember.h>
 
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
 #include "../device/gpu.h"
 #include "../multi_tensor/apply.h"
 #include "../multi_tensor/parallel.h"
@@ -12,10 +16,23 @@ namespace fusedopt {
 
 Torch torch;
 
+PyObject* interned(const char* name) {
+  static std::unordered_map<const char*, PyObject*> names;
+  PyObject*& object = names[name];
+  if (object == nullptr) object = PyUnicode_InternFromString(name);
+  if (object == nullptr) throw py::error_already_set();
+  return object;
+}
+
+PyObject* item_of(PyObject* dict, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
 void FixedAttribute::find(PyTypeObject* type) {
   offset = 0;
-  const auto text = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
-  PyObject* const found = _PyType_Lookup(type, text.ptr());
+  PyObject* const found = _PyType_Lookup(type, interned(name));
   if (found == nullptr || Py_TYPE(found) != &PyMemberDescr_Type ||
       type->tp_getattro != &PyObject_GenericGetAttr) {
     return;
@@ -24,11 +41,18 @@ void FixedAttribute::find(PyTypeObject* type) {
   if (member->type == T_OBJECT_EX) offset = member->offset;
 }
 
-PyObject* FixedAttribute::asked(PyObject* object) const {
-  PyObject* const value = PyObject_GetAttrString(object, name);
-  if (value == nullptr) throw py::error_already_set();
-  Py_DECREF(value);  // the object goes on holding it
+py::object FixedAttribute::of(PyObject* object) const {
+  if (PyObject* const value = at(object)) return py::reinterpret_borrow<py::object>(value);
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, interned(name)));
+  if (!value) throw py::error_already_set();
   return value;
+}
+
+PyObject* FixedAttribute::asked(PyObject* object) const {
+  const py::object value = of(object);
+  if (Py_REFCNT(value.ptr()) > 1) return value.ptr();
+  throw std::runtime_error(std::string("fusedopt: ") + name + " of a " + Py_TYPE(object)->tp_name +
+                           " is made anew each time it is asked for; it must stay the same one");
 }
 
 bool is_same_sharding(py::handle one, py::handle other) {
@@ -143,18 +167,24 @@ void find_slots() {
   torch.spec.find(type);
 }
 
+py::object FoundGradients::asked(PyObject* tensor) {
+  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, interned("grad")));
+  if (!grad) throw py::error_already_set();
+  return grad;
+}
+
 FoundGradients found_gradients() {
-  static PyObject* const grad = PyUnicode_InternFromString("grad");
-  static PyObject* const function = PyUnicode_InternFromString("__torch_function__");
+  PyObject* const grad = interned("grad");
+  PyObject* const function = interned("__torch_function__");
   if (!torch.layout.knows_gradient() || torch.num_function_modes().cast<int>() != 0) return {};
-  const auto is_torchs = [](PyObject* object) {
+  const auto is_torchs = [grad](PyObject* object) {
     auto* const type = reinterpret_cast<PyTypeObject*>(object);
     PyObject* const attribute = _PyType_Lookup(type, grad);
     return attribute != nullptr && Py_TYPE(attribute) == &PyGetSetDescr_Type &&
            type->tp_getattro == &PyObject_GenericGetAttr;
   };
   // Those of parameters have it switched off.
-  const auto function_of = [](PyObject* object) {
+  const auto function_of = [function](PyObject* object) {
     return _PyType_Lookup(reinterpret_cast<PyTypeObject*>(object), function);
   };
   FoundGradients found;

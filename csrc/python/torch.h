@@ -17,20 +17,29 @@ namespace fusedopt {
 
 namespace py = pybind11;
 
+// A name as dicts look it up best. Kept for good: names are literals.
+PyObject* interned(const char* name);
+
+// What a dict has under a key, or null. Borrowed.
+PyObject* item_of(PyObject* dict, PyObject* key);
+
 // An attribute that objects of a class keep at a fixed place, if they do.
 struct FixedAttribute {
   const char* name;
   std::ptrdiff_t offset = 0;
 
   void find(PyTypeObject* type);
-  // Borrowed from the object.
-  PyObject* of(PyObject* object) const {
-    if (offset != 0) {
-      PyObject* const value =
-          *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
-      if (value != nullptr) return value;
-    }
-    return asked(object);
+  py::object of(PyObject* object) const;
+  // Borrowed from the object, which must hold it.
+  PyObject* held_by(PyObject* object) const {
+    PyObject* const value = at(object);
+    return value != nullptr ? value : asked(object);
+  }
+
+ private:
+  PyObject* at(PyObject* object) const {
+    return offset == 0 ? nullptr
+                       : *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
   }
   PyObject* asked(PyObject* object) const;
 };
@@ -71,7 +80,7 @@ inline bool is_dtensor(PyObject* object) {
 
 // What this process holds of a tensor: of a DTensor its shard, else the tensor itself. Borrowed.
 inline PyObject* local_of(PyObject* object) {
-  return is_dtensor(object) ? torch.local_tensor.of(object) : object;
+  return is_dtensor(object) ? torch.local_tensor.held_by(object) : object;
 }
 
 // Whether shards of DTensors are of the same elements, by the specs of these.
@@ -95,10 +104,15 @@ inline PyObject* known_gradient(PyObject* tensor) {
 struct FoundGradients {
   bool of_plain = false, of_dtensors = false;
 
-  PyObject* of(PyObject* tensor) const {
+  // None if there is none.
+  py::object grad_of(PyObject* tensor) const {
     const bool is_found = is_plain_tensor(tensor) ? of_plain : of_dtensors && is_dtensor(tensor);
-    return is_found ? known_gradient(tensor) : nullptr;
+    PyObject* const grad = is_found ? known_gradient(tensor) : nullptr;
+    return grad != nullptr ? py::reinterpret_borrow<py::object>(grad) : asked(tensor);
   }
+
+ private:
+  static py::object asked(PyObject* tensor);
 };
 FoundGradients found_gradients();
 

@@ -38,7 +38,6 @@ FUSEDOPT_HD Lanes all_lanes(std::uint64_t value) {
 FUSEDOPT_HD Lanes load_lanes(const void* from) { return _mm512_loadu_si512(from); }
 FUSEDOPT_HD void store_lanes(Lanes lanes, void* to) { _mm512_storeu_si512(to, lanes); }
 FUSEDOPT_HD FloatLanes as_floats(Lanes bits) { return _mm512_castsi512_ps(bits); }
-FUSEDOPT_HD Lanes as_bits(FloatLanes floats) { return _mm512_castps_si512(floats); }
 FUSEDOPT_HD bool any_nan(FloatLanes a, FloatLanes b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0;
 }

@@ -171,7 +171,7 @@ def test_detach(pair):
     assert_same(model, opt, twin, other)
 
 
-def test_the_optimizer_goes_away(pair):
+def test_the_optimizer_goes_away(backend):
     """While gradients wait for it: an error, as in a hook."""
     model = layers()
     keep = [attach(ADAMW, model)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import SEED, stand_in
@@ -91,6 +93,37 @@ def test_a_first_step_that_fails_changes_nothing(known, driver, kernels):
     for _ in range(2):
         opt.step()
     assert torch.equal(p, other)
+
+
+def test_an_interrupt_while_new_state_is_taken_back(driver, kernels, monkeypatch):
+    """Finding a parameter in the state is Python code. Wherever an interrupt arrives in it, it is
+    heard, and nothing has changed."""
+    params = [torch.randn(5).requires_grad_() for _ in range(3)]
+    for p in params:
+        p.grad = torch.randn(5)
+    fusedopt.SGD(params, lr=0.1, momentum=0.9).step()  # loads the kernel
+    opt = fusedopt.SGD(params, lr=0.1, momentum=0.9)
+    driver.fail("cuLaunchKernel", 719)
+    hash_of, heard = torch.Tensor.__hash__, 0
+    for at in itertools.count(1):
+        calls = itertools.count(1)
+
+        def interrupted(tensor, calls=calls, at=at):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return hash_of(tensor)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "__hash__", interrupted)
+            try:
+                opt.step()
+            except KeyboardInterrupt:
+                heard += 1
+            except RuntimeError as error:
+                assert "719" in str(error)
+                break
+        assert not opt.state
+    assert heard >= len(params) and not opt.state
 
 
 def test_what_the_python_rule_did_before_goes_back(driver, kernels):

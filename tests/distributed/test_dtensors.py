@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -155,6 +156,18 @@ def test_parameters_that_come_and_go(case, backend):
             assert (p._version > version) == (p.grad is not None)  # autograd knows of the step
     for p, q in zip(params, expected, strict=True):
         assert_close(p, q, "parameter")
+
+
+@on_ranks(2)
+@richest
+def test_shardings_that_are_made_anew(case, native):
+    """By code that others put into DTensors: nobody but the step holds what it is given."""
+    run, clipped = Run(case, 2), Run(case, 2, max_grad_norm=1e9)
+    slot = DTensor.__dict__["_spec"]
+    anew = property(lambda self: copy.copy(slot.__get__(self, DTensor)), slot.__set__)
+    with mock.patch.object(DTensor, "_spec", anew):
+        run.goes_on()
+        clipped.goes_on()
 
 
 # Bad input --------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def row(value):
 @on_ranks()
 @pytest.mark.parametrize(
     ("layout", "way"),
+    # Every layout and every way, but not all of them crossed.
     [
         (LAYOUTS[name], way)
         for name, way in product(LAYOUT_NAMES, WAYS)

@@ -45,7 +45,8 @@ def placed(layout, values):
     ids=str,
 )
 def test_every_layout_with_every_gradient_layout(case, dtype, backend):
-    """All pairs are parameters of one optimizer, in several shapes, two of them for each pair."""
+    """All pairs are parameters of one optimizer. Each has two shapes of five, others for each case:
+    a layout and a shape do not depend on the options, and all of them took a minute."""
     shapes = [(3, 4, 5, 2), (4, 1, 3, 5), (1, 1, 1, 1), (2, 0, 3, 1), (2, 17, 3, 3)]
     params, around, truth, what = [], [], [], []
     for (p_name, p_layout), (g_name, g_layout), shape in (
@@ -107,7 +108,7 @@ def _room(counts):
 def test_every_count_at_every_misalignment(case, dtype, backend):
     """Against one long parameter, with sentinels around each short one, and around its state,
     whose alignment differs from the parameter's."""
-    shifts = [1] if backend == "python" else random.sample(range(16), 6)
+    shifts = [1] if backend == "python" else range(16)
     keys = [key for key in _state_keys(case) if key not in SCALARS]
     params, grads, flat, truth, gaps = [], [], [], [], []
     for shift in shifts:

@@ -111,7 +111,8 @@ def test_options_that_torch_lacks(more, missing):
     assert_all_near(params, others)
     for p, q in zip(params, others, strict=True):
         for key, value in opt.state[p].items():
-            assert (value.dtype, value.shape) == (other.state[q][key].dtype, value.shape)
+            there = other.state[q][key]
+            assert (value.dtype, value.shape) == (there.dtype, there.shape)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["default", "amp_fused"])

@@ -37,8 +37,6 @@ ROOTS = [
     ("-0x1.65cad0p+17", "0x1.e14b2ep+17"),
     ("-0x1.5ed260p+48", "0x1.2cb0ecp+51"),
 ]
-# Bit for bit the same as without options, which torch would compute.
-pytestmark = pytest.mark.usefixtures("only_by_the_rule")
 
 
 def coded(values, dtype):

@@ -29,9 +29,6 @@ from stored import (
 
 import fusedopt
 
-# Bit for bit the same as without options, which torch would compute.
-pytestmark = pytest.mark.usefixtures("only_by_the_rule")
-
 
 @every_loop
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16, torch.complex64], ids=str)

@@ -30,9 +30,6 @@ from stored import (
 
 import fusedopt
 
-# Bit for bit the same as without options, which torch would compute.
-pytestmark = pytest.mark.usefixtures("only_by_the_rule")
-
 WRONG = [
     ({"state_dtype": "4bit"}, "state_dtype"),
     ({"state_dtype": F64}, "state_dtype"),
