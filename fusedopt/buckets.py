@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from . import dtensor
+from .hooks import alive, is_distributed
 from .record import Members
 from .stepper import Stepper
 
 if TYPE_CHECKING:
     from .attached import Attached
     from .optimizer import FusedOptimizer
-
-Kept = TypeVar("Kept")
 
 
 class Slot:
@@ -135,7 +132,7 @@ class Gathered:
         arrived = self._arrived.pop(bucket)
         self._size -= self._sizes.pop(bucket)
         self._join_streams(arrived)
-        attached.step(bucket, arrived)
+        attached.step_bucket(bucket, arrived)
         if self._used_up is not None:
             self._used_up += arrived.values()
 
@@ -168,21 +165,6 @@ class Gathered:
                 )
 
 
-def alive(reference: weakref.ref[Kept]) -> Kept:
-    kept = reference()
-    if kept is None:
-        raise RuntimeError(
-            "the optimizer that attach() returned is gone; keep it while the model is trained, or "
-            "detach() it"
-        )
-    return kept
-
-
-def queue(call: Callable[[], None]) -> None:
-    """To be called at the end of the backward that runs in this thread."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)
-
-
 def _size(grad: Any, unknown: int) -> int:
     """The bytes that this process holds of a gradient. How many a sparse one has is not known
     without looking at it: it waits for no other."""
@@ -190,7 +172,3 @@ def _size(grad: Any, unknown: int) -> int:
     if grad is None:
         return 0
     return grad.nbytes if grad.layout is torch.strided else unknown
-
-
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

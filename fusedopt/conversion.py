@@ -70,7 +70,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
             backward, a scheduler belongs to another optimizer, or ``step`` has been replaced.
     """
     _check(optimizer, _ours(), schedulers)
-    optimizer._check_not_swapped("to_torch()")
+    optimizer._check_can_step("to_torch()")
     extras = optimizer._own_options
     groups = (optimizer.defaults, *optimizer.param_groups)
     # An average with a decay of 0 is on, too.
@@ -82,8 +82,8 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
         raise ValueError(
             f"torch.optim.{type(optimizer).__name__} has no {', '.join(on)}; switch that off first"
         )
-    if optimizer._attached is not None:
-        raise ValueError("the optimizer is attached to a backward; detach() it first")
+    if optimizer._in_backward is not None:
+        raise ValueError("the optimizer is attached to a backward, or offloaded; detach() it first")
     for record in optimizer._members().all():
         param, entries = record.param, checkpoint.as_stock(record, record.entries)
         for name in record.rule.by_name:

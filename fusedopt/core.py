@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .attached import Attached
+    from .hooks import InBackward
 
 
 class Core:
@@ -22,8 +22,8 @@ class Core:
     own."""
 
     __slots__ = (
-        "_attached",
         "_clips",
+        "_in_backward",
         "amp_fused",
         "found_inf",
         "grad_scale",
@@ -40,8 +40,8 @@ class Core:
         self.amp_fused = False
         # Of the last step.
         self._clips: dict[torch.device, Tensor] | None = None
-        # The hooks that step in the backward.
-        self._attached: Attached | None = None
+        # What attach() or offload() does in the backward.
+        self._in_backward: InBackward | None = None
         # The weights of parameters that hold their averages, of each context that is open.
         self.swaps: list[dict[Tensor, Tensor]] = []
 

@@ -21,7 +21,7 @@ from .stepper import Stepper
 from .turns import Turn
 
 if TYPE_CHECKING:
-    from .attached import Attached
+    from .hooks import InBackward
 
 
 # fusedopt's classes, by name: whoever needs all of them looks here.
@@ -47,7 +47,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None = of_core("grad_scale")
     found_inf: Tensor | None = of_core("found_inf")
     _clips: dict[torch.device, Tensor] | None = of_core("_clips")
-    _attached: Attached | None = of_core("_attached")
+    _in_backward: InBackward | None = of_core("_in_backward")
     _step_supports_amp_scaling = AmpScalingSupport()
 
     _turn: Turn
@@ -135,9 +135,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             return super().add_param_group(param_group)
         with self._turn.exclusively(self._name, "add_param_group()"):
             super().add_param_group(param_group)
-            if self._attached is not None:
+            if self._in_backward is not None:
                 try:
-                    self._attached.hook()
+                    self._in_backward.hook()
                 except ValueError:  # a parameter is attached to another optimizer
                     self.param_groups.pop()
                     raise
@@ -180,10 +180,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._turn.step(self._name, self._step_all)
 
     def _step_all(self) -> None:
-        self._check_not_swapped()
-        self._stepper.step(Members(self, self.param_groups))
+        self._check_can_step()
+        if self._in_backward is None:
+            self._stepper.step(Members(self, self.param_groups))
+        else:
+            self._in_backward.step(self)
 
-    def _check_not_swapped(self, call: str = "step()") -> None:
+    def _check_can_step(self, call: str = "step()") -> None:
         if self._core.swaps:
             raise RuntimeError(
                 f"{self._name}: the parameters hold their averages; leave swap_ema() before {call}"
@@ -202,7 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         parameter no more; if it is part of another backward (``use_reentrant=True``), these are
         left to ``step()``. An ordinary optimizer steps in ``step()`` alone: nothing changes.
         """
-        return nullcontext() if self._attached is None else self._attached.accumulating()
+        return nullcontext() if self._in_backward is None else self._in_backward.accumulating()
 
     # The average of the weights ---------------------------------------------------------------
 

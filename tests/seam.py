@@ -161,7 +161,7 @@ def in_turn(opt: Any) -> contextlib.AbstractContextManager[Any]:
 
 def call_in_next_steps(opt: Any, call: Callable[[], None]) -> None:
     """From the middle of a step, before anything is written."""
-    opt._check_not_swapped = call
+    opt._check_can_step = call
 
 
 # What is kept ---------------------------------------------------------------------------------
@@ -170,19 +170,19 @@ def call_in_next_steps(opt: Any, call: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def attached_steps(opt: Any) -> Iterator[list[list[torch.Tensor]]]:
     """The parameters of each step that hooks take meanwhile."""
-    attached, seen = opt._attached, []
-    step = attached.step
+    attached, seen = opt._in_backward, []
+    step = attached.step_bucket
 
     def record(bucket: Any, arrived: Any) -> None:
         seen.append([slot.param for slot in arrived.values()])
         step(bucket, arrived)
 
-    with mock.patch.object(attached, "step", record):
+    with mock.patch.object(attached, "step_bucket", record):
         yield seen
 
 
 def is_attached(opt: Any) -> bool:
-    return opt._attached is not None
+    return opt._in_backward is not None
 
 
 def forget_norm(opt: Any) -> None:

@@ -114,7 +114,7 @@ def test_an_optimizer_that_is_gone_is_missed(backend):
     """The model does not keep it; without an error it would stop to learn."""
     model = network()
     attach(ADAMW, model)
-    with pytest.raises(RuntimeError, match=r"that attach\(\) returned is gone"):
+    with pytest.raises(RuntimeError, match=r"that attach\(\) or offload\(\) returned is gone"):
         loss(model, *batches(1)).backward()
     model.zero_grad()
     here, there = both(ADAMW, model)
