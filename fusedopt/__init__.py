@@ -9,6 +9,7 @@ from .clip import clip_grad_norm_
 from .conversion import from_torch, patch, to_torch, unpatch
 from .lion import Lion
 from .nadam import NAdam
+from .offloading import offload
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -29,6 +30,7 @@ __all__ = [
     "clip_grad_norm_",
     "detach",
     "from_torch",
+    "offload",
     "patch",
     "to_torch",
     "unpatch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,13 +51,13 @@ class Bucket:
             by_group.setdefault(slot.g, []).append(slot)
             if (entries := optimizer.state.get(slot.param)) is not None:
                 state[slot.param] = entries
-        groups = [_group_of(optimizer, of_group) for of_group in by_group.values()]
+        groups = [group_of(optimizer, of_group) for of_group in by_group.values()]
         places = [[(slot.g, slot.i) for slot in of_group] for of_group in by_group.values()]
         absent = {id(slot.param) for slot in slots} - arrived.keys()
         return Members(optimizer, groups, state, places, absent)
 
 
-def _group_of(optimizer: FusedOptimizer, slots: list[Slot]) -> dict[str, Any]:
+def group_of(optimizer: FusedOptimizer, slots: Sequence[Slot]) -> dict[str, Any]:
     """The options of a param group, for some of its parameters."""
     groups, g = optimizer.param_groups, slots[0].g
     params = groups[g]["params"] if len(groups) > g else []

@@ -58,6 +58,22 @@ def as_stock(record: Record, entries: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def load(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Everything is checked first: if this raises, the optimizer is as it was."""
+    optimizer.synchronize()
+    groups = loaded_groups(optimizer, state_dict)
+    state = loaded_state(optimizer, state_dict, groups)
+    before = optimizer.__dict__.copy()
+    try:
+        optimizer.__setstate__({"state": state, "param_groups": groups})
+    except Exception as error:
+        optimizer.__dict__.update(before)
+        raise ValueError(
+            f"{optimizer._name}: torch.optim cannot take the loaded state over ({error!r}); is it "
+            "the checkpoint of another optimizer?"
+        ) from error
+
+
 def loaded_groups(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> list[Group]:
     """The param groups of a checkpoint with the parameters of the optimizer."""
     who = optimizer._name
@@ -110,7 +126,9 @@ def loaded_state(
 ) -> Any:
     """The state of a checkpoint by the parameters of the optimizer."""
     saved_groups = state_dict["param_groups"]
-    members = Members(optimizer, groups, state={})
+    in_backward = optimizer._in_backward
+    like = groups if in_backward is None else in_backward.with_images(groups)
+    members = Members(optimizer, like, state={})
     owner = {
         key: (g, i) for g, saved in enumerate(saved_groups) for i, key in enumerate(saved["params"])
     }
@@ -120,7 +138,8 @@ def loaded_state(
         if key in owner:
             record = Record(members, *owner[key])
             try:
-                loaded[record.param] = _loaded_entries(record, saved_groups[record.g], value)
+                entries = _loaded_entries(record, saved_groups[record.g], value)
+                loaded[groups[record.g]["params"][record.i]] = entries
             except Problem as problem:
                 raise problem.kind(
                     f"{record.describe()}: in the loaded state, {problem}; is it the checkpoint of "

@@ -66,6 +66,8 @@ class AmpScalingSupport:
     def __get__(self, optimizer: Any, owner: type) -> bool:
         if optimizer is None or not optimizer.amp_fused:
             raise AttributeError("_step_supports_amp_scaling")
+        if optimizer._in_backward is not None:
+            optimizer._in_backward.show_to_scaler()
         return True
 
     def __set__(self, optimizer: Any, value: bool) -> None:

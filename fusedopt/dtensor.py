@@ -41,6 +41,15 @@ def local(tensor: Any) -> Any:
     return shard.wait() if hasattr(shard, "wait") else shard
 
 
+def with_local(param: Any, held: Tensor) -> Any:
+    """As the parameter, with other memory for what this process holds of it, on any device."""
+    if not is_dtensor(param):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(held, param._spec, requires_grad=False)
+
+
 def check_param(param: Any) -> None:
     """Raises a Problem if its shards cannot be updated one by one."""
     if is_dtensor(param) and any(p.is_partial() for p in param.placements):

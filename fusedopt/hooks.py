@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from .record import Members
+from .rule import Group
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -55,6 +56,17 @@ class InBackward:
 
     def forget_gradients(self) -> None:
         """Gradients that wait for a step are wanted no more."""
+
+    def show_to_scaler(self) -> None:
+        """A GradScaler is about to look for infinite gradients."""
+
+    def with_images(self, groups: list[Group]) -> list[Group]:
+        """The groups, with what the state of their parameters is like in place of these."""
+        return groups
+
+    def settings_to_pickle(self) -> dict[str, Any] | None:
+        """For a copy of the optimizer to do the same."""
+        return None
 
     @_disable_dynamo
     def add_in_compiled_backward(self, param: Tensor) -> None:

@@ -192,6 +192,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{self._name}: the parameters hold their averages; leave swap_ema() before {call}"
             )
 
+    def synchronize(self) -> None:
+        """Return when all parameters are updated: of an offloaded optimizer, whose ``step()`` with
+        ``overlap="forward"`` returns before; of others they always are."""
+        if self._in_backward is not None:
+            self._in_backward.synchronize()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; gradients that an offloaded optimizer took to the host are forgotten."""
+        if self._in_backward is not None:
+            self._in_backward.forget_gradients()
+        super().zero_grad(set_to_none)
+
     def accumulating(self) -> AbstractContextManager[None]:
         """Within the context the hooks of :func:`fusedopt.attach` step nothing, and gradients add
         up as usual::
@@ -219,6 +231,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if all(group.get("ema") is None for group in self.param_groups):
             raise ValueError(f"this {self._name} keeps no averages; construct it with ema=")
+        self.synchronize()
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param, {}) if group.get("ema") is not None else {}
@@ -252,6 +265,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 adds to groups and state stays (default: False).
         """
         with self._turn.lock:
+            self.synchronize()
             state_dict = super().state_dict()
         return checkpoint.stock_state_dict(self, state_dict) if stock else state_dict
 
@@ -281,16 +295,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             if result is not None:
                 state_dict = result
         with self._turn.exclusively(self._name, "load_state_dict()"):
-            groups = checkpoint.loaded_groups(self, state_dict)
-            state = checkpoint.loaded_state(self, state_dict, groups)
-            before = self.__dict__.copy()
-            try:
-                self.__setstate__({"state": state, "param_groups": groups})
-            except Exception as error:
-                self.__dict__.update(before)
-                raise ValueError(
-                    f"{self._name}: torch.optim cannot take the loaded state "
-                    f"over ({error!r}); is it the checkpoint of another optimizer?"
-                ) from error
+            checkpoint.load(self, state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

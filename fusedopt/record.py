@@ -48,6 +48,7 @@ class Members:
         self.places = places
         self.absent = absent
         self.created: Created = {}
+        self.seeds: dict[Any, Tensor] = {}  # that were drawn before, by parameter
 
     @property
     def name(self) -> str:

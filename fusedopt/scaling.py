@@ -3,7 +3,7 @@ sets ``grad_scale`` and ``found_inf`` for the step, and from clipping."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ Scaling = dict[torch.device, OfDevice]
 
 
 @torch.no_grad()
-def read(optimizer: FusedOptimizer, norm: GradNorm) -> Scaling | None:
+def read(
+    optimizer: FusedOptimizer, norm: GradNorm, params: list[Any] | None = None
+) -> Scaling | None:
     """Of the step that begins. Measures the norm of all gradients where that is asked for.
+    ``params``: whose gradients these are, if not the optimizer's.
 
     Raises:
         RuntimeError: ``found_inf`` or ``grad_scale`` has no memory, or a gradient cannot be
@@ -32,7 +35,8 @@ def read(optimizer: FusedOptimizer, norm: GradNorm) -> Scaling | None:
     if max_norm is None and not core.amp_fused:
         return None
     options.check_max_grad_norm(max_norm)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if params is None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
     if max_norm is not None and not core.amp_fused:
         core._clips = norm.measure_ordinary(params, max_norm)
         if core._clips is not None:

@@ -44,7 +44,7 @@ def complete(record: Record) -> None:
             if key in scalars:
                 entries[key] = _continued(record, scalars[key], entries.get(key))
             elif key in record.extras:
-                entries[key] = _new_extra(key, record.param)
+                entries[key] = _new_extra(key, record)
             else:
                 slot = record.rule.by_name[key]
                 has_value = entries.get(key) is not None
@@ -168,10 +168,20 @@ def _is_made_by_update(record: Record) -> bool:
     )
 
 
-def _new_extra(key: str, param: Tensor) -> Tensor:
-    if key == "rounding_state":  # a seed, and how many steps were rounded with it
-        seed = torch.randint(2**62, (2,), dtype=torch.int64, device="cpu")
-        seed[1] = 0
+def draw_seed() -> Tensor:
+    """For the random numbers that a parameter is rounded with, and how often it was. The seeds of
+    an optimizer come from torch's generator in the order of its parameters."""
+    seed = torch.randint(2**62, (2,), dtype=torch.int64, device="cpu")
+    seed[1] = 0
+    return seed
+
+
+def _new_extra(key: str, record: Record) -> Tensor:
+    param = record.param
+    if key == "rounding_state":
+        seed = record.members.seeds.get(param)
+        if seed is None:
+            seed = draw_seed()
         return dtensor.row_per_shard(seed.to(param.device), param)
     if key == "master_remainder":
         return torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)

@@ -31,9 +31,13 @@ class _NoPlan(NamedTuple):
 
 class Stepper:
     """Steps the same parameters again and again. One for an optimizer; with :func:`fusedopt.attach`
-    one for each bucket. Never pickled."""
+    one for each bucket. Never pickled.
 
-    def __init__(self) -> None:
+    ``num_threads``: for native steps on the CPU; without, as many as torch uses.
+    """
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self._num_threads = num_threads
         # The tensors of the last step, as the native module remembers them.
         self.plan: Any = None
         self._plan_amp_fused = False  # it knows where steps are counted
@@ -44,10 +48,13 @@ class Stepper:
         self._together = Together()
 
     def step(self, members: Members) -> None:
+        self.step_scaled(members, self._scaling(members))
+
+    def step_scaled(self, members: Members, scales: Scaling | None) -> None:
+        """With scales that were read before."""
         amp_fused = members.optimizer.amp_fused
         if self._plan_amp_fused != amp_fused:
             self.plan, self._plan_amp_fused = None, amp_fused
-        scales = self._scaling(members)
         if self._together.settled is not None and self._step_again(members, scales):
             return
         outcome = self._native_step(self.plan, members, scales)
@@ -103,7 +110,7 @@ class Stepper:
         outcome = plan.step(
             members.groups,
             known if is_plain else dict(known),
-            torch.get_num_threads(),
+            self._num_threads or torch.get_num_threads(),
             members.hidden_grads() or None if grads is None else grads,
             scales,
             created or None,

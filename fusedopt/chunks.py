@@ -1,0 +1,250 @@
+"""Chunks of parameters on the host: their images, which an optimizer of the host steps as ordinary
+parameters, and the gradients that come for them."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import dtensor
+from .buckets import Bucket, Slot, group_of
+from .link import Event, Link
+from .record import Members
+from .scaling import Scaling
+from .stepper import Stepper
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+_ALIGNMENT = 64  # bytes: a cache line, of which no two tensors have a part
+
+
+class Image(Slot):
+    """A parameter, and on the host an image of it with the same dtype and the same bits."""
+
+    __slots__ = ("grad_place", "image", "offset", "seen")
+
+    def __init__(self, param: Any, g: int, i: int) -> None:
+        super().__init__(param, g, i)
+        self.image: Any = None
+        self.offset = 0  # in bytes, in the memory of its chunk
+        self.seen: tuple[int, ...] = ()  # who the parameter was when the image had its bits
+
+    @property
+    def size(self) -> int:
+        """In bytes, in the memory of the chunk."""
+        nbytes = int(dtensor.local(self.param).nbytes)
+        return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def in_memory(self, memory: Tensor) -> Any:
+        """A tensor like the parameter in its place of the memory of a chunk."""
+        held = dtensor.local(self.param)
+        place = memory[self.offset : self.offset + held.nbytes].view(held.dtype)
+        return dtensor.with_local(self.param, place.as_strided(held.shape, held.stride()))
+
+    def is_changed(self) -> bool:
+        """Whether somebody else wrote the parameter since it had the bits of the image."""
+        return self.seen != _identity(self.param)
+
+    def count_write(self) -> None:
+        """Autograd is to notice that the parameter has other bits now, or will have."""
+        increment_version(self.param)
+        self.seen = _identity(self.param)
+
+    def problem(self) -> str | None:
+        """Why the image and the parameter cannot be copied to each other, if they cannot."""
+        held, image = dtensor.local(self.param), dtensor.local(self.image)
+        for name in ("shape", "dtype"):
+            if getattr(held, name) != getattr(image, name):
+                now, then = getattr(held, name), getattr(image, name)
+                return f"its {name} was {then} when offload() was called, and is {now} now"
+        return None
+
+
+def _identity(param: Any) -> tuple[int, ...]:
+    held = dtensor.local(param)
+    return param._version, held._version, held.data_ptr()
+
+
+class Slabs:
+    """Host memory that gradients come to, which is used again and again."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self._lock = threading.Lock()  # a worker gives back what the hooks take
+        self._free: list[Tensor] = []
+        self._size = 0  # of all
+
+    def take(self, size: int, limit: float) -> Tensor | None:
+        """At least so many bytes; None if there are more than ``limit``, of which some will be
+        given back."""
+        with self._lock:
+            if fitting := [slab for slab in self._free if slab.nbytes >= size]:
+                slab = min(fitting, key=lambda slab: slab.nbytes)
+                self._free = [other for other in self._free if other is not slab]
+                return slab
+            free = sum(slab.nbytes for slab in self._free)
+            if self._size + size > limit:
+                if free < self._size:
+                    return None
+                self._free, self._size = [], 0
+            slab = self.link.memory(size)
+            self._size += size
+            return slab
+
+    def provide(self, sizes: list[int]) -> None:
+        """Makes what will be needed."""
+        slabs = [self.take(size, float("inf")) for size in sizes]
+        for slab in slabs:
+            if slab is not None:
+                self.give_back(slab)
+
+    def give_back(self, slab: Tensor) -> None:
+        self.link.released(slab)
+        with self._lock:
+            self._free.append(slab)
+
+
+class Arrived:
+    """The gradients of a chunk for one step, and the copies that bring them."""
+
+    def __init__(self, slabs: Slabs, slab: Tensor) -> None:
+        self._slabs, self._slab = slabs, slab
+        self._link = slabs.link
+        self.grads: dict[Image, Any] = {}
+        self._events: list[Event] = []
+
+    def add(self, slot: Image, grad: Any, after: list[Event]) -> Event:
+        """Starts the copy of a gradient. Its memory may be given up at once."""
+        held = dtensor.local(dtensor.placed_like(grad, slot.param)).detach()
+        param = dtensor.local(slot.param)
+        if held.layout is torch.strided and held.dtype == param.dtype:
+            place = slot.in_memory(self._slab)
+            event = self._link.download(held, dtensor.local(place), after)
+            self._events.append(event)
+        else:  # of which it is not known before how much memory it has
+            place = dtensor.with_local(slot.param, held.to("cpu", copy=True))
+            event = None
+        self.grads[slot] = place
+        return event
+
+    def refresh(self, slot: Image, after: list[Event]) -> None:
+        """The image takes the bits that somebody gave the parameter."""
+        held = dtensor.local(slot.param).detach()
+        self._events.append(self._link.download(held, dtensor.local(slot.image), after))
+
+    def wait(self) -> None:
+        for event in self._events:
+            self._link.wait(event)
+
+    def release(self) -> None:
+        self.grads.clear()
+        self._slabs.give_back(self._slab)
+
+
+class Chunk(Bucket):
+    """Parameters that follow each other, whose images are stepped together when their gradients are
+    there, and sent back together."""
+
+    def __init__(self, slots: list[Image], slabs: Slabs, num_threads: int) -> None:
+        super().__init__()
+        self.images, self.slabs, self.link = slots, slabs, slabs.link
+        self.stepper = Stepper(num_threads)
+        self.size = 0
+        for slot in slots:
+            slot.bucket, slot.offset = self, self.size
+            self.size += slot.size
+        self._memory = self.link.memory(self.size)
+        for slot in slots:
+            slot.image = slot.in_memory(self._memory)
+            dtensor.local(slot.image).copy_(dtensor.local(slot.param).detach())
+            slot.seen = _identity(slot.param)
+        # The state of the images: the same dicts as in the optimizer, where the parameters have it.
+        self._state: dict[Any, Any] = {}
+        self.arrived: Arrived | None = None  # for the next step
+        self.running: Future[None] | None = None
+        self.uploaded: Event | None = None
+
+    def grads(self) -> dict[Image, Any]:
+        return {} if self.arrived is None else self.arrived.grads
+
+    def prepare(self, optimizer: FusedOptimizer, seeds: dict[Any, Tensor]) -> Members:
+        """The members of a step on the host. Options are those of now, whatever becomes of them
+        until it is taken."""
+        by_group: dict[int, list[Image]] = {}
+        for slot in self.images:
+            by_group.setdefault(slot.g, []).append(slot)
+            entries = optimizer.state.get(slot.param)
+            if entries is None:
+                self._state.pop(slot.image, None)
+            elif self._state.get(slot.image) is not entries:
+                self._state[slot.image] = entries
+        groups = []
+        for slots in by_group.values():
+            group = group_of(optimizer, slots)
+            del group["params"]
+            group = {name: _as_now(value) for name, value in group.items()}
+            groups.append({**group, "params": [slot.image for slot in slots]})
+        places = [[(slot.g, slot.i) for slot in slots] for slots in by_group.values()]
+        members = Members(optimizer, groups, self._state, places)
+        members.owner = self._state
+        members.seeds = {s.image: seeds[s.param] for s in self.images if s.param in seeds}
+        return members
+
+    def run(
+        self,
+        arrived: Arrived,
+        members: Members,
+        scales: Scaling | None,
+        targets: list[Tensor],
+        mark: Event,
+    ) -> None:
+        """Called by the worker. ``targets``: the memory of the parameters, which the device reads
+        until the mark."""
+        slots = [*arrived.grads]
+        try:
+            arrived.wait()
+            if self.uploaded is not None:
+                self.link.wait(self.uploaded)  # it reads the images
+            for slot, grad in arrived.grads.items():
+                slot.image.grad = grad
+            self.stepper.step_scaled(members, scales)
+        finally:
+            for slot in slots:
+                slot.image.grad = None
+            arrived.release()
+        sources = [dtensor.local(slot.image) for slot in slots]
+        self.uploaded = self.link.upload(sources, targets, [mark])
+
+    def finish(self, optimizer: FusedOptimizer, checks_writes: bool) -> BaseException | None:
+        """Waits for the host's part of the step that runs. Returns what it raised.
+        ``checks_writes``: parameters could be reached meanwhile by whoever did not wait."""
+        if self.running is None:
+            return None
+        error = self.running.exception()
+        for slot in self.images if checks_writes and error is None else ():
+            if slot.is_changed():
+                error = RuntimeError(
+                    f"{optimizer._members().describe(slot.g, slot.i)}: it was written while its "
+                    'step was under way (overlap="forward"); call optimizer.synchronize() before '
+                    "parameters are used otherwise than by their modules"
+                )
+            slot.count_write()  # what was computed from it before shall not reach a backward
+        for slot in self.images:
+            entries = self._state.get(slot.image)
+            if entries is not None and optimizer.state.get(slot.param) is not entries:
+                optimizer.state[slot.param] = entries
+        self.running = None
+        return error
+
+
+def _as_now(value: Any) -> Any:
+    """An option that whoever changes it later does not change."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_as_now, value))
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
