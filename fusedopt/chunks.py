@@ -1,5 +1,4 @@
-"""Chunks of parameters on the host: their images, which an optimizer of the host steps as ordinary
-parameters, and the gradients that come for them."""
+"""Chunks of parameters on the host, and the gradients that come for them."""
 
 from __future__ import annotations
 
@@ -9,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import dtensor
-from .buckets import Bucket, Slot, group_of
+from .buckets import Bucket, group_of
+from .images import Image
 from .link import Event, Link
 from .record import Members
 from .scaling import Scaling
@@ -20,55 +19,6 @@ from .stepper import Stepper
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
-
-_ALIGNMENT = 64  # bytes: a cache line, of which no two tensors have a part
-
-
-class Image(Slot):
-    """A parameter, and on the host an image of it with the same dtype and the same bits."""
-
-    __slots__ = ("grad_place", "image", "offset", "seen")
-
-    def __init__(self, param: Any, g: int, i: int) -> None:
-        super().__init__(param, g, i)
-        self.image: Any = None
-        self.offset = 0  # in bytes, in the memory of its chunk
-        self.seen: tuple[int, ...] = ()  # who the parameter was when the image had its bits
-
-    @property
-    def size(self) -> int:
-        """In bytes, in the memory of the chunk."""
-        nbytes = int(dtensor.local(self.param).nbytes)
-        return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-    def in_memory(self, memory: Tensor) -> Any:
-        """A tensor like the parameter in its place of the memory of a chunk."""
-        held = dtensor.local(self.param)
-        place = memory[self.offset : self.offset + held.nbytes].view(held.dtype)
-        return dtensor.with_local(self.param, place.as_strided(held.shape, held.stride()))
-
-    def is_changed(self) -> bool:
-        """Whether somebody else wrote the parameter since it had the bits of the image."""
-        return self.seen != _identity(self.param)
-
-    def count_write(self) -> None:
-        """Autograd is to notice that the parameter has other bits now, or will have."""
-        increment_version(self.param)
-        self.seen = _identity(self.param)
-
-    def problem(self) -> str | None:
-        """Why the image and the parameter cannot be copied to each other, if they cannot."""
-        held, image = dtensor.local(self.param), dtensor.local(self.image)
-        for name in ("shape", "dtype"):
-            if getattr(held, name) != getattr(image, name):
-                now, then = getattr(held, name), getattr(image, name)
-                return f"its {name} was {then} when offload() was called, and is {now} now"
-        return None
-
-
-def _identity(param: Any) -> tuple[int, ...]:
-    held = dtensor.local(param)
-    return param._version, held._version, held.data_ptr()
 
 
 class Slabs:
@@ -163,7 +113,7 @@ class Chunk(Bucket):
         for slot in slots:
             slot.image = slot.in_memory(self._memory)
             dtensor.local(slot.image).copy_(dtensor.local(slot.param).detach())
-            slot.seen = _identity(slot.param)
+            slot.has_its_bits()
         # The state of the images: the same dicts as in the optimizer, where the parameters have it.
         self._state: dict[Any, Any] = {}
         self.arrived: Arrived | None = None  # for the next step
@@ -172,6 +122,13 @@ class Chunk(Bucket):
 
     def grads(self) -> dict[Image, Any]:
         return {} if self.arrived is None else self.arrived.grads
+
+    def check(self, optimizer: FusedOptimizer) -> None:
+        """Raises RuntimeError if the images cannot be copied to the parameters."""
+        for slot in self.images:
+            if (problem := slot.problem()) is not None:
+                who = optimizer._members().describe_param(slot.param)
+                raise RuntimeError(f"{who}: {problem}")
 
     def prepare(self, optimizer: FusedOptimizer, seeds: dict[Any, Tensor]) -> Members:
         """The members of a step on the host. Options are those of now, whatever becomes of them

@@ -3,10 +3,7 @@ stepped there by a worker, and go back."""
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Container, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,22 +12,19 @@ from torch import Tensor
 
 from . import dtensor, hooks, options, scaling, state
 from .buckets import Bucket, Slot
-from .chunks import Arrived, Chunk, Image, Slabs
-from .grad_norm import NORM, GradNorm
-from .link import make_link
+from .chunk_queue import ChunkQueue
+from .chunks import Chunk
+from .grad_norm import GradNorm
+from .images import Image, can_have_image
 from .rule import Group
 from .scaling import Scaling
+from .shown import Shown
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .record import Record
 
 CPU = torch.device("cpu")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Chunks whose gradients wait while others are stepped.
-_IN_FLIGHT = 4
-
-_all: weakref.WeakSet[Offloaded] = weakref.WeakSet()
 
 
 class Settings(NamedTuple):
@@ -51,19 +45,14 @@ class Offloaded(hooks.InBackward):
     def __init__(self, optimizer: FusedOptimizer, settings: Settings) -> None:
         super().__init__(optimizer)
         self.settings = settings
-        self.chunks: list[Chunk] = []
+        self._queue = ChunkQueue(settings.num_threads, settings.overlap == "forward")
         self._slots: dict[int, Slot] = {}  # by the id of the parameter
         self._kept = Bucket()
         self._kept_grads: dict[Slot, Any] = {}  # taken from the backward
-        self._shown: dict[torch.device, Slot] = {}  # whose gradients a GradScaler still finds
-        self._slabs: dict[torch.device, Slabs] = {}
-        self._seeds: dict[Any, Tensor] = {}  # of parameters that may have had no step
+        self._shown = Shown()
         self._norm = GradNorm()
         self._backwards: set[int] = set()
         self._accumulated: dict[int, Slot] = {}
-        self._worker = _worker()
-        self._process = os.getpid()
-        _all.add(self)
 
     # Parameters -----------------------------------------------------------------------------------
 
@@ -73,14 +62,16 @@ class Offloaded(hooks.InBackward):
             self._check(record)
         images: list[Image] = []
         for record in new:
-            is_offloaded = self._can_offload(record.param)
-            slot = (Image if is_offloaded else Slot)(record.param, record.g, record.i)
+            has_image = can_have_image(
+                record.param, self.settings.device or "cuda", self.settings.keep_below
+            )
+            slot = (Image if has_image else Slot)(record.param, record.g, record.i)
             if isinstance(slot, Image):
                 images.append(slot)
             else:
                 self._kept.slots.append(slot)
             self._slots[id(record.param)] = slot
-        self._make_chunks(images)
+        self._queue.make(images, self.settings.chunk, self._all_wait)
         if self.settings.gradients == "host":
             for record in new:
                 if hooks.can_require_grad(record.param):
@@ -100,46 +91,12 @@ class Offloaded(hooks.InBackward):
         if self.settings.gradients == "host":
             hooks.check_free(record.param, record.describe())
 
-    def _can_offload(self, param: Any) -> bool:
-        """Others are stepped where they are."""
-        held = dtensor.local(param)
-        kind = "cuda" if self.settings.device is None else self.settings.device
-        if type(held) not in (Tensor, torch.nn.Parameter) or held.device.type != kind:
-            return False
-        if held.layout is not torch.strided or held.dtype not in FLOATS:
-            return False
-        if held.numel() < self.settings.keep_below or not hooks.can_require_grad(param):
-            return False
-        dense = torch.empty_like(held, device="meta", memory_format=torch.preserve_format)
-        return bool(dense.stride() == held.stride())
-
-    def _make_chunks(self, images: list[Image]) -> None:
-        """Consecutive parameters on one device, up to the size of a chunk."""
-        device = None
-        chunks: list[list[Image]] = []
-        size = 0
-        for slot in images:
-            where = dtensor.local(slot.param).device
-            if where != device or size + slot.size > self.settings.chunk:
-                chunks.append([])
-                device, size = where, 0
-            chunks[-1].append(slot)
-            size += slot.size
-        for slots in chunks:
-            device = dtensor.local(slots[0].param).device
-            if device not in self._slabs:
-                self._slabs[device] = Slabs(make_link(device))
-            self.chunks.append(Chunk(slots, self._slabs[device], self.settings.num_threads))
-        for slabs in self._slabs.values():
-            sizes = [chunk.size for chunk in self.chunks if chunk.slabs is slabs]
-            slabs.provide(sizes if self._steps_all_at_once else sizes[:_IN_FLIGHT])
-
     @property
-    def _steps_all_at_once(self) -> bool:
-        """Whether the first gradient is used only when all of them are there."""
+    def _all_wait(self) -> bool:
+        """Whether gradients that were taken to the host wait there for step()."""
         optimizer = self.optimizer
         needs_all = optimizer.max_grad_norm is not None or optimizer.amp_fused
-        return needs_all or self.settings.overlap is None or self.settings.gradients == "device"
+        return self.settings.gradients == "host" and (needs_all or self.settings.overlap is None)
 
     def with_images(self, groups: list[Group]) -> list[Group]:
         """The groups, with what the state of their parameters is like in place of these."""
@@ -162,6 +119,8 @@ class Offloaded(hooks.InBackward):
             self._accumulated.pop(id(param), None)
             if backward not in self._backwards:
                 self._begin(optimizer)
+                if not self._all_wait:
+                    self._draw_seeds([r.param for r in optimizer._members().all()])
                 if backward >= 0:
                     self._backwards.add(backward)
                     hooks.queue(partial(self._end, backward))
@@ -175,19 +134,18 @@ class Offloaded(hooks.InBackward):
         members = optimizer._members()
         for g in range(len(members.groups)):
             options.check_group(members, g)
-        if not self._steps_all_at_once:
-            self._draw_seeds({record.param for record in members.all()})
 
-    def _draw_seeds(self, params: Container[Any]) -> None:
-        """In the order of the parameters, whatever the order of their steps. Where chunks are
-        stepped before all gradients are there, some may be drawn for a later step."""
+    def _draw_seeds(self, params: Iterable[Any]) -> None:
+        """Of parameters that are rounded at random, in their order, whatever the order of their
+        steps. Where a step begins before all gradients are there, some wait for a later one."""
+        params = {id(param) for param in params}
         members = self.optimizer._members()
         for record in members.all() if any(g.get("rounding") for g in members.groups) else ():
             if "rounding_state" in record.entries:
-                self._seeds.pop(record.param, None)
-            elif record.extras.rounding is not None and record.param in params:
-                if record.param.requires_grad and record.param not in self._seeds:
-                    self._seeds[record.param] = state.draw_seed()
+                self._queue.seeds.pop(record.param, None)
+            elif record.extras.rounding is not None and id(record.param) in params:
+                if record.param.requires_grad and record.param not in self._queue.seeds:
+                    self._queue.seeds[record.param] = state.draw_seed()
 
     def _end(self, backward: int) -> None:
         """When a backward ends."""
@@ -204,94 +162,47 @@ class Offloaded(hooks.InBackward):
     def _take(self, slot: Slot) -> None:
         """Takes the gradient of a parameter away."""
         grad = slot.param.grad
+        if self._all_wait:
+            self._check_first(slot)
         if isinstance(slot, Image):
-            self._send(slot, grad)
+            self._queue.send(self.optimizer, slot, grad, self._all_wait)
         else:
-            self._check_first(slot in self._kept_grads, slot)
             self._kept_grads[slot] = grad
-        if not (self.optimizer.amp_fused and self._shows(slot)):
+        if not (self.optimizer.amp_fused and self._shown.takes(slot)):
             slot.param.grad = None
 
-    def _check_first(self, is_second: bool, slot: Slot) -> None:
-        if is_second and self._steps_all_at_once:
+    def _check_first(self, slot: Slot) -> None:
+        chunk = slot.bucket
+        others = chunk.grads() if isinstance(chunk, Chunk) else self._kept_grads
+        if slot in others:
             raise RuntimeError(
                 f"{self.optimizer._members().describe(slot.g, slot.i)}: a second backward() has "
                 "given it a gradient, and the first still waits for step(); let all but the last "
                 'run within optimizer.accumulating(), or take gradients="device"'
             )
 
-    def _send(self, slot: Image, grad: Any) -> None:
-        chunk = slot.bucket
-        assert isinstance(chunk, Chunk)
-        at_once = self._steps_all_at_once
-        if slot in chunk.grads():
-            self._check_first(True, slot)
-            self._submit(chunk, None)
-        if chunk.arrived is None:
-            chunk.arrived = self._place_for(chunk, not at_once)
-        chunk.arrived.add(slot, grad, [chunk.link.mark()])
-        if not at_once and len(chunk.arrived.grads) == len(chunk.images):
-            self._submit(chunk, None)
-
-    def _place_for(self, chunk: Chunk, is_limited: bool) -> Arrived:
-        """Memory for the gradients of a chunk. Where it is limited, it may have to be waited for,
-        and others are stepped although they are not complete."""
-        limit = float("inf")
-        if is_limited:
-            limit = _IN_FLIGHT * max(c.size for c in self.chunks if c.slabs is chunk.slabs)
-        while (slab := chunk.slabs.take(chunk.size, limit)) is None:
-            others = [c for c in self.chunks if c.slabs is chunk.slabs]
-            running = [c for c in others if c.running is not None]
-            if not running:
-                running = [next(c for c in others if c.arrived is not None)]
-                self._submit(running[0], None)
-            self._finish([running[0]])
-        return Arrived(chunk.slabs, slab)
-
     # Steps ----------------------------------------------------------------------------------------
-
-    def _submit(self, chunk: Chunk, scales: Scaling | None) -> None:
-        """Has a chunk stepped with the gradients that there are."""
-        self._finish([chunk])  # the step before
-        optimizer, arrived = self.optimizer, chunk.arrived
-        assert arrived is not None
-        chunk.arrived = None
-        members = chunk.prepare(optimizer, self._seeds)
-        after = [chunk.link.mark()]
-        for slot in arrived.grads:
-            if (problem := slot.problem()) is not None:
-                arrived.release()
-                raise RuntimeError(f"{members.describe(slot.g, slot.i)}: {problem}")
-            if slot.is_changed():
-                arrived.refresh(slot, [*after, *filter(None, [chunk.uploaded])])
-            slot.count_write()
-        targets = [dtensor.local(slot.param).data for slot in arrived.grads]
-        chunk.running = self._executor().submit(
-            chunk.run, arrived, members, scales, targets, after[0]
-        )
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
     def _step_arrived(self, optimizer: FusedOptimizer) -> None:
         """Steps what has a gradient, if none of it waits for others."""
-        if self._steps_all_at_once:
-            return
-        for chunk in self.chunks:
-            if chunk.grads():
-                self._submit(chunk, None)
-        self._step_kept(optimizer, None)
+        if not self._all_wait:
+            self._queue.step_arrived(optimizer, None)
+            self._step_kept(optimizer, None)
 
     def step(self, optimizer: FusedOptimizer) -> None:
         self._begin(optimizer)
-        self._hide()
+        self._backwards.clear()
+        self._shown.hide()
         slots = [slot for slot in self._slots.values() if slot.param.grad is not None]
         if self.settings.gradients == "device":
-            self._draw_seeds({slot.param for slot in slots})
             self._step_from_device(optimizer, slots)
         else:
+            if not self._all_wait:
+                self._draw_seeds([slot.param for slot in slots])
             for slot in slots:
                 self._take(slot)
-            self._hide()
-            if self._steps_all_at_once:
+            self._shown.hide()
+            if self._all_wait:
                 self._step_waiting(optimizer)
             else:
                 self._step_arrived(optimizer)
@@ -299,23 +210,12 @@ class Offloaded(hooks.InBackward):
             self.synchronize()
 
     def _step_from_device(self, optimizer: FusedOptimizer, slots: list[Slot]) -> None:
+        self._draw_seeds([slot.param for slot in slots])
         scales = scaling.read(optimizer, self._norm)
         self._kept_grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
         self._step_kept(optimizer, scales)
         on_host = None if scales is None else {CPU: _on(CPU, scales)}
-        downloads = []
-        for chunk in self.chunks:
-            having = [slot for slot in chunk.images if slot.param.grad is not None]
-            if having:
-                chunk.arrived = self._place_for(chunk, True)
-                after = [chunk.link.mark()]
-                for slot in having:
-                    event = chunk.arrived.add(slot, slot.param.grad, after)
-                    downloads.append((chunk.link, event))
-                self._submit(chunk, on_host)
-        for link, event in downloads:
-            if event is not None:
-                link.join(event)  # whoever writes the gradients does so later
+        self._queue.step_from_device(optimizer, on_host)
 
     def _step_waiting(self, optimizer: FusedOptimizer) -> None:
         """Steps what waited until all gradients were there."""
@@ -324,28 +224,25 @@ class Offloaded(hooks.InBackward):
                 f"{optimizer._name}: scaler.unscale_() was called, but the gradients were on the "
                 'host already; leave it out, for step() unscales, or take gradients="device"'
             )
-        waiting = [chunk for chunk in self.chunks if chunk.grads()]
-        having = {slot.param for chunk in waiting for slot in chunk.grads()}
-        self._draw_seeds(having.union(slot.param for slot in self._kept_grads))
-        for chunk in waiting:
-            assert chunk.arrived is not None
-            chunk.arrived.wait()
+        self._draw_seeds([slot.param for slot in (*self._queue.grads(), *self._kept_grads)])
+        self._queue.wait_for_grads()
         scales = scaling.read(optimizer, self._norm, self._with_grads_on_host(optimizer))
         self._step_kept(optimizer, scales)
-        for chunk in waiting:
-            self._submit(chunk, scales)
+        self._queue.step_arrived(optimizer, scales)
 
     def _with_grads_on_host(self, optimizer: FusedOptimizer) -> list[Any]:
         """Like the parameters, in their order, with their gradients, all of it on the host."""
-        there: dict[Slot, Any]
-        there = {slot: grad for chunk in self.chunks for slot, grad in chunk.grads().items()}
-        params = []
+        there, params = self._queue.grads(), []
         for param in (param for group in optimizer.param_groups for param in group["params"]):
             slot = self._slots[id(param)]
-            alike = dtensor.with_local(param, torch.empty_like(dtensor.local(param), device=CPU))
-            alike.grad = there.get(slot)
-            if (grad := self._kept_grads.get(slot)) is not None:
-                alike.grad = dtensor.with_local(grad, dtensor.local(grad).to(CPU))
+            if isinstance(slot, Image):
+                alike = dtensor.with_local(param, dtensor.local(slot.image).detach())
+                alike.grad = there.get(slot)
+            else:
+                held = torch.empty_like(dtensor.local(param), device=CPU)
+                alike, grad = dtensor.with_local(param, held), self._kept_grads.get(slot)
+                if grad is not None:
+                    alike.grad = dtensor.with_local(grad, dtensor.local(grad).to(CPU))
             params.append(alike)
         return params
 
@@ -360,7 +257,7 @@ class Offloaded(hooks.InBackward):
             devices = {slot.param.device for slot in grads}
             scales = {device: _on(device, scales) for device in devices}
         members = self._kept.members(optimizer, {id(slot.param): slot for slot in grads})
-        members.seeds = self._seeds
+        members.seeds = self._queue.seeds
         self._kept.stepper.step_scaled(members, scales)
         if self.settings.gradients == "host":
             for slot in grads:
@@ -369,101 +266,33 @@ class Offloaded(hooks.InBackward):
     # What waits -----------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        with self.optimizer._turn.lock:
-            self._finish(self.chunks)
+        optimizer = self.optimizer
+        with optimizer._turn.lock:
+            self._queue.finish(optimizer, self._queue.chunks)
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them."""
-        slots = (self._slots.get(id(param)) for param in params)
-        chunks = {slot.bucket for slot in slots if isinstance(slot, Image)}
-        with self.optimizer._turn.lock:
-            self._finish([chunk for chunk in self.chunks if chunk in chunks])
-
-    def _finish(self, chunks: list[Chunk]) -> None:
-        """Waits for the steps of chunks that run.
-
-        Raises:
-            Exception: what the first of them has raised.
-        """
-        optimizer, errors = self.optimizer, []
-        for chunk in chunks:
-            if chunk.running is not None:
-                errors.append(chunk.finish(optimizer, self.settings.overlap == "forward"))
-            if chunk.uploaded is not None:
-                chunk.link.join(chunk.uploaded)
-        for error in filter(None, errors):
-            raise error
-
-    def finish_before_fork(self) -> None:
-        for chunk in self.chunks:
-            if (running := chunk.running) is not None:
-                running.exception()
-
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._process != os.getpid():  # the thread is not in this process
-            self._worker, self._process = _worker(), os.getpid()
-        return self._worker
+        optimizer, ids = self.optimizer, {id(param) for param in params}
+        with optimizer._turn.lock:
+            self._queue.finish(optimizer, self._queue.having(ids))
 
     def forget_gradients(self) -> None:
         with self.optimizer._turn.lock:
-            for chunk in self.chunks:
-                arrived, chunk.arrived = chunk.arrived, None
-                if arrived is not None:
-                    arrived.wait()
-                    arrived.release()
+            self._queue.forget_grads()
             self._kept_grads.clear()
-            self._hide()
+            self._shown.hide()
 
     def unhook(self) -> None:
         self.synchronize()
         self.forget_gradients()
         super().unhook()
 
-    # GradScaler -----------------------------------------------------------------------------------
-
-    def _shows(self, slot: Slot) -> bool:
-        """Whether a GradScaler, which refuses to work without gradients, is to find this one: the
-        smallest of its device."""
-        device = slot.param.device
-        other = self._shown.get(device)
-        if other is not None and other is not slot:
-            if other.param.numel() <= slot.param.numel():
-                return False
-            other.param.grad = None
-        self._shown[device] = slot
-        return True
-
-    def _hide(self) -> None:
-        for slot in self._shown.values():
-            slot.param.grad = None
-        self._shown.clear()
-
     def show_to_scaler(self) -> None:
-        """Called before a GradScaler looks for infinite gradients. If there are any, that which it
-        finds gets one: the step will be skipped."""
-        if not self._shown:
-            return
-        optimizer = self.optimizer
-        with optimizer._turn.lock:
-            for chunk in self.chunks:
-                if chunk.arrived is not None:
-                    chunk.arrived.wait()
-            grads = [param.grad for param in self._with_grads_on_host(optimizer)]
-            norms = self._norm.measure([grad for grad in grads if grad is not None])
-            if not all(norm[NORM].isfinite() for norm in norms.values()):
-                for slot in self._shown.values():
-                    held = dtensor.local(slot.param.grad).detach()
-                    held.as_strided((1,), (1,), held.storage_offset()).fill_(float("inf"))
-
-
-def _before_fork() -> None:
-    """No child finds a step that nobody finishes."""
-    for offloaded in [*_all]:
-        offloaded.finish_before_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork)
+        if self._shown.slots:
+            with self.optimizer._turn.lock:
+                self._queue.wait_for_grads()
+                grads = [param.grad for param in self._with_grads_on_host(self.optimizer)]
+                self._shown.report([grad for grad in grads if grad is not None], self._norm)
 
 
 def _on(device: torch.device, scales: Scaling) -> scaling.OfDevice:
@@ -471,7 +300,3 @@ def _on(device: torch.device, scales: Scaling) -> scaling.OfDevice:
     of_device = scales.get(device) or next(iter(scales.values()))
     found_inf, scale, clip = (t if t is None else t.to(device) for t in of_device)
     return found_inf, scale, clip
-
-
-def _worker() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="fusedopt-offload")

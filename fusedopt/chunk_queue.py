@@ -1,0 +1,148 @@
+"""The chunks of an optimizer, and the worker that steps one after the other on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import dtensor
+from .chunks import Arrived, Chunk, Slabs
+from .images import Image, consecutive
+from .link import Event, Link, make_link
+from .scaling import Scaling
+from .worker import Worker
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+# Chunks whose gradients are on the host while one is stepped, where there is no need for more.
+_IN_FLIGHT = 4
+
+
+class ChunkQueue:
+    """``can_be_used``: whether parameters can be reached by others while their step runs."""
+
+    def __init__(self, num_threads: int, can_be_used: bool) -> None:
+        self.chunks: list[Chunk] = []
+        self.seeds: dict[Any, Tensor] = {}  # of parameters that may have had no step
+        self._num_threads, self._can_be_used = num_threads, can_be_used
+        self._slabs: dict[torch.device, Slabs] = {}
+        self._worker = Worker()
+
+    def make(self, images: list[Image], size: int, all_wait: bool) -> None:
+        """``all_wait``: all gradients will be on the host before the first is used."""
+        for slots in consecutive(images, size):
+            device = dtensor.local(slots[0].param).device
+            if device not in self._slabs:
+                self._slabs[device] = Slabs(make_link(device))
+            self.chunks.append(Chunk(slots, self._slabs[device], self._num_threads))
+        for slabs in self._slabs.values():
+            sizes = [chunk.size for chunk in self.chunks if chunk.slabs is slabs]
+            slabs.provide(sizes if all_wait else sizes[:_IN_FLIGHT])
+
+    # Gradients ------------------------------------------------------------------------------------
+
+    def send(self, optimizer: FusedOptimizer, slot: Image, grad: Any, all_wait: bool) -> None:
+        """Takes a gradient to the host, and steps the chunk that is complete with it."""
+        chunk = slot.bucket
+        assert isinstance(chunk, Chunk)
+        if slot in chunk.grads():  # another part of the backward has made one
+            self.submit(optimizer, chunk, None)
+        if chunk.arrived is None:
+            chunk.arrived = self._place_for(optimizer, chunk, not all_wait)
+        chunk.arrived.add(slot, grad, [chunk.link.mark()])
+        if not all_wait and len(chunk.arrived.grads) == len(chunk.images):
+            self.submit(optimizer, chunk, None)
+
+    def _place_for(self, optimizer: FusedOptimizer, chunk: Chunk, is_limited: bool) -> Arrived:
+        """Memory for the gradients of a chunk. Where it is limited, it may have to be waited for,
+        and others are stepped although they are not complete."""
+        others = [other for other in self.chunks if other.slabs is chunk.slabs]
+        limit = _IN_FLIGHT * max(other.size for other in others) if is_limited else float("inf")
+        while (slab := chunk.slabs.take(chunk.size, limit)) is None:
+            if not any(other.running for other in others):
+                self.submit(optimizer, next(other for other in others if other.arrived), None)
+            self.finish(optimizer, [next(other for other in others if other.running)])
+        return Arrived(chunk.slabs, slab)
+
+    def grads(self) -> dict[Image, Any]:
+        """Those that no step has used yet; they are there after :meth:`wait_for_grads`."""
+        return {slot: grad for chunk in self.chunks for slot, grad in chunk.grads().items()}
+
+    def wait_for_grads(self) -> None:
+        for chunk in self.chunks:
+            if chunk.arrived is not None:
+                chunk.arrived.wait()
+
+    def forget_grads(self) -> None:
+        self.wait_for_grads()
+        for chunk in self.chunks:
+            arrived, chunk.arrived = chunk.arrived, None
+            if arrived is not None:
+                arrived.release()
+
+    # Steps ----------------------------------------------------------------------------------------
+
+    def step_arrived(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
+        """Steps what has gradients on the host."""
+        having = [chunk for chunk in self.chunks if chunk.grads()]
+        for chunk in having:
+            chunk.check(optimizer)
+        for chunk in having:
+            self.submit(optimizer, chunk, scales)
+
+    def step_from_device(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
+        """Steps with gradients that are on the device and stay there."""
+        downloads: list[tuple[Link, Event]] = []
+        for chunk in self.chunks:
+            having = [slot for slot in chunk.images if slot.param.grad is not None]
+            if having:
+                chunk.arrived = self._place_for(optimizer, chunk, True)
+                after = [chunk.link.mark()]
+                for slot in having:
+                    event = chunk.arrived.add(slot, slot.param.grad, after)
+                    downloads.append((chunk.link, event))
+                self.submit(optimizer, chunk, scales)
+        for link, event in downloads:  # whoever writes the gradients does so later
+            if event is not None:
+                link.join(event)
+
+    def submit(self, optimizer: FusedOptimizer, chunk: Chunk, scales: Scaling | None) -> None:
+        """Has a chunk stepped with the gradients that there are."""
+        self.finish(optimizer, [chunk])  # the step before
+        chunk.check(optimizer)
+        arrived, chunk.arrived = chunk.arrived, None
+        assert arrived is not None
+        members = chunk.prepare(optimizer, self.seeds)
+        mark = chunk.link.mark()
+        for slot in arrived.grads:
+            if slot.is_changed():
+                arrived.refresh(slot, [mark, *filter(None, [chunk.uploaded])])
+            slot.count_write()
+        targets = [dtensor.local(slot.param).data for slot in arrived.grads]
+        chunk.running = self._worker.submit(chunk.run, arrived, members, scales, targets, mark)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
+
+    def finish(self, optimizer: FusedOptimizer, chunks: Iterable[Chunk]) -> None:
+        """Waits for the steps of chunks that run.
+
+        Raises:
+            Exception: what the first of them has raised.
+        """
+        errors = []
+        for chunk in chunks:
+            if chunk.running is not None:
+                errors.append(chunk.finish(optimizer, self._can_be_used))
+            if chunk.uploaded is not None:
+                chunk.link.join(chunk.uploaded)
+        for error in filter(None, errors):
+            raise error
+
+    def having(self, params: Container[int]) -> list[Chunk]:
+        """Chunks of parameters with these ids."""
+        return [
+            chunk for chunk in self.chunks if any(id(slot.param) in params for slot in chunk.images)
+        ]
