@@ -16,6 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .hooks import InBackward
 
+# What pickles and copies have beside what torch pickles, if it is on.
+PICKLED = ("max_grad_norm", "_amp_fused", "_offload")
+
 
 class Core:
     """One for an optimizer, its wrappers and its shallow copies. Deep copies and pickles get their
@@ -44,6 +47,21 @@ class Core:
         self._in_backward: InBackward | None = None
         # The weights of parameters that hold their averages, of each context that is open.
         self.swaps: list[dict[Tensor, Tensor]] = []
+
+    def pickled(self) -> dict[str, Any]:
+        offload = None if self._in_backward is None else self._in_backward.pickled()
+        own = (self.max_grad_norm, self.amp_fused or None, offload)
+        return {name: value for name, value in zip(PICKLED, own, strict=True) if value is not None}
+
+    def resume(self, optimizer: Any, own: dict[str, Any]) -> None:
+        """Takes over what was pickled."""
+        for name in PICKLED[:2]:
+            if name in own:
+                setattr(self, name.removeprefix("_"), own[name])
+        if "_offload" in own and self._in_backward is None:
+            from .offloaded import Offloaded
+
+            Offloaded(optimizer, own["_offload"]).hook()
 
 
 def of_core(name: str) -> Any:

@@ -64,8 +64,8 @@ class InBackward:
         """The groups, with what the state of their parameters is like in place of these."""
         return groups
 
-    def settings_to_pickle(self) -> dict[str, Any] | None:
-        """For a copy of the optimizer to do the same."""
+    def pickled(self) -> Any:
+        """For a copy of the optimizer to do the same; None for an ordinary one."""
         return None
 
     @_disable_dynamo
@@ -83,6 +83,7 @@ class InBackward:
         self._handles.append(handle)
 
     def unhook(self) -> None:
+        """The optimizer goes on as an ordinary one."""
         for handle in self._handles:
             handle.remove()
 

@@ -76,6 +76,7 @@ class Offloaded(hooks.InBackward):
             for record in new:
                 if hooks.can_require_grad(record.param):
                     self.register(record.param)
+        self.optimizer._in_backward = self
 
     def _check(self, record: Record) -> None:
         if record.is_lazy:
@@ -282,10 +283,19 @@ class Offloaded(hooks.InBackward):
             self._kept_grads.clear()
             self._shown.hide()
 
+    def pickled(self) -> Settings:
+        self.synchronize()
+        # The hooks of a module are not copied with the optimizer.
+        is_in_modules = self.settings.overlap == "forward"
+        return self.settings._replace(overlap="backward") if is_in_modules else self.settings
+
     def unhook(self) -> None:
         self.synchronize()
         self.forget_gradients()
         super().unhook()
+        for record in self.optimizer._members().all():
+            if isinstance(self._slots[id(record.param)], Image):
+                state.move(record, record.held.device)
 
     def show_to_scaler(self) -> None:
         if self._shown.slots:

@@ -92,7 +92,6 @@ def offload(
         _check_devices(optimizer)
     offloaded = Offloaded(optimizer, settings)
     offloaded.hook()
-    optimizer._in_backward = offloaded
     if isinstance(model, torch.nn.Module) and overlap == "forward":
         waiting.hook(model, offloaded)
     return optimizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import averages, checkpoint, options
-from .core import AmpScalingSupport, Core, of_core
+from .core import PICKLED, AmpScalingSupport, Core, of_core
 from .grad_norm import NORM
 from .record import Members, plain_groups
 from .rule import GROUP_OPTIONS, Group, Rule, Shared, with_shared, with_shared_parameters
@@ -94,17 +94,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._core.amp_fused = value
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "_amp_fused": self.amp_fused or None}
-        return super().__getstate__() | {k: v for k, v in own.items() if v is not None}
+        own = self._core.pickled()  # first of all, for it waits for steps that run
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        own = {name: state.pop(name) for name in ("max_grad_norm", "_amp_fused") if name in state}
-        super().__setstate__(state)
+        own = {name: value for name, value in state.items() if name in PICKLED}
+        super().__setstate__({name: value for name, value in state.items() if name not in own})
         self._set_defaults()
         self._stepper.plan = None
-        for name, value in own.items():
-            setattr(self._core, name.removeprefix("_"), value)
+        self._core.resume(self, own)
 
     def __copy__(self) -> FusedOptimizer:
         """Of the same parameters, state and groups; so it has the same options and takes turns."""

@@ -91,6 +91,15 @@ def match_layout(record: Record) -> None:
                 value.data = copy.copy_(value)
 
 
+def move(record: Record, device: torch.device) -> None:
+    """Brings the tensors of a parameter to a device, except for the numbers of its rule."""
+    for key, value in record.entries.items():
+        if isinstance(value, Tensor) and key not in record.rule.scalar_by_name:
+            held = dtensor.local(value)
+            if held.device != device:
+                record.entries[key] = dtensor.with_local(value, held.to(device))
+
+
 def new_scalar(record: Record, scalar: Scalar) -> Tensor:
     """A number of a parameter that no step has updated."""
     fused = record.group.get("fused")

@@ -175,7 +175,7 @@ def test_the_optimizer_goes_away(backend):
     """While gradients wait for it: an error, as in a hook."""
     model = layers()
     keep = [attach(ADAMW, model)]
-    with pytest.raises(RuntimeError, match=r"that attach\(\) returned is gone"):
+    with pytest.raises(RuntimeError, match=r"that attach\(\) or offload\(\) returned is gone"):
         backward_with(model, batches(1)[0], keep.clear, 1)
 
 
