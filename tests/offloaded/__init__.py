@@ -16,6 +16,14 @@ from fusedopt.link import Link
 ADAMW = Case("AdamW", {"lr": 0.1})
 
 
+class Copy:
+    def __init__(self, sources, targets, after, is_upload):
+        self.sources, self.targets = sources, targets
+        self.after = [*filter(None, after)]
+        self.is_upload = is_upload
+        self.read = None  # what the device has read of the host, which does not know that yet
+
+
 class FaultyLink(Link):
     """Copies when it likes to, in any order, at the latest when somebody waits. What is not there
     yet, and what nobody may read any more, is full of NaN."""
@@ -26,6 +34,7 @@ class FaultyLink(Link):
         self.pending = []
         self.lock = threading.RLock()  # the worker and the hooks use it
         self.copies = 0
+        self.joined = []  # uploads
 
     def memory(self, size):
         return poisoned(super().memory(size))
@@ -34,38 +43,59 @@ class FaultyLink(Link):
         poisoned(memory)
 
     def download(self, source, target, after):
-        return self._later([source], [target], after)
+        return self._later(Copy([source], [target], after, is_upload=False))
 
     def upload(self, sources, targets, after):
-        return self._later(sources, targets, after)
+        return self._later(Copy(sources, targets, after, is_upload=True))
 
     def wait(self, event):
-        self._copy(event)
+        """The host knows that it is done."""
+        with self.lock:
+            self._copy(event)
+            self._check_joined()
+            self.joined = [other for other in self.joined if other is not event]
 
     def join(self, event):
-        self._copy(event)
-
-    def _later(self, sources, targets, after):
+        """The device knows, not the host: it may not reuse the source of an upload, nor find the
+        target of a download."""
         with self.lock:
-            for target in targets:
+            if event.is_upload:
+                self._copy(event)
+                if event.read is None:
+                    event.read = [source.clone() for source in event.sources]
+                    self.joined.append(event)
+            elif self._is_pending(event):
+                for other in event.after:
+                    self.join(other)
+                event.sources = [source.clone() for source in event.sources]
+
+    def _later(self, event):
+        with self.lock:
+            self._check_joined()
+            for target in event.targets:
                 poisoned(target)
-            event = [sources, targets, [*filter(None, after)]]
             self.pending.append(event)
             while self.pending and self.fate.random() < 0.4:
                 self._copy(self.fate.choice(self.pending))
         return event
 
+    def _check_joined(self):
+        for event in self.joined:
+            for source, read in zip(event.sources, event.read, strict=True):
+                assert same_bits(source, read), "the host wrote what the device had yet to read"
+
+    def _is_pending(self, event):
+        return any(event is other for other in self.pending)
+
     def _copy(self, event):
-        with self.lock:
-            if not any(event is other for other in self.pending):
-                return
-            sources, targets, after = event
-            for other in after:
-                self._copy(other)
-            for source, target in zip(sources, targets, strict=True):
-                target.copy_(source)
-            self.pending = [other for other in self.pending if other is not event]
-            self.copies += len(sources)
+        if not self._is_pending(event):
+            return
+        for other in event.after:
+            self._copy(other)
+        for source, target in zip(event.sources, event.targets, strict=True):
+            target.copy_(source)
+        self.pending = [other for other in self.pending if other is not event]
+        self.copies += len(event.sources)
 
 
 def poisoned(tensor):
