@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,21 +21,11 @@ from .scaling import Scaling
 from .shown import Shown
 
 if TYPE_CHECKING:
+    from .offloading import Settings
     from .optimizer import FusedOptimizer
     from .record import Record
 
 CPU = torch.device("cpu")
-
-
-class Settings(NamedTuple):
-    """Arguments of :func:`fusedopt.offload`."""
-
-    gradients: str
-    overlap: str | None
-    chunk: int
-    keep_below: int
-    num_threads: int
-    device: str | None
 
 
 class Offloaded(hooks.InBackward):
@@ -215,7 +205,7 @@ class Offloaded(hooks.InBackward):
         scales = scaling.read(optimizer, self._norm)
         self._kept_grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
         self._step_kept(optimizer, scales)
-        on_host = None if scales is None else {CPU: _on(CPU, scales)}
+        on_host = None if scales is None else {CPU: scaling.on(CPU, scales)}
         self._queue.step_from_device(optimizer, on_host)
 
     def _step_waiting(self, optimizer: FusedOptimizer) -> None:
@@ -256,7 +246,7 @@ class Offloaded(hooks.InBackward):
             slot.param.grad = grad
         if scales is not None:
             devices = {slot.param.device for slot in grads}
-            scales = {device: _on(device, scales) for device in devices}
+            scales = {device: scaling.on(device, scales) for device in devices}
         members = self._kept.members(optimizer, {id(slot.param): slot for slot in grads})
         members.seeds = self._queue.seeds
         self._kept.stepper.step_scaled(members, scales)
@@ -303,10 +293,3 @@ class Offloaded(hooks.InBackward):
                 self._queue.wait_for_grads()
                 grads = [param.grad for param in self._with_grads_on_host(self.optimizer)]
                 self._shown.report([grad for grad in grads if grad is not None], self._norm)
-
-
-def _on(device: torch.device, scales: Scaling) -> scaling.OfDevice:
-    """The scales of a step, on a device, which may have none of its own."""
-    of_device = scales.get(device) or next(iter(scales.values()))
-    found_inf, scale, clip = (t if t is None else t.to(device) for t in of_device)
-    return found_inf, scale, clip

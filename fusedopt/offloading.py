@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from . import dtensor, hooks, waiting
-from .offloaded import Offloaded, Settings
+from .offloaded import Offloaded
 from .optimizer import FusedOptimizer
 
 Optimizer = TypeVar("Optimizer", bound=FusedOptimizer)
+
+
+class Settings(NamedTuple):
+    """Arguments of :func:`fusedopt.offload`."""
+
+    gradients: str
+    overlap: str | None
+    chunk: int
+    keep_below: int
+    num_threads: int
+    device: str | None
 
 
 def offload(

@@ -63,6 +63,13 @@ def read(
     return {d: (found_inf.get(d), scale.get(d), clips.get(d)) for d in devices}
 
 
+def on(device: torch.device, scales: Scaling) -> OfDevice:
+    """The scales of a step on a device, which may have none of its own."""
+    of_device = scales.get(device) or next(iter(scales.values()))
+    found_inf, scale, clip = (t if t is None else t.to(device) for t in of_device)
+    return found_inf, scale, clip
+
+
 def skips(of_device: OfDevice) -> bool:
     found_inf, _, clip = of_device
     return any(

@@ -30,11 +30,8 @@ class _NoPlan(NamedTuple):
 
 
 class Stepper:
-    """Steps the same parameters again and again. One for an optimizer; with :func:`fusedopt.attach`
-    one for each bucket. Never pickled.
-
-    ``num_threads``: for native steps on the CPU; without, as many as torch uses.
-    """
+    """Steps the same parameters again and again: those of an optimizer, a bucket or a chunk. Never
+    pickled. ``num_threads``: on the CPU, if not as many as torch uses."""
 
     def __init__(self, num_threads: int | None = None) -> None:
         self._num_threads = num_threads
@@ -51,7 +48,6 @@ class Stepper:
         self.step_scaled(members, self._scaling(members))
 
     def step_scaled(self, members: Members, scales: Scaling | None) -> None:
-        """With scales that were read before."""
         amp_fused = members.optimizer.amp_fused
         if self._plan_amp_fused != amp_fused:
             self.plan, self._plan_amp_fused = None, amp_fused

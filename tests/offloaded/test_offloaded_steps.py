@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import every_case, every_name, richest
 
-from offloaded import ADAMW, assert_same, batches, both, faulty_links, network, step
+from offloaded import assert_same, batches, both, faulty_links, network, step
 
 # Ways to be offloaded that differ in what runs when. Chunks of 64 bytes hold one parameter.
 WAYS = {
