@@ -13,6 +13,7 @@ from .offloading import offload
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
+from .unloading import load_state, offload_state
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "clip_grad_norm_",
     "detach",
     "from_torch",
+    "load_state",
     "offload",
+    "offload_state",
     "patch",
     "to_torch",
     "unpatch",

@@ -60,6 +60,7 @@ def as_stock(record: Record, entries: dict[str, Any]) -> dict[str, Any]:
 
 def load(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Everything is checked first: if this raises, the optimizer is as it was."""
+    optimizer._core.check_loaded(optimizer._name, "load_state_dict()")
     optimizer.synchronize()
     groups = loaded_groups(optimizer, state_dict)
     state = loaded_state(optimizer, state_dict, groups)

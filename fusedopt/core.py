@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .hooks import InBackward
+    from .unloading import Pack
 
 # What pickles and copies have beside what torch pickles, if it is on.
 PICKLED = ("max_grad_norm", "_amp_fused", "_offload")
@@ -32,6 +33,7 @@ class Core:
         "grad_scale",
         "max_grad_norm",
         "swaps",
+        "unloaded",
     )
 
     # What torch.amp.GradScaler sets for a step, and deletes afterwards.
@@ -47,8 +49,25 @@ class Core:
         self._in_backward: InBackward | None = None
         # The weights of parameters that hold their averages, of each context that is open.
         self.swaps: list[dict[Tensor, Tensor]] = []
+        # Where offload_state() has put the state.
+        self.unloaded: list[Pack] | None = None
 
-    def pickled(self) -> dict[str, Any]:
+    def check_can_step(self, name: str, call: str) -> None:
+        if self.swaps:
+            raise RuntimeError(
+                f"{name}: the parameters hold their averages; leave swap_ema() before {call}"
+            )
+        self.check_loaded(name, call)
+
+    def check_loaded(self, name: str, call: str) -> None:
+        if self.unloaded is not None:
+            raise RuntimeError(
+                f"{name}: its state is in the memory of the host; call fusedopt.load_state() "
+                f"before {call}"
+            )
+
+    def pickled(self, name: str) -> dict[str, Any]:
+        self.check_loaded(name, "it is copied")
         offload = None if self._in_backward is None else self._in_backward.pickled()
         own = (self.max_grad_norm, self.amp_fused or None, offload)
         return {name: value for name, value in zip(PICKLED, own, strict=True) if value is not None}

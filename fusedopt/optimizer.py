@@ -94,7 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._core.amp_fused = value
 
     def __getstate__(self) -> dict[str, Any]:
-        own = self._core.pickled()  # first of all, for it waits for steps that run
+        own = self._core.pickled(self._name)  # first of all, for it waits for steps that run
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -185,10 +185,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._in_backward.step(self)
 
     def _check_can_step(self, call: str = "step()") -> None:
-        if self._core.swaps:
-            raise RuntimeError(
-                f"{self._name}: the parameters hold their averages; leave swap_ema() before {call}"
-            )
+        self._core.check_can_step(self._name, call)
 
     def synchronize(self) -> None:
         """Return when all parameters are updated: of an offloaded optimizer, whose ``step()`` with

@@ -41,7 +41,7 @@ class Stepper:
         # Memory on the devices, kept for good: a captured graph goes on using it.
         self._norm = GradNorm()
         self._tickets: dict[torch.device, Tensor] = {}
-        self._streams: dict[Tensor, int] = {}  # the last that used the tickets
+        self._streams: dict[Tensor, int] = {}  # the last that used tickets
         self._together = Together()
 
     def step(self, members: Members) -> None:
@@ -94,8 +94,7 @@ class Stepper:
 
         Returns an Outcome of the native module. When the step is done, what was created is part of
         the state. Otherwise nothing was written, and the plan is stale, or some of its entries are
-        odd: the native side cannot take them as they are. ``grads`` replaces the gradients of some
-        entries; None leaves them out.
+        odd: not as the native side takes them. ``grads``: instead of some; None leaves them out.
         """
         if plan is None:
             return _NoPlan()

@@ -114,7 +114,8 @@ def faulty_links(monkeypatch, fate=random):
         links.append(FaultyLink(device, fate))
         return links[-1]
 
-    monkeypatch.setattr("fusedopt.chunk_queue.make_link", make)
+    for module in ("chunk_queue", "unloading"):
+        monkeypatch.setattr(f"fusedopt.{module}.make_link", make)
     return links
 
 
