@@ -6,8 +6,8 @@
 # Builds the native module, which needs nothing of CUDA; compiles every kernel for the GPU at hand and
 # tries it out there; then come the tests, the step benchmark, and compute-sanitizer over the trials
 # and some of the tests. OUT_DIR receives check.log (all that was printed), self_test.txt (each kernel's
-# seconds and verdict), step.json, step_clip.json and the figures. Without a build nothing else runs;
-# any other step that fails or takes too long does not stop those after it. The exit code says whether
+# seconds and verdict), step.json, step_clip.json, offload.json and the figures. Without a build nothing
+# else runs; any other step that fails or takes too long does not stop those after it. The exit code says whether
 # all went well. No setting of the GPU is changed.
 #
 #   PYTHON   the interpreter that has torch (python3)
@@ -25,6 +25,7 @@ GPU_TESTS=120
 STEP_BENCH=130
 CLIP_BENCH=40
 STORAGE_BENCH=40
+OFFLOAD_BENCH=120
 SANITIZER=60 # each of three
 OTHER_TESTS=60
 STEP_BUDGET=0.5 # per cell of the benchmark
@@ -186,6 +187,12 @@ cp "$scratch"/clip/*.json "$out" 2>/dev/null # its figures can be drawn from it
 
 if step storage-bench $STORAGE_BENCH env FUSEDOPT_BACKEND=native "$python" -m bench.storage \
   --device "$device" --budget $STEP_BUDGET --workloads "${clip_workloads[0]}" --out "$out"; then
+  cat "$scratch/last"
+fi
+
+if [[ $dry == 1 ]]; then offload=(--numel 1000000 --rounds 2 --steps 4); else offload=(--threads 16); fi
+if step offload-bench $OFFLOAD_BENCH env FUSEDOPT_BACKEND=native "$python" -m bench.offload \
+  --device "$device" "${offload[@]}" --out "$out"; then
   cat "$scratch/last"
 fi
 
