@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 from cases import richest
+from offloaded import assert_same, loss
 from torch import nn
 
 import fusedopt
-from offloaded import assert_same, loss
 from on_gpu import DEVICE, LONG
 
 WAYS = [
@@ -111,7 +111,7 @@ def test_a_scaler(gradients):
     assert scaler.get_scale() == 2.0**9
 
 
-def test_cpu_parameters_stay(tmp_path):
+def test_cpu_parameters_stay():
     on_gpu, on_cpu = nn.Linear(100, 100, device=DEVICE), nn.Linear(100, 100)
     params = [*on_gpu.parameters(), *on_cpu.parameters()]
     opt = fusedopt.offload(params, fusedopt.SGD, lr=0.1, momentum=0.9)
