@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,17 +45,18 @@ class ChunkQueue:
 
     # Gradients ------------------------------------------------------------------------------------
 
-    def send(self, optimizer: FusedOptimizer, slot: Image, grad: Any, all_wait: bool) -> None:
-        """Takes a gradient to the host, and steps the chunk that is complete with it."""
+    def arrive(self, optimizer: FusedOptimizer, slot: Image, grad: Any, all_wait: bool) -> Chunk:
+        """Takes a gradient to the host."""
         chunk = slot.bucket
         assert isinstance(chunk, Chunk)
+        slot.check(optimizer)
+        self.finish(optimizer, [chunk])  # the step before; what it raises is raised here
         if slot in chunk.grads():  # another part of the backward has made one
             self.submit(optimizer, chunk, None)
         if chunk.arrived is None:
             chunk.arrived = self._place_for(optimizer, chunk, not all_wait)
         chunk.arrived.add(slot, grad, [chunk.link.mark()])
-        if not all_wait and len(chunk.arrived.grads) == len(chunk.images):
-            self.submit(optimizer, chunk, None)
+        return chunk
 
     def _place_for(self, optimizer: FusedOptimizer, chunk: Chunk, is_limited: bool) -> Arrived:
         """Memory for the gradients of a chunk. Where it is limited, it may have to be waited for,
@@ -89,14 +90,18 @@ class ChunkQueue:
     def step_arrived(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
         """Steps what has gradients on the host."""
         having = [chunk for chunk in self.chunks if chunk.grads()]
-        for chunk in having:
-            chunk.check(optimizer)
+        for slot in self.grads():
+            slot.check(optimizer)
         for chunk in having:
             self.submit(optimizer, chunk, scales)
 
     def step_from_device(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
         """Steps with gradients that are on the device and stay there."""
+        self.forget_grads()  # of a step that failed
         downloads: list[tuple[Link, Event]] = []
+        for slot in (slot for chunk in self.chunks for slot in chunk.images):
+            if slot.param.grad is not None:
+                slot.check(optimizer)
         for chunk in self.chunks:
             having = [slot for slot in chunk.images if slot.param.grad is not None]
             if having:
@@ -112,17 +117,17 @@ class ChunkQueue:
 
     def submit(self, optimizer: FusedOptimizer, chunk: Chunk, scales: Scaling | None) -> None:
         """Has a chunk stepped with the gradients that there are."""
-        self.finish(optimizer, [chunk])  # the step before
-        chunk.check(optimizer)
+        self.finish(optimizer, [chunk])
+        members = chunk.prepare(optimizer, self.seeds)
         arrived, chunk.arrived = chunk.arrived, None
         assert arrived is not None
-        members = chunk.prepare(optimizer, self.seeds)
         mark = chunk.link.mark()
         for slot in arrived.grads:
             if slot.is_changed():
                 arrived.refresh(slot, [mark, *filter(None, [chunk.uploaded])])
             slot.count_write()
         targets = [dtensor.local(slot.param).data for slot in arrived.grads]
+        chunk.stepping = [*arrived.grads]
         chunk.running = self._worker.submit(chunk.run, arrived, members, scales, targets, mark)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
@@ -140,9 +145,3 @@ class ChunkQueue:
                 chunk.link.join(chunk.uploaded)
         for error in filter(None, errors):
             raise error
-
-    def having(self, params: Container[int]) -> list[Chunk]:
-        """Chunks of parameters with these ids."""
-        return [
-            chunk for chunk in self.chunks if any(id(slot.param) in params for slot in chunk.images)
-        ]

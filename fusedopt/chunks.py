@@ -118,17 +118,11 @@ class Chunk(Bucket):
         self._state: dict[Any, Any] = {}
         self.arrived: Arrived | None = None  # for the next step
         self.running: Future[None] | None = None
+        self.stepping: list[Image] = []  # while it runs
         self.uploaded: Event | None = None
 
     def grads(self) -> dict[Image, Any]:
         return {} if self.arrived is None else self.arrived.grads
-
-    def check(self, optimizer: FusedOptimizer) -> None:
-        """Raises RuntimeError if the images cannot be copied to the parameters."""
-        for slot in self.images:
-            if (problem := slot.problem()) is not None:
-                who = optimizer._members().describe_param(slot.param)
-                raise RuntimeError(f"{who}: {problem}")
 
     def prepare(self, optimizer: FusedOptimizer, seeds: dict[Any, Tensor]) -> Members:
         """The members of a step on the host. Options are those of now, whatever becomes of them
@@ -184,7 +178,7 @@ class Chunk(Bucket):
         if self.running is None:
             return None
         error = self.running.exception()
-        for slot in self.images if checks_writes and error is None else ():
+        for slot in self.stepping if checks_writes and error is None else ():
             if slot.is_changed():
                 error = RuntimeError(
                     f"{optimizer._members().describe(slot.g, slot.i)}: it was written while its "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.autograd.graph import increment_version
 
 from . import dtensor, hooks
 from .buckets import Slot
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
 
 _ALIGNMENT = 64  # bytes: a cache line, of which no two tensors have a part
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,14 +54,16 @@ class Image(Slot):
         increment_version(self.param)
         self.has_its_bits()
 
-    def problem(self) -> str | None:
-        """Why the image and the parameter cannot be copied to each other, if they cannot."""
+    def check(self, optimizer: FusedOptimizer) -> None:
+        """Raises RuntimeError if the image and the parameter cannot be copied to each other."""
         held, image = dtensor.local(self.param), dtensor.local(self.image)
         for name in ("shape", "dtype"):
             if getattr(held, name) != getattr(image, name):
-                now, then = getattr(held, name), getattr(image, name)
-                return f"its {name} was {then} when offload() was called, and is {now} now"
-        return None
+                raise RuntimeError(
+                    f"{optimizer._members().describe_param(self.param)}: its {name} was "
+                    f"{getattr(image, name)} when offload() was called, and is "
+                    f"{getattr(held, name)} now; detach() the optimizer before changing it"
+                )
 
 
 def _identity(param: Any) -> tuple[int, ...]:

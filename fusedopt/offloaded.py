@@ -122,6 +122,7 @@ class Offloaded(hooks.InBackward):
     def _begin(self, optimizer: FusedOptimizer) -> None:
         """What a step does once, before its first gradient is used."""
         optimizer._check_can_step()
+        optimizer._core._clips = None
         members = optimizer._members()
         for g in range(len(members.groups)):
             options.check_group(members, g)
@@ -155,12 +156,15 @@ class Offloaded(hooks.InBackward):
         grad = slot.param.grad
         if self._all_wait:
             self._check_first(slot)
+        optimizer, chunk = self.optimizer, None
         if isinstance(slot, Image):
-            self._queue.send(self.optimizer, slot, grad, self._all_wait)
+            chunk = self._queue.arrive(optimizer, slot, grad, self._all_wait)
         else:
             self._kept_grads[slot] = grad
-        if not (self.optimizer.amp_fused and self._shown.takes(slot)):
+        if not (optimizer.amp_fused and self._shown.takes(slot)):
             slot.param.grad = None
+        if chunk is not None and not self._all_wait and len(chunk.grads()) == len(chunk.images):
+            self._queue.submit(optimizer, chunk, None)
 
     def _check_first(self, slot: Slot) -> None:
         chunk = slot.bucket
@@ -263,9 +267,10 @@ class Offloaded(hooks.InBackward):
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them."""
-        optimizer, ids = self.optimizer, {id(param) for param in params}
-        with optimizer._turn.lock:
-            self._queue.finish(optimizer, self._queue.having(ids))
+        slots = (self._slots.get(id(param)) for param in params)
+        chunks = dict.fromkeys(slot.bucket for slot in slots if isinstance(slot, Image))
+        with self.optimizer._turn.lock:
+            self._queue.finish(self.optimizer, [c for c in chunks if isinstance(c, Chunk)])
 
     def forget_gradients(self) -> None:
         with self.optimizer._turn.lock:
