@@ -45,7 +45,8 @@ DISCRETE = ("handles", "threads", "objects")
 class Training:
     """A network of two layers, with one more parameter for every group that was added."""
 
-    def __init__(self, name: str, more: dict[str, Any]):
+    def __init__(self, name: str, more: dict[str, Any], is_offloaded: bool):
+        self.is_offloaded = is_offloaded
         self.cls = getattr(fusedopt, optimizers.NAMES[name])
         self.more = more
         self.net = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
@@ -55,6 +56,9 @@ class Training:
 
     def build(self) -> torch.optim.Optimizer:
         groups = [{"params": params} for params in self.groups]
+        if self.is_offloaded:  # two chunks, and some that stay
+            where = {"device": "cpu", "keep_below": 33, "chunk": 1024}
+            return fusedopt.offload(groups, self.cls, lr=1e-3, **where, **self.more)
         return self.cls(groups, lr=1e-3, **self.more)
 
     def backward(self) -> None:
@@ -70,13 +74,15 @@ class Training:
 
     def reload(self, file: Path) -> None:
         torch.save(self.optimizer.state_dict(), file)
+        if self.is_offloaded:
+            fusedopt.detach(self.optimizer)
         self.optimizer = self.build()
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
 
 
 def window(options: argparse.Namespace, file: Path) -> array[int]:
     """Nanoseconds of each `step()`."""
-    training = Training(options.optimizer, options.more)
+    training = Training(options.optimizer, options.more, options.offload)
     times = array("q")
     for step in range(1, WINDOW + 1):
         training.backward()
@@ -152,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         "--steps", type=int, default=1_000_000, help=f"rounded up to windows of {WINDOW:,}"
     )
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0 for no clipping")
+    parser.add_argument("--offload", action="store_true", help="on the host, by its worker")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/out"))
     options = parser.parse_args(argv)
@@ -174,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     table.caption = f"Medians of windows of {WINDOW:,} steps; {time.perf_counter() - begin:.0f} s."
     report.console.print(table)
     setup = {"optimizer": options.optimizer, "max_grad_norm": options.max_grad_norm, "steps": steps}
+    setup["offload"] = options.offload
     file = report.write_json(
         options.out / "soak.json", facts, **setup, summary=summary, windows=windows
     )
