@@ -18,7 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Image(Slot):
     """A parameter, and on the host an image of it with the same dtype and the same bits."""
 
-    __slots__ = ("grad_place", "image", "offset", "seen")
+    __slots__ = ("image", "offset", "seen")
 
     def __init__(self, param: Any, g: int, i: int) -> None:
         super().__init__(param, g, i)
@@ -51,12 +51,12 @@ class Image(Slot):
         increment_version(self.param)
         self.has_its_bits()
 
-    def problem(self) -> str | None:
-        """Why the image and the parameter cannot be copied to each other, if they cannot."""
+    def problem(self, device: torch.device) -> str | None:
+        """Why the image and the parameter, which was on this device, cannot be copied to each
+        other, if they cannot."""
         held, image = dtensor.local(self.param), dtensor.local(self.image)
-        for name in ("shape", "dtype"):
-            if getattr(held, name) != getattr(image, name):
-                now, then = getattr(held, name), getattr(image, name)
+        for name, then in (("shape", image.shape), ("dtype", image.dtype), ("device", device)):
+            if (now := getattr(held, name)) != then:
                 return f"its {name} was {then} when offload() was called, and is {now} now"
         return None
 
