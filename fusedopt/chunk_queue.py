@@ -23,36 +23,40 @@ _IN_FLIGHT = 4
 
 
 class ChunkQueue:
-    """``can_be_used``: whether parameters can be reached by others while their step runs."""
+    """``num_threads``: of a step."""
 
-    def __init__(self, num_threads: int, can_be_used: bool) -> None:
+    def __init__(self, num_threads: int) -> None:
         self.chunks: list[Chunk] = []
         self.seeds: dict[Any, Tensor] = {}  # of parameters that may have had no step
-        self._num_threads, self._can_be_used = num_threads, can_be_used
+        self._num_threads = num_threads
         self._slabs: dict[torch.device, Slabs] = {}
         self._worker = Worker()
 
     def make(self, images: list[Image], size: int, all_wait: bool) -> None:
-        """``all_wait``: all gradients will be on the host before the first is used."""
+        """``all_wait``: all gradients will be on the host before the first is used. If there is no
+        memory for these images, nothing is changed."""
+        chunks = self.chunks.copy()
         for slots in consecutive(images, size):
             device = dtensor.local(slots[0].param).device
             if device not in self._slabs:
                 self._slabs[device] = Slabs(make_link(device))
-            self.chunks.append(Chunk(slots, self._slabs[device], self._num_threads))
+            chunks.append(Chunk(slots, self._slabs[device], self._num_threads))
         for slabs in self._slabs.values():
-            sizes = [chunk.size for chunk in self.chunks if chunk.slabs is slabs]
+            sizes = [chunk.size for chunk in chunks if chunk.slabs is slabs]
             slabs.provide(sizes if all_wait else sizes[:_IN_FLIGHT])
+        self.chunks = chunks
 
     # Gradients ------------------------------------------------------------------------------------
 
-    def arrive(self, optimizer: FusedOptimizer, slot: Image, grad: Any, all_wait: bool) -> Chunk:
-        """Takes a gradient to the host."""
+    def send(self, optimizer: FusedOptimizer, slot: Image, grad: Any, all_wait: bool) -> Chunk:
+        """Takes a gradient to the host. If this raises, it has not been taken."""
         chunk = slot.bucket
         assert isinstance(chunk, Chunk)
-        slot.check(optimizer)
-        self.finish(optimizer, [chunk])  # the step before; what it raises is raised here
+        chunk.check(optimizer, [slot])
         if slot in chunk.grads():  # another part of the backward has made one
             self.submit(optimizer, chunk, None)
+        if chunk.running is not None:
+            self.finish(optimizer, [chunk])
         if chunk.arrived is None:
             chunk.arrived = self._place_for(optimizer, chunk, not all_wait)
         chunk.arrived.add(slot, grad, [chunk.link.mark()])
@@ -87,21 +91,24 @@ class ChunkQueue:
 
     # Steps ----------------------------------------------------------------------------------------
 
+    def check(self, optimizer: FusedOptimizer, slots: Iterable[Any]) -> None:
+        """Raises RuntimeError if these, or those that have gradients on the host, are no longer
+        like their images."""
+        for slot in (*slots, *self.grads()):
+            if isinstance(slot, Image):
+                assert isinstance(slot.bucket, Chunk)
+                slot.bucket.check(optimizer, [slot])
+
     def step_arrived(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
         """Steps what has gradients on the host."""
-        having = [chunk for chunk in self.chunks if chunk.grads()]
-        for slot in self.grads():
-            slot.check(optimizer)
-        for chunk in having:
-            self.submit(optimizer, chunk, scales)
+        for chunk in self.chunks:
+            if chunk.grads():
+                self.submit(optimizer, chunk, scales)
 
     def step_from_device(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
         """Steps with gradients that are on the device and stay there."""
         self.forget_grads()  # of a step that failed
         downloads: list[tuple[Link, Event]] = []
-        for slot in (slot for chunk in self.chunks for slot in chunk.images):
-            if slot.param.grad is not None:
-                slot.check(optimizer)
         for chunk in self.chunks:
             having = [slot for slot in chunk.images if slot.param.grad is not None]
             if having:
@@ -117,7 +124,8 @@ class ChunkQueue:
 
     def submit(self, optimizer: FusedOptimizer, chunk: Chunk, scales: Scaling | None) -> None:
         """Has a chunk stepped with the gradients that there are."""
-        self.finish(optimizer, [chunk])
+        self.finish(optimizer, [chunk])  # the step before
+        chunk.check(optimizer, chunk.grads())
         members = chunk.prepare(optimizer, self.seeds)
         arrived, chunk.arrived = chunk.arrived, None
         assert arrived is not None
@@ -127,7 +135,7 @@ class ChunkQueue:
                 arrived.refresh(slot, [mark, *filter(None, [chunk.uploaded])])
             slot.count_write()
         targets = [dtensor.local(slot.param).data for slot in arrived.grads]
-        chunk.stepping = [*arrived.grads]
+        chunk.stepped = [*arrived.grads]
         chunk.running = self._worker.submit(chunk.run, arrived, members, scales, targets, mark)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
@@ -140,7 +148,7 @@ class ChunkQueue:
         errors = []
         for chunk in chunks:
             if chunk.running is not None:
-                errors.append(chunk.finish(optimizer, self._can_be_used))
+                errors.append(chunk.finish(optimizer))
             if chunk.uploaded is not None:
                 chunk.link.join(chunk.uploaded)
         for error in filter(None, errors):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +119,21 @@ class Chunk(Bucket):
         self._state: dict[Any, Any] = {}
         self.arrived: Arrived | None = None  # for the next step
         self.running: Future[None] | None = None
-        self.stepping: list[Image] = []  # while it runs
+        self.stepped: list[Image] = []  # in the step that runs
         self.uploaded: Event | None = None
 
     def grads(self) -> dict[Image, Any]:
         return {} if self.arrived is None else self.arrived.grads
+
+    def is_complete(self) -> bool:
+        return len(self.grads()) == len(self.images)
+
+    def check(self, optimizer: FusedOptimizer, slots: Iterable[Image]) -> None:
+        """Raises RuntimeError if their images cannot be copied to the parameters."""
+        for slot in slots:
+            if (problem := slot.problem(self.link.device)) is not None:
+                who = optimizer._members().describe_param(slot.param)
+                raise RuntimeError(f"{who}: {problem}")
 
     def prepare(self, optimizer: FusedOptimizer, seeds: dict[Any, Tensor]) -> Members:
         """The members of a step on the host. Options are those of now, whatever becomes of them
@@ -172,20 +183,20 @@ class Chunk(Bucket):
         sources = [dtensor.local(slot.image) for slot in slots]
         self.uploaded = self.link.upload(sources, targets, [mark])
 
-    def finish(self, optimizer: FusedOptimizer, checks_writes: bool) -> BaseException | None:
-        """Waits for the host's part of the step that runs. Returns what it raised.
-        ``checks_writes``: parameters could be reached meanwhile by whoever did not wait."""
+    def finish(self, optimizer: FusedOptimizer) -> BaseException | None:
+        """Waits for the host's part of the step that runs. Returns what it raised."""
         if self.running is None:
             return None
         error = self.running.exception()
-        for slot in self.stepping if checks_writes and error is None else ():
+        for slot in self.stepped if error is None else ():
             if slot.is_changed():
                 error = RuntimeError(
                     f"{optimizer._members().describe(slot.g, slot.i)}: it was written while its "
-                    'step was under way (overlap="forward"); call optimizer.synchronize() before '
-                    "parameters are used otherwise than by their modules"
+                    "step was under way; call optimizer.synchronize() before parameters are used "
+                    "otherwise than by their modules"
                 )
-            slot.count_write()  # what was computed from it before shall not reach a backward
+            else:
+                slot.count_write()  # what was computed from it before shall not reach a backward
         for slot in self.images:
             entries = self._state.get(slot.image)
             if entries is not None and optimizer.state.get(slot.param) is not entries:

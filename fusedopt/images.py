@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch.autograd.graph import increment_version
 from . import dtensor, hooks
 from .buckets import Slot
 
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
-
 _ALIGNMENT = 64  # bytes: a cache line, of which no two tensors have a part
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -21,7 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Image(Slot):
     """A parameter, and on the host an image of it with the same dtype and the same bits."""
 
-    __slots__ = ("grad_place", "image", "offset", "seen")
+    __slots__ = ("image", "offset", "seen")
 
     def __init__(self, param: Any, g: int, i: int) -> None:
         super().__init__(param, g, i)
@@ -54,16 +51,14 @@ class Image(Slot):
         increment_version(self.param)
         self.has_its_bits()
 
-    def check(self, optimizer: FusedOptimizer) -> None:
-        """Raises RuntimeError if the image and the parameter cannot be copied to each other."""
+    def problem(self, device: torch.device) -> str | None:
+        """Why the image and the parameter, which was on this device, cannot be copied to each
+        other, if they cannot."""
         held, image = dtensor.local(self.param), dtensor.local(self.image)
-        for name in ("shape", "dtype"):
-            if getattr(held, name) != getattr(image, name):
-                raise RuntimeError(
-                    f"{optimizer._members().describe_param(self.param)}: its {name} was "
-                    f"{getattr(image, name)} when offload() was called, and is "
-                    f"{getattr(held, name)} now; detach() the optimizer before changing it"
-                )
+        for name, then in (("shape", image.shape), ("dtype", image.dtype), ("device", device)):
+            if (now := getattr(held, name)) != then:
+                return f"its {name} was {then} when offload() was called, and is {now} now"
+        return None
 
 
 def _identity(param: Any) -> tuple[int, ...]:

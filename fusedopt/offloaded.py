@@ -35,7 +35,7 @@ class Offloaded(hooks.InBackward):
     def __init__(self, optimizer: FusedOptimizer, settings: Settings) -> None:
         super().__init__(optimizer)
         self.settings = settings
-        self._queue = ChunkQueue(settings.num_threads, settings.overlap == "forward")
+        self._queue = ChunkQueue(settings.num_threads)
         self._slots: dict[int, Slot] = {}  # by the id of the parameter
         self._kept = Bucket()
         self._kept_grads: dict[Slot, Any] = {}  # taken from the backward
@@ -50,18 +50,14 @@ class Offloaded(hooks.InBackward):
         new = [r for r in self.optimizer._members().all() if id(r.param) not in self._slots]
         for record in new:
             self._check(record)
-        images: list[Image] = []
-        for record in new:
-            has_image = can_have_image(
-                record.param, self.settings.device or "cuda", self.settings.keep_below
-            )
-            slot = (Image if has_image else Slot)(record.param, record.g, record.i)
-            if isinstance(slot, Image):
-                images.append(slot)
-            else:
-                self._kept.slots.append(slot)
-            self._slots[id(record.param)] = slot
+        on, least = self.settings.device or "cuda", self.settings.keep_below
+        slots: list[Slot] = [
+            (Image if can_have_image(r.param, on, least) else Slot)(r.param, r.g, r.i) for r in new
+        ]
+        images = [slot for slot in slots if isinstance(slot, Image)]
         self._queue.make(images, self.settings.chunk, self._all_wait)
+        self._kept.slots += [slot for slot in slots if not isinstance(slot, Image)]
+        self._slots.update((id(slot.param), slot) for slot in slots)
         if self.settings.gradients == "host":
             for record in new:
                 if hooks.can_require_grad(record.param):
@@ -147,23 +143,25 @@ class Offloaded(hooks.InBackward):
             if not hooks.is_nested() and not self._accumulating:
                 accumulated, self._accumulated = self._accumulated, {}
                 for slot in accumulated.values():
-                    if slot.param.grad is not None:
-                        self._take(slot)
+                    self._take(slot)
             self._step_arrived(optimizer)
 
     def _take(self, slot: Slot) -> None:
         """Takes the gradient of a parameter away."""
-        grad = slot.param.grad
+        optimizer, grad, chunk = self.optimizer, slot.param.grad, None
+        if grad is None:  # another hook has taken it
+            return
         if self._all_wait:
             self._check_first(slot)
-        optimizer, chunk = self.optimizer, None
         if isinstance(slot, Image):
-            chunk = self._queue.arrive(optimizer, slot, grad, self._all_wait)
+            chunk = self._queue.send(optimizer, slot, grad, self._all_wait)
         else:
+            if slot in self._kept_grads:  # another part of the backward has made one
+                self._step_kept(optimizer, None)
             self._kept_grads[slot] = grad
         if not (optimizer.amp_fused and self._shown.takes(slot)):
             slot.param.grad = None
-        if chunk is not None and not self._all_wait and len(chunk.grads()) == len(chunk.images):
+        if chunk is not None and not self._all_wait and chunk.is_complete():
             self._queue.submit(optimizer, chunk, None)
 
     def _check_first(self, slot: Slot) -> None:
@@ -189,6 +187,7 @@ class Offloaded(hooks.InBackward):
         self._backwards.clear()
         self._shown.hide()
         slots = [slot for slot in self._slots.values() if slot.param.grad is not None]
+        self._queue.check(optimizer, slots)
         if self.settings.gradients == "device":
             self._step_from_device(optimizer, slots)
         else:
@@ -267,10 +266,10 @@ class Offloaded(hooks.InBackward):
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them."""
-        slots = (self._slots.get(id(param)) for param in params)
+        optimizer, slots = self.optimizer, [self._slots.get(id(param)) for param in params]
         chunks = dict.fromkeys(slot.bucket for slot in slots if isinstance(slot, Image))
-        with self.optimizer._turn.lock:
-            self._queue.finish(self.optimizer, [c for c in chunks if isinstance(c, Chunk)])
+        with optimizer._turn.lock:
+            self._queue.finish(optimizer, chunks)  # type: ignore[arg-type]
 
     def forget_gradients(self) -> None:
         with self.optimizer._turn.lock:

@@ -136,7 +136,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self._in_backward is not None:
                 try:
                     self._in_backward.hook()
-                except ValueError:  # a parameter is attached to another optimizer
+                except Exception:  # one is attached to another optimizer, or there is no memory
                     self.param_groups.pop()
                     raise
         return None

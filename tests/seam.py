@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +18,7 @@ import torch
 
 import fusedopt
 from fusedopt import (
+    chunk_queue,
     formats,
     grad_norm,
     modes,
@@ -26,6 +29,7 @@ from fusedopt import (
     stepper,
     tensor_kinds,
     together,
+    unloading,
 )
 
 __all__ = ["formats", "grad_norm", "modes"]
@@ -178,6 +182,57 @@ def attached_steps(opt: Any) -> Iterator[list[list[torch.Tensor]]]:
         step(bucket, arrived)
 
     with mock.patch.object(attached, "step_bucket", record):
+        yield seen
+
+
+def make_links(monkeypatch: Any, make: Callable[[torch.device], Any]) -> None:
+    """What brings tensors to the host and back, of optimizers that are offloaded from now on."""
+    for module in (chunk_queue, unloading):
+        monkeypatch.setattr(module, "make_link", make)
+
+
+@contextlib.contextmanager
+def idle_worker(opt: Any) -> Iterator[None]:
+    """The thread that steps on the host does nothing meanwhile, and then all it was told to."""
+    go_on = threading.Event()
+    opt._in_backward._queue._worker.submit(go_on.wait)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def in_chunks(opt: Any) -> list[list[torch.Tensor]]:
+    """The parameters that are offloaded, as they are stepped together."""
+    return [[slot.param for slot in chunk.images] for chunk in opt._in_backward._queue.chunks]
+
+
+@contextlib.contextmanager
+def failing_on_the_host(opt: Any, param: torch.Tensor, error: Exception) -> Iterator[None]:
+    """Steps of the chunk that a parameter is in raise this in the middle."""
+    chunks = opt._in_backward._queue.chunks
+    chunk = next(c for c in chunks if any(slot.param is param for slot in c.images))
+    with failing_before_the_update(SimpleNamespace(_stepper=chunk.stepper), error):
+        yield
+
+
+@contextlib.contextmanager
+def native_threads() -> Iterator[list[int]]:
+    """On how many threads native steps run meanwhile."""
+    make, seen = stepper.Stepper._make_plan, []
+
+    class Plan:
+        def __init__(self, plan: Any) -> None:
+            self._plan = plan
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._plan, name)
+
+        def step(self, groups: Any, state: Any, threads: int, *rest: Any) -> Any:
+            seen.append(threads)
+            return self._plan.step(groups, state, threads, *rest)
+
+    with mock.patch.object(stepper.Stepper, "_make_plan", lambda *args: Plan(make(*args))):
         yield seen
 
 

@@ -6,6 +6,7 @@ import copy
 import random
 import threading
 
+import seam
 import torch
 from cases import Case, bits, same_bits, states
 from torch import nn
@@ -72,6 +73,8 @@ class FaultyLink(Link):
     def _later(self, event):
         with self.lock:
             self._check_joined()
+            # What comes after them for the device finds that it has read their sources.
+            self.joined = [other for other in self.joined if other not in event.after]
             for target in event.targets:
                 poisoned(target)
             self.pending.append(event)
@@ -114,8 +117,7 @@ def faulty_links(monkeypatch, fate=random):
         links.append(FaultyLink(device, fate))
         return links[-1]
 
-    for module in ("chunk_queue", "unloading"):
-        monkeypatch.setattr(f"fusedopt.{module}.make_link", make)
+    seam.make_links(monkeypatch, make)
     return links
 
 
