@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dtensor
 from .chunks import Arrived, Chunk, Slabs
 from .images import Image, consecutive
 from .link import Event, Link, make_link
@@ -37,7 +36,7 @@ class ChunkQueue:
         memory for these images, nothing is changed."""
         chunks = self.chunks.copy()
         for slots in consecutive(images, size):
-            device = dtensor.local(slots[0].param).device
+            device = slots[0].held.device
             if device not in self._slabs:
                 self._slabs[device] = Slabs(make_link(device))
             chunks.append(Chunk(slots, self._slabs[device], self._num_threads))
@@ -125,7 +124,6 @@ class ChunkQueue:
     def submit(self, optimizer: FusedOptimizer, chunk: Chunk, scales: Scaling | None) -> None:
         """Has a chunk stepped with the gradients that there are."""
         self.finish(optimizer, [chunk])  # the step before
-        chunk.check(optimizer, chunk.grads())
         members = chunk.prepare(optimizer, self.seeds)
         arrived, chunk.arrived = chunk.arrived, None
         assert arrived is not None
@@ -134,7 +132,7 @@ class ChunkQueue:
             if slot.is_changed():
                 arrived.refresh(slot, [mark, *filter(None, [chunk.uploaded])])
             slot.count_write()
-        targets = [dtensor.local(slot.param).data for slot in arrived.grads]
+        targets = [slot.held.data for slot in arrived.grads]
         chunk.stepped = [*arrived.grads]
         chunk.running = self._worker.submit(chunk.run, arrived, members, scales, targets, mark)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it

@@ -22,29 +22,42 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 
+class Slab:
+    """Host memory for the gradients of a chunk, and the places of gradients in it."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._places: dict[Image, Any] = {}
+
+    def place_of(self, slot: Image) -> Any:
+        if slot not in self._places:
+            self._places[slot] = slot.in_memory(self.memory)
+        return self._places[slot]
+
+
 class Slabs:
-    """Host memory that gradients come to, which is used again and again."""
+    """Of one device; they are used again and again."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
         self._lock = threading.Lock()  # a worker gives back what the hooks take
-        self._free: list[Tensor] = []
+        self._free: list[Slab] = []
         self._size = 0  # of all
 
-    def take(self, size: int, limit: float) -> Tensor | None:
+    def take(self, size: int, limit: float) -> Slab | None:
         """At least so many bytes; None if there are more than ``limit``, of which some will be
         given back."""
         with self._lock:
-            if fitting := [slab for slab in self._free if slab.nbytes >= size]:
-                slab = min(fitting, key=lambda slab: slab.nbytes)
+            if fitting := [slab for slab in self._free if slab.memory.nbytes >= size]:
+                slab = min(fitting, key=lambda slab: slab.memory.nbytes)
                 self._free = [other for other in self._free if other is not slab]
                 return slab
-            free = sum(slab.nbytes for slab in self._free)
+            free = sum(slab.memory.nbytes for slab in self._free)
             if self._size + size > limit:
                 if free < self._size:
                     return None
                 self._free, self._size = [], 0
-            slab = self.link.memory(size)
+            slab = Slab(self.link.memory(size))
             self._size += size
             return slab
 
@@ -55,8 +68,8 @@ class Slabs:
             if slab is not None:
                 self.give_back(slab)
 
-    def give_back(self, slab: Tensor) -> None:
-        self.link.released(slab)
+    def give_back(self, slab: Slab) -> None:
+        self.link.released(slab.memory)
         with self._lock:
             self._free.append(slab)
 
@@ -64,7 +77,7 @@ class Slabs:
 class Arrived:
     """The gradients of a chunk for one step, and the copies that bring them."""
 
-    def __init__(self, slabs: Slabs, slab: Tensor) -> None:
+    def __init__(self, slabs: Slabs, slab: Slab) -> None:
         self._slabs, self._slab = slabs, slab
         self._link = slabs.link
         self.grads: dict[Image, Any] = {}
@@ -73,9 +86,8 @@ class Arrived:
     def add(self, slot: Image, grad: Any, after: list[Event]) -> Event:
         """Starts the copy of a gradient. Its memory may be given up at once."""
         held = dtensor.local(dtensor.placed_like(grad, slot.param)).detach()
-        param = dtensor.local(slot.param)
-        if held.layout is torch.strided and held.dtype == param.dtype:
-            place = slot.in_memory(self._slab)
+        if held.layout is torch.strided and held.dtype is slot.image_held.dtype:
+            place = self._slab.place_of(slot)
             event = self._link.download(held, dtensor.local(place), after)
             self._events.append(event)
         else:  # of which it is not known before how much memory it has
@@ -86,8 +98,8 @@ class Arrived:
 
     def refresh(self, slot: Image, after: list[Event]) -> None:
         """The image takes the bits that somebody gave the parameter."""
-        held = dtensor.local(slot.param).detach()
-        self._events.append(self._link.download(held, dtensor.local(slot.image), after))
+        held = slot.held.detach()
+        self._events.append(self._link.download(held, slot.image_held, after))
 
     def wait(self) -> None:
         for event in self._events:
@@ -112,9 +124,7 @@ class Chunk(Bucket):
             self.size += slot.size
         self._memory = self.link.memory(self.size)
         for slot in slots:
-            slot.image = slot.in_memory(self._memory)
-            dtensor.local(slot.image).copy_(dtensor.local(slot.param).detach())
-            slot.has_its_bits()
+            slot.make_image(self._memory)
         # The state of the images: the same dicts as in the optimizer, where the parameters have it.
         self._state: dict[Any, Any] = {}
         self.arrived: Arrived | None = None  # for the next step
@@ -180,7 +190,7 @@ class Chunk(Bucket):
             for slot in slots:
                 slot.image.grad = None
             arrived.release()
-        sources = [dtensor.local(slot.image) for slot in slots]
+        sources = [slot.image_held for slot in slots]
         self.uploaded = self.link.upload(sources, targets, [mark])
 
     def finish(self, optimizer: FusedOptimizer) -> BaseException | None:

@@ -18,33 +18,46 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Image(Slot):
     """A parameter, and on the host an image of it with the same dtype and the same bits."""
 
-    __slots__ = ("image", "offset", "seen")
+    __slots__ = ("_is_sharded", "image", "image_held", "offset", "seen")
 
     def __init__(self, param: Any, g: int, i: int) -> None:
         super().__init__(param, g, i)
+        self._is_sharded = dtensor.is_dtensor(param)
         self.image: Any = None
+        self.image_held: Tensor  # of a DTensor the shard
         self.offset = 0  # in bytes, in the memory of its chunk
         self.seen: tuple[int, ...] = ()  # who the parameter was when the image had its bits
 
     @property
+    def held(self) -> Tensor:
+        """What this process holds of the parameter."""
+        held: Tensor = dtensor.local(self.param) if self._is_sharded else self.param
+        return held
+
+    @property
     def size(self) -> int:
         """In bytes, in the memory of the chunk."""
-        nbytes = int(dtensor.local(self.param).nbytes)
-        return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.held.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def make_image(self, memory: Tensor) -> None:
+        self.image = self.in_memory(memory)
+        self.image_held = dtensor.local(self.image)
+        self.image_held.copy_(self.held.detach())
+        self.has_its_bits()
 
     def in_memory(self, memory: Tensor) -> Any:
         """A tensor like the parameter in its place of the memory of a chunk."""
-        held = dtensor.local(self.param)
+        held = self.held
         place = memory[self.offset : self.offset + held.nbytes].view(held.dtype)
         return dtensor.with_local(self.param, place.as_strided(held.shape, held.stride()))
 
     def has_its_bits(self) -> None:
         """From now on, or when what runs is done."""
-        self.seen = _identity(self.param)
+        self.seen = self._identity()
 
     def is_changed(self) -> bool:
         """Whether somebody else wrote the parameter since it had the bits of the image."""
-        return self.seen != _identity(self.param)
+        return self.seen != self._identity()
 
     def count_write(self) -> None:
         """Autograd is to notice that the parameter has other bits now, or will have."""
@@ -54,16 +67,17 @@ class Image(Slot):
     def problem(self, device: torch.device) -> str | None:
         """Why the image and the parameter, which was on this device, cannot be copied to each
         other, if they cannot."""
-        held, image = dtensor.local(self.param), dtensor.local(self.image)
+        held, image = self.held, self.image_held
+        if held.shape == image.shape and held.dtype is image.dtype and held.device == device:
+            return None
         for name, then in (("shape", image.shape), ("dtype", image.dtype), ("device", device)):
             if (now := getattr(held, name)) != then:
                 return f"its {name} was {then} when offload() was called, and is {now} now"
         return None
 
-
-def _identity(param: Any) -> tuple[int, ...]:
-    held = dtensor.local(param)
-    return param._version, held._version, held.data_ptr()
+    def _identity(self) -> tuple[int, ...]:
+        held = self.held
+        return self.param._version, held._version, held.data_ptr()
 
 
 def can_have_image(param: Any, device_type: str, least: int) -> bool:
@@ -85,7 +99,7 @@ def consecutive(images: list[Image], size: int) -> list[list[Image]]:
     parts: list[list[Image]] = []
     device, sum_of_sizes = None, 0
     for slot in images:
-        where = dtensor.local(slot.param).device
+        where = slot.held.device
         if where != device or sum_of_sizes + slot.size > size:
             parts.append([])
             device, sum_of_sizes = where, 0
