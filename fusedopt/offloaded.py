@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .record import Record
 
-CPU = torch.device("cpu")
-
 
 class Offloaded(hooks.InBackward):
     """The parameters of an optimizer that are stepped on the host, in chunks, and those that stay
@@ -164,9 +162,7 @@ class Offloaded(hooks.InBackward):
             self._queue.submit(optimizer, chunk, None)
 
     def _check_first(self, slot: Slot) -> None:
-        chunk = slot.bucket
-        others = chunk.grads() if isinstance(chunk, Chunk) else self._kept_grads
-        if slot in others:
+        if slot in (slot.bucket.grads() if isinstance(slot.bucket, Chunk) else self._kept_grads):
             raise RuntimeError(
                 f"{self.optimizer._members().describe(slot.g, slot.i)}: a second backward() has "
                 "given it a gradient, and the first still waits for step(); let all but the last "
@@ -199,6 +195,7 @@ class Offloaded(hooks.InBackward):
                 self._step_waiting(optimizer)
             else:
                 self._step_arrived(optimizer)
+        self._queue.join_downloads()
         if self.settings.overlap != "forward":
             self.synchronize()
 
@@ -207,8 +204,7 @@ class Offloaded(hooks.InBackward):
         scales = scaling.read(optimizer, self._norm)
         self._kept_grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
         self._step_kept(optimizer, scales)
-        on_host = None if scales is None else {CPU: scaling.on(CPU, scales)}
-        self._queue.step_from_device(optimizer, on_host)
+        self._queue.step_from_device(optimizer, scaling.on_host(scales))
 
     def _step_waiting(self, optimizer: FusedOptimizer) -> None:
         """Steps what waited until all gradients were there."""
@@ -221,7 +217,7 @@ class Offloaded(hooks.InBackward):
         self._queue.wait_for_grads()
         scales = scaling.read(optimizer, self._norm, self._with_grads_on_host(optimizer))
         self._step_kept(optimizer, scales)
-        self._queue.step_arrived(optimizer, scales)
+        self._queue.step_arrived(optimizer, scaling.on_host(scales))
 
     def _with_grads_on_host(self, optimizer: FusedOptimizer) -> list[Any]:
         """Like the parameters, in their order, with their gradients, all of it on the host."""
@@ -232,10 +228,10 @@ class Offloaded(hooks.InBackward):
                 alike = dtensor.with_local(param, dtensor.local(slot.image).detach())
                 alike.grad = there.get(slot)
             else:
-                held = torch.empty_like(dtensor.local(param), device=CPU)
+                held = torch.empty_like(dtensor.local(param), device="cpu")
                 alike, grad = dtensor.with_local(param, held), self._kept_grads.get(slot)
                 if grad is not None:
-                    alike.grad = dtensor.with_local(grad, dtensor.local(grad).to(CPU))
+                    alike.grad = dtensor.with_local(grad, dtensor.local(grad).to("cpu"))
             params.append(alike)
         return params
 
@@ -265,10 +261,16 @@ class Offloaded(hooks.InBackward):
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them."""
-        optimizer, slots = self.optimizer, [self._slots.get(id(param)) for param in params]
+        optimizer = self._optimizer()
+        if optimizer is None:  # and just now, with a step under way
+            return self._queue.wait_for_uploads()
+        slots = [self._slots.get(id(param)) for param in params]
         chunks = dict.fromkeys(slot.bucket for slot in slots if isinstance(slot, Image))
         with optimizer._turn.lock:
             self._queue.finish(optimizer, chunks)  # type: ignore[arg-type]
+
+    def __del__(self) -> None:
+        self._queue.wait_for_uploads()  # modules do not wait any more
 
     def forget_gradients(self) -> None:
         with self.optimizer._turn.lock:

@@ -202,6 +202,17 @@ def idle_worker(opt: Any) -> Iterator[None]:
         go_on.set()
 
 
+def finish_worker(opt: Any) -> None:
+    """Waits for what it was told to do, and for nothing else."""
+    opt._in_backward._queue._worker.finish()
+
+
+def measure_another_norm(opt: Any) -> None:
+    """In the memory in which that of a step was measured."""
+    for clips in (opt._core._clips or {}).values():
+        clips.fill_(0.5)
+
+
 def in_chunks(opt: Any) -> list[list[torch.Tensor]]:
     """The parameters that are offloaded, as they are stepped together."""
     return [[slot.param for slot in chunk.images] for chunk in opt._in_backward._queue.chunks]
