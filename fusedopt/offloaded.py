@@ -56,10 +56,11 @@ class Offloaded(hooks.InBackward):
         self._queue.make(images, self.settings.chunk, self._all_wait)
         self._kept.slots += [slot for slot in slots if not isinstance(slot, Image)]
         self._slots.update((id(slot.param), slot) for slot in slots)
-        if self.settings.gradients == "host":
-            for record in new:
-                if hooks.can_require_grad(record.param):
-                    self.register(record.param)
+        for record in new:
+            if isinstance(self._slots[id(record.param)], Image):  # Adagrad has made state
+                state.move(record, torch.device("cpu"))
+            if self.settings.gradients == "host" and hooks.can_require_grad(record.param):
+                self.register(record.param)
         self.optimizer._in_backward = self
 
     def _check(self, record: Record) -> None:
@@ -121,16 +122,8 @@ class Offloaded(hooks.InBackward):
             options.check_group(members, g)
 
     def _draw_seeds(self, params: Iterable[Any]) -> None:
-        """Of parameters that are rounded at random, in their order, whatever the order of their
-        steps. Where a step begins before all gradients are there, some wait for a later one."""
-        params = {id(param) for param in params}
-        members = self.optimizer._members()
-        for record in members.all() if any(g.get("rounding") for g in members.groups) else ():
-            if "rounding_state" in record.entries:
-                self._queue.seeds.pop(record.param, None)
-            elif record.extras.rounding is not None and id(record.param) in params:
-                if record.param.requires_grad and record.param not in self._queue.seeds:
-                    self._queue.seeds[record.param] = state.draw_seed()
+        ids = {id(param) for param in params}
+        state.draw_seeds(self.optimizer._members(), ids, self._queue.seeds)
 
     def _end(self, backward: int) -> None:
         """When a backward ends."""
@@ -200,6 +193,7 @@ class Offloaded(hooks.InBackward):
             self.synchronize()
 
     def _step_from_device(self, optimizer: FusedOptimizer, slots: list[Slot]) -> None:
+        self.synchronize()  # what the step before has raised comes before anything is written
         self._draw_seeds([slot.param for slot in slots])
         scales = scaling.read(optimizer, self._norm)
         self._kept_grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
@@ -286,6 +280,12 @@ class Offloaded(hooks.InBackward):
 
     def unhook(self) -> None:
         self.synchronize()
+        self._shown.hide()
+        self._queue.wait_for_grads()
+        for slot, grad in (*self._queue.grads().items(), *self._kept_grads.items()):
+            held = dtensor.local(grad).to(dtensor.local(slot.param).device, copy=True)
+            grad, more = dtensor.with_local(grad, held), slot.param.grad
+            slot.param.grad = grad if more is None else grad + more
         self.forget_gradients()
         super().unhook()
         for record in self.optimizer._members().all():
