@@ -158,10 +158,13 @@ class ChunkQueue:
         Raises:
             Exception: what the first of them has raised.
         """
-        errors = []
+        errors: list[BaseException | None] = []
         for chunk in chunks:
             if chunk.running is not None:
-                errors.append(chunk.finish(optimizer))
+                try:
+                    errors.append(chunk.finish(optimizer))
+                except BaseException as interrupt:  # comes after the step
+                    errors += [interrupt, chunk.finish(optimizer)]
             if chunk.uploaded is not None:
                 chunk.link.join(chunk.uploaded)
         for error in filter(None, errors):

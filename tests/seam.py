@@ -192,12 +192,13 @@ def make_links(monkeypatch: Any, make: Callable[[torch.device], Any]) -> None:
 
 
 @contextlib.contextmanager
-def idle_worker(opt: Any) -> Iterator[None]:
-    """The thread that steps on the host does nothing meanwhile, and then all it was told to."""
+def idle_worker(opt: Any) -> Iterator[threading.Event]:
+    """The thread that steps on the host does nothing meanwhile, or until the event is set, and then
+    all it was told to."""
     go_on = threading.Event()
     opt._in_backward._queue._worker.submit(go_on.wait)
     try:
-        yield
+        yield go_on
     finally:
         go_on.set()
 
