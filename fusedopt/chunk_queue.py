@@ -30,6 +30,7 @@ class ChunkQueue:
         self._num_threads = num_threads
         self._slabs: dict[torch.device, Slabs] = {}
         self._worker = Worker()
+        self._downloads: list[tuple[Link, Event]] = []  # since the last step
 
     def make(self, images: list[Image], size: int, all_wait: bool) -> None:
         """``all_wait``: all gradients will be on the host before the first is used. If there is no
@@ -58,8 +59,19 @@ class ChunkQueue:
             self.finish(optimizer, [chunk])
         if chunk.arrived is None:
             chunk.arrived = self._place_for(optimizer, chunk, not all_wait)
-        chunk.arrived.add(slot, grad, [chunk.link.mark()])
+        self._download(chunk, slot, grad, [chunk.link.mark()])
         return chunk
+
+    def _download(self, chunk: Chunk, slot: Image, grad: Any, after: list[Event]) -> None:
+        assert chunk.arrived is not None
+        if (event := chunk.arrived.add(slot, grad, after)) is not None:
+            self._downloads.append((chunk.link, event))
+
+    def join_downloads(self) -> None:
+        """Whoever writes gradients that others hold does so when they have been read."""
+        downloads, self._downloads = self._downloads, []
+        for link, event in downloads:
+            link.join(event)
 
     def _place_for(self, optimizer: FusedOptimizer, chunk: Chunk, is_limited: bool) -> Arrived:
         """Memory for the gradients of a chunk. Where it is limited, it may have to be waited for,
@@ -83,6 +95,7 @@ class ChunkQueue:
 
     def forget_grads(self) -> None:
         self.wait_for_grads()
+        self._downloads.clear()
         for chunk in self.chunks:
             arrived, chunk.arrived = chunk.arrived, None
             if arrived is not None:
@@ -107,19 +120,14 @@ class ChunkQueue:
     def step_from_device(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
         """Steps with gradients that are on the device and stay there."""
         self.forget_grads()  # of a step that failed
-        downloads: list[tuple[Link, Event]] = []
         for chunk in self.chunks:
             having = [slot for slot in chunk.images if slot.param.grad is not None]
             if having:
                 chunk.arrived = self._place_for(optimizer, chunk, True)
                 after = [chunk.link.mark()]
                 for slot in having:
-                    event = chunk.arrived.add(slot, slot.param.grad, after)
-                    downloads.append((chunk.link, event))
+                    self._download(chunk, slot, slot.param.grad, after)
                 self.submit(optimizer, chunk, scales)
-        for link, event in downloads:  # whoever writes the gradients does so later
-            if event is not None:
-                link.join(event)
 
     def submit(self, optimizer: FusedOptimizer, chunk: Chunk, scales: Scaling | None) -> None:
         """Has a chunk stepped with the gradients that there are."""
@@ -137,16 +145,25 @@ class ChunkQueue:
         chunk.running = self._worker.submit(chunk.run, arrived, members, scales, targets, mark)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
+    def wait_for_uploads(self) -> None:
+        """Of steps whose part on the host is done."""
+        for chunk in self.chunks:
+            if chunk.uploaded is not None:
+                chunk.link.wait(chunk.uploaded)
+
     def finish(self, optimizer: FusedOptimizer, chunks: Iterable[Chunk]) -> None:
         """Waits for the steps of chunks that run.
 
         Raises:
             Exception: what the first of them has raised.
         """
-        errors = []
+        errors: list[BaseException | None] = []
         for chunk in chunks:
             if chunk.running is not None:
-                errors.append(chunk.finish(optimizer))
+                try:
+                    errors.append(chunk.finish(optimizer))
+                except BaseException as interrupt:  # comes after the step
+                    errors += [interrupt, chunk.finish(optimizer)]
             if chunk.uploaded is not None:
                 chunk.link.join(chunk.uploaded)
         for error in filter(None, errors):

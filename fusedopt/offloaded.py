@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .record import Record
 
-CPU = torch.device("cpu")
-
 
 class Offloaded(hooks.InBackward):
     """The parameters of an optimizer that are stepped on the host, in chunks, and those that stay
@@ -58,10 +56,11 @@ class Offloaded(hooks.InBackward):
         self._queue.make(images, self.settings.chunk, self._all_wait)
         self._kept.slots += [slot for slot in slots if not isinstance(slot, Image)]
         self._slots.update((id(slot.param), slot) for slot in slots)
-        if self.settings.gradients == "host":
-            for record in new:
-                if hooks.can_require_grad(record.param):
-                    self.register(record.param)
+        for record in new:
+            if isinstance(self._slots[id(record.param)], Image):  # Adagrad has made state
+                state.move(record, torch.device("cpu"))
+            if self.settings.gradients == "host" and hooks.can_require_grad(record.param):
+                self.register(record.param)
         self.optimizer._in_backward = self
 
     def _check(self, record: Record) -> None:
@@ -124,16 +123,8 @@ class Offloaded(hooks.InBackward):
             options.check_group(members, g)
 
     def _draw_seeds(self, params: Iterable[Any]) -> None:
-        """Of parameters that are rounded at random, in their order, whatever the order of their
-        steps. Where a step begins before all gradients are there, some wait for a later one."""
-        params = {id(param) for param in params}
-        members = self.optimizer._members()
-        for record in members.all() if any(g.get("rounding") for g in members.groups) else ():
-            if "rounding_state" in record.entries:
-                self._queue.seeds.pop(record.param, None)
-            elif record.extras.rounding is not None and id(record.param) in params:
-                if record.param.requires_grad and record.param not in self._queue.seeds:
-                    self._queue.seeds[record.param] = state.draw_seed()
+        ids = {id(param) for param in params}
+        state.draw_seeds(self.optimizer._members(), ids, self._queue.seeds)
 
     def _end(self, backward: int) -> None:
         """When a backward ends."""
@@ -165,9 +156,7 @@ class Offloaded(hooks.InBackward):
             self._queue.submit(optimizer, chunk, None)
 
     def _check_first(self, slot: Slot) -> None:
-        chunk = slot.bucket
-        others = chunk.grads() if isinstance(chunk, Chunk) else self._kept_grads
-        if slot in others:
+        if slot in (slot.bucket.grads() if isinstance(slot.bucket, Chunk) else self._kept_grads):
             raise RuntimeError(
                 f"{self.optimizer._members().describe(slot.g, slot.i)}: a second backward() has "
                 "given it a gradient, and the first still waits for step(); let all but the last "
@@ -200,16 +189,17 @@ class Offloaded(hooks.InBackward):
                 self._step_waiting(optimizer)
             else:
                 self._step_arrived(optimizer)
+        self._queue.join_downloads()
         if self.settings.overlap != "forward":
             self.synchronize()
 
     def _step_from_device(self, optimizer: FusedOptimizer, slots: list[Slot]) -> None:
+        self.synchronize()  # what the step before has raised comes before anything is written
         self._draw_seeds([slot.param for slot in slots])
         scales = scaling.read(optimizer, self._norm)
         self._kept_grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
         self._step_kept(optimizer, scales)
-        on_host = None if scales is None else {CPU: scaling.on(CPU, scales)}
-        self._queue.step_from_device(optimizer, on_host)
+        self._queue.step_from_device(optimizer, scaling.on_host(scales))
 
     def _step_waiting(self, optimizer: FusedOptimizer) -> None:
         """Steps what waited until all gradients were there."""
@@ -222,7 +212,7 @@ class Offloaded(hooks.InBackward):
         self._queue.wait_for_grads()
         scales = scaling.read(optimizer, self._norm, self._with_grads_on_host(optimizer))
         self._step_kept(optimizer, scales)
-        self._queue.step_arrived(optimizer, scales)
+        self._queue.step_arrived(optimizer, scaling.on_host(scales))
 
     def _with_grads_on_host(self, optimizer: FusedOptimizer) -> list[Any]:
         """Like the parameters, in their order, with their gradients, all of it on the host."""
@@ -233,10 +223,10 @@ class Offloaded(hooks.InBackward):
                 alike = dtensor.with_local(param, dtensor.local(slot.image).detach())
                 alike.grad = there.get(slot)
             else:
-                held = torch.empty_like(dtensor.local(param), device=CPU)
+                held = torch.empty_like(dtensor.local(param), device="cpu")
                 alike, grad = dtensor.with_local(param, held), self._kept_grads.get(slot)
                 if grad is not None:
-                    alike.grad = dtensor.with_local(grad, dtensor.local(grad).to(CPU))
+                    alike.grad = dtensor.with_local(grad, dtensor.local(grad).to("cpu"))
             params.append(alike)
         return params
 
@@ -266,10 +256,16 @@ class Offloaded(hooks.InBackward):
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them."""
-        optimizer, slots = self.optimizer, [self._slots.get(id(param)) for param in params]
+        optimizer = self._optimizer()
+        if optimizer is None:  # and just now, with a step under way
+            return self._queue.wait_for_uploads()
+        slots = [self._slots.get(id(param)) for param in params]
         chunks = dict.fromkeys(slot.bucket for slot in slots if isinstance(slot, Image))
         with optimizer._turn.lock:
             self._queue.finish(optimizer, chunks)  # type: ignore[arg-type]
+
+    def __del__(self) -> None:
+        self._queue.wait_for_uploads()  # modules do not wait any more
 
     def forget_gradients(self) -> None:
         with self.optimizer._turn.lock:
@@ -285,6 +281,12 @@ class Offloaded(hooks.InBackward):
 
     def unhook(self) -> None:
         self.synchronize()
+        self._shown.hide()
+        self._queue.wait_for_grads()
+        for slot, grad in (*self._queue.grads().items(), *self._kept_grads.items()):
+            held = dtensor.local(grad).to(dtensor.local(slot.param).device, copy=True)
+            grad, more = dtensor.with_local(grad, held), slot.param.grad
+            slot.param.grad = grad if more is None else grad + more
         self.forget_gradients()
         super().unhook()
         for record in self.optimizer._members().all():

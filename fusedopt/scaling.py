@@ -64,10 +64,17 @@ def read(
 
 
 def on(device: torch.device, scales: Scaling) -> OfDevice:
-    """The scales of a step on a device, which may have none of its own."""
-    of_device = scales.get(device) or next(iter(scales.values()))
-    found_inf, scale, clip = (t if t is None else t.to(device) for t in of_device)
+    """The scales of a step on a device, which may have none of its own. What is measured or set
+    for the next step does not change them."""
+    of_device = scales.get(device) or next(iter(scales.values()), (None, None, None))
+    found_inf, scale, clip = (t if t is None else t.to(device, copy=True) for t in of_device)
     return found_inf, scale, clip
+
+
+def on_host(scales: Scaling | None) -> Scaling | None:
+    """The scales of a step for what is taken on the CPU."""
+    cpu = torch.device("cpu")
+    return None if scales is None else {cpu: on(cpu, scales)}
 
 
 def skips(of_device: OfDevice) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dtensor, formats, stock_step, tensor_kinds
-from .record import Record
+from .record import Members, Record
 from .rule import STEP, Scalar, Slot
 
 
@@ -92,9 +93,11 @@ def match_layout(record: Record) -> None:
 
 
 def move(record: Record, device: torch.device) -> None:
-    """Brings the tensors of a parameter to a device, except for the numbers of its rule."""
+    """Brings the tensors of a parameter to a device; the numbers of its rule to none but the CPU,
+    where they are unless an option says otherwise."""
     for key, value in record.entries.items():
-        if isinstance(value, Tensor) and key not in record.rule.scalar_by_name:
+        is_number = key in record.rule.scalar_by_name
+        if isinstance(value, Tensor) and not (is_number and device.type != "cpu"):
             held = dtensor.local(value)
             if held.device != device:
                 record.entries[key] = dtensor.with_local(value, held.to(device))
@@ -183,6 +186,18 @@ def draw_seed() -> Tensor:
     seed = torch.randint(2**62, (2,), dtype=torch.int64, device="cpu")
     seed[1] = 0
     return seed
+
+
+def draw_seeds(members: Members, ids: set[int], seeds: dict[Any, Tensor]) -> None:
+    """Of parameters that are rounded at random, in their order, whatever the order of their steps.
+    Where a step begins before all gradients are there, some wait for a later one. ``ids``: of the
+    parameters that may have a step; ``seeds``: of those that have had none."""
+    for record in members.all() if any(g.get("rounding") for g in members.groups) else ():
+        if "rounding_state" in record.entries:
+            seeds.pop(record.param, None)
+        elif record.extras.rounding is not None and id(record.param) in ids:
+            if record.param.requires_grad and record.param not in seeds:
+                seeds[record.param] = draw_seed()
 
 
 def _new_extra(key: str, record: Record) -> Tensor:

@@ -192,14 +192,26 @@ def make_links(monkeypatch: Any, make: Callable[[torch.device], Any]) -> None:
 
 
 @contextlib.contextmanager
-def idle_worker(opt: Any) -> Iterator[None]:
-    """The thread that steps on the host does nothing meanwhile, and then all it was told to."""
+def idle_worker(opt: Any) -> Iterator[threading.Event]:
+    """The thread that steps on the host does nothing meanwhile, or until the event is set, and then
+    all it was told to."""
     go_on = threading.Event()
     opt._in_backward._queue._worker.submit(go_on.wait)
     try:
-        yield
+        yield go_on
     finally:
         go_on.set()
+
+
+def finish_worker(opt: Any) -> None:
+    """Waits for what it was told to do, and for nothing else."""
+    opt._in_backward._queue._worker.finish()
+
+
+def measure_another_norm(opt: Any) -> None:
+    """In the memory in which that of a step was measured."""
+    for clips in (opt._core._clips or {}).values():
+        clips.fill_(0.5)
 
 
 def in_chunks(opt: Any) -> list[list[torch.Tensor]]:
