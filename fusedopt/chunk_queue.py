@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,10 @@ class ChunkQueue:
         self._slabs: dict[torch.device, Slabs] = {}
         self._worker = Worker()
         self._downloads: list[tuple[Link, Event]] = []  # since the last step
+        self._arriving: deque[Arrived] = deque()
 
-    def make(self, images: list[Image], size: int, all_wait: bool) -> None:
-        """``all_wait``: all gradients will be on the host before the first is used. If there is no
+    def make(self, images: list[Image], size: int, is_limited: bool) -> None:
+        """``is_limited``: the gradients of all will not be on the host at once. If there is no
         memory for these images, nothing is changed."""
         chunks = self.chunks.copy()
         for slots in consecutive(images, size):
@@ -42,23 +44,22 @@ class ChunkQueue:
                 self._slabs[device] = Slabs(make_link(device))
             chunks.append(Chunk(slots, self._slabs[device], self._num_threads))
         for slabs in self._slabs.values():
-            sizes = [chunk.size for chunk in chunks if chunk.slabs is slabs]
-            slabs.provide(sizes if all_wait else sizes[:_IN_FLIGHT])
+            sizes = sorted(chunk.size for chunk in chunks if chunk.slabs is slabs)
+            slabs.provide(sizes[-_IN_FLIGHT:] if is_limited else sizes)
         self.chunks = chunks
 
     # Gradients ------------------------------------------------------------------------------------
 
-    def send(self, optimizer: FusedOptimizer, slot: Image, grad: Any, all_wait: bool) -> Chunk:
+    def send(self, optimizer: FusedOptimizer, slot: Image, grad: Any, is_limited: bool) -> Chunk:
         """Takes a gradient to the host. If this raises, it has not been taken."""
-        chunk = slot.bucket
-        assert isinstance(chunk, Chunk)
+        chunk = slot.chunk
         chunk.check(optimizer, [slot])
         if slot in chunk.grads():  # another part of the backward has made one
             self.submit(optimizer, chunk, None)
         if chunk.running is not None:
             self.finish(optimizer, [chunk])
         if chunk.arrived is None:
-            chunk.arrived = self._place_for(optimizer, chunk, not all_wait)
+            chunk.arrived = self._place_for(optimizer, chunk, is_limited)
         self._download(chunk, slot, grad, [chunk.link.mark()])
         return chunk
 
@@ -82,7 +83,13 @@ class ChunkQueue:
             if not any(other.running for other in others):
                 self.submit(optimizer, next(other for other in others if other.arrived), None)
             self.finish(optimizer, [next(other for other in others if other.running)])
-        return Arrived(chunk.slabs, slab)
+        arrived = Arrived(chunk.slabs, slab)
+        # Memory of the device that was read in another stream is used again only when the host has
+        # seen that. So it does not run further ahead than this.
+        self._arriving.append(arrived)
+        if len(self._arriving) > _IN_FLIGHT:
+            self._arriving.popleft().wait()
+        return arrived
 
     def grads(self) -> dict[Image, Any]:
         """Those that no step has used yet; they are there after :meth:`wait_for_grads`."""
@@ -108,8 +115,7 @@ class ChunkQueue:
         like their images."""
         for slot in (*slots, *self.grads()):
             if isinstance(slot, Image):
-                assert isinstance(slot.bucket, Chunk)
-                slot.bucket.check(optimizer, [slot])
+                slot.chunk.check(optimizer, [slot])
 
     def step_arrived(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
         """Steps what has gradients on the host."""
@@ -145,9 +151,9 @@ class ChunkQueue:
         chunk.running = self._worker.submit(chunk.run, arrived, members, scales, targets, mark)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
-    def wait_for_uploads(self) -> None:
+    def wait_for_uploads(self, chunks: Iterable[Chunk]) -> None:
         """Of steps whose part on the host is done."""
-        for chunk in self.chunks:
+        for chunk in chunks:
             if chunk.uploaded is not None:
                 chunk.link.wait(chunk.uploaded)
 
@@ -165,6 +171,9 @@ class ChunkQueue:
                 except BaseException as interrupt:  # comes after the step
                     errors += [interrupt, chunk.finish(optimizer)]
             if chunk.uploaded is not None:
-                chunk.link.join(chunk.uploaded)
+                if chunk.link.is_done(chunk.uploaded):
+                    chunk.uploaded = None
+                else:
+                    chunk.link.join(chunk.uploaded)
         for error in filter(None, errors):
             raise error

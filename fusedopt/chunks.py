@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class Arrived:
         self._events.append(self._link.download(held, slot.image_held, after))
 
     def wait(self) -> None:
-        for event in self._events:
+        for event in self._events.copy():  # a worker waits, too
             self._link.wait(event)
 
     def release(self) -> None:
@@ -120,7 +121,7 @@ class Chunk(Bucket):
         self.stepper = Stepper(num_threads)
         self.size = 0
         for slot in slots:
-            slot.bucket, slot.offset = self, self.size
+            slot.belongs_to, slot.offset = weakref.ref(self), self.size
             self.size += slot.size
         self._memory = self.link.memory(self.size)
         for slot in slots:
@@ -180,6 +181,7 @@ class Chunk(Bucket):
         until the mark."""
         slots = [*arrived.grads]
         try:
+            self.link.enter()
             arrived.wait()
             if self.uploaded is not None:
                 self.link.wait(self.uploaded)  # it reads the images

@@ -31,7 +31,7 @@ class InBackward:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
         self._accumulating = 0  # how many contexts are open
 
     @property
@@ -80,11 +80,11 @@ class InBackward:
             param.requires_grad_()
             handle = param.register_post_accumulate_grad_hook(Hook(self))
             param.requires_grad_(requires_grad)
-        self._handles.append(handle)
+        self.handles.append(handle)
 
     def unhook(self) -> None:
         """The optimizer goes on as an ordinary one."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
 
     @contextlib.contextmanager

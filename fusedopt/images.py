@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.autograd.graph import increment_version
 from . import dtensor, hooks
 from .buckets import Slot
 
+if TYPE_CHECKING:
+    from .chunks import Chunk
+
 _ALIGNMENT = 64  # bytes: a cache line, of which no two tensors have a part
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -18,15 +22,23 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Image(Slot):
     """A parameter, and on the host an image of it with the same dtype and the same bits."""
 
-    __slots__ = ("_is_sharded", "image", "image_held", "offset", "seen")
+    __slots__ = ("_is_sharded", "belongs_to", "image", "image_held", "offset", "seen")
 
     def __init__(self, param: Any, g: int, i: int) -> None:
         super().__init__(param, g, i)
         self._is_sharded = dtensor.is_dtensor(param)
+        # The chunk, which holds the image: in a circle, the memory would outlive both for a while.
+        self.belongs_to: weakref.ref[Chunk]
         self.image: Any = None
         self.image_held: Tensor  # of a DTensor the shard
         self.offset = 0  # in bytes, in the memory of its chunk
         self.seen: tuple[int, ...] = ()  # who the parameter was when the image had its bits
+
+    @property
+    def chunk(self) -> Chunk:
+        chunk = self.belongs_to()
+        assert chunk is not None, "the queue has it"
+        return chunk
 
     @property
     def held(self) -> Tensor:

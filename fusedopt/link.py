@@ -21,6 +21,9 @@ class Link:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def enter(self) -> None:
+        """In a thread that uses this link alone."""
+
     def memory(self, size: int) -> Tensor:
         """Bytes that copies to and from the device can reach."""
         return torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -43,6 +46,10 @@ class Link:
     def wait(self, event: Event) -> None:
         """The host waits."""
 
+    def is_done(self, event: Event) -> bool:
+        """Whether the host would not have to wait."""
+        return True
+
     def join(self, event: Event) -> None:
         """What the device is given to do from now on in the current stream waits."""
 
@@ -54,6 +61,9 @@ class CudaLink(Link):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._down, self._up = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self.device)  # else a context is made on the first of all
 
     def memory(self, size: int) -> Tensor:
         try:
@@ -81,6 +91,9 @@ class CudaLink(Link):
 
     def wait(self, event: Event) -> None:
         event.synchronize()
+
+    def is_done(self, event: Event) -> bool:
+        return bool(event.query())
 
     def join(self, event: Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import dtensor, hooks, options, scaling, state
-from .buckets import Bucket, Slot
+from .buckets import Slot
 from .chunk_queue import ChunkQueue
-from .chunks import Chunk
 from .grad_norm import GradNorm
 from .images import Image, can_have_image
+from .kept import Kept
 from .rule import Group
 from .scaling import Scaling
 from .shown import Shown
@@ -35,8 +35,7 @@ class Offloaded(hooks.InBackward):
         self.settings = settings
         self._queue = ChunkQueue(settings.num_threads)
         self._slots: dict[int, Slot] = {}  # by the id of the parameter
-        self._kept = Bucket()
-        self._kept_grads: dict[Slot, Any] = {}  # taken from the backward
+        self._kept = Kept()
         self._shown = Shown()
         self._norm = GradNorm()
         self._backwards: set[int] = set()
@@ -53,8 +52,8 @@ class Offloaded(hooks.InBackward):
             (Image if can_have_image(r.param, on, least) else Slot)(r.param, r.g, r.i) for r in new
         ]
         images = [slot for slot in slots if isinstance(slot, Image)]
-        self._queue.make(images, self.settings.chunk, self._all_wait)
-        self._kept.slots += [slot for slot in slots if not isinstance(slot, Image)]
+        self._queue.make(images, self.settings.chunk, self._is_limited)
+        self._kept.add(slot for slot in slots if not isinstance(slot, Image))
         self._slots.update((id(slot.param), slot) for slot in slots)
         for record in new:
             if isinstance(self._slots[id(record.param)], Image):  # Adagrad has made state
@@ -76,6 +75,11 @@ class Offloaded(hooks.InBackward):
                 )
         if self.settings.gradients == "host":
             hooks.check_free(record.param, record.describe())
+
+    @property
+    def _is_limited(self) -> bool:
+        """Whether the backward waits where the host is slower than it."""
+        return not self._all_wait and self.settings.overlap != "forward"
 
     @property
     def _all_wait(self) -> bool:
@@ -145,18 +149,18 @@ class Offloaded(hooks.InBackward):
         if self._all_wait:
             self._check_first(slot)
         if isinstance(slot, Image):
-            chunk = self._queue.send(optimizer, slot, grad, self._all_wait)
+            chunk = self._queue.send(optimizer, slot, grad, self._is_limited)
         else:
-            if slot in self._kept_grads:  # another part of the backward has made one
+            if slot in self._kept.grads:  # another part of the backward has made one
                 self._step_kept(optimizer, None)
-            self._kept_grads[slot] = grad
+            self._kept.take(slot)
         if not (optimizer.amp_fused and self._shown.takes(slot)):
             slot.param.grad = None
         if chunk is not None and not self._all_wait and chunk.is_complete():
             self._queue.submit(optimizer, chunk, None)
 
     def _check_first(self, slot: Slot) -> None:
-        if slot in (slot.bucket.grads() if isinstance(slot.bucket, Chunk) else self._kept_grads):
+        if slot in (slot.chunk.grads() if isinstance(slot, Image) else self._kept.grads):
             raise RuntimeError(
                 f"{self.optimizer._members().describe(slot.g, slot.i)}: a second backward() has "
                 "given it a gradient, and the first still waits for step(); let all but the last "
@@ -197,18 +201,19 @@ class Offloaded(hooks.InBackward):
         self.synchronize()  # what the step before has raised comes before anything is written
         self._draw_seeds([slot.param for slot in slots])
         scales = scaling.read(optimizer, self._norm)
-        self._kept_grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
+        self._kept.grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
         self._step_kept(optimizer, scales)
         self._queue.step_from_device(optimizer, scaling.on_host(scales))
 
     def _step_waiting(self, optimizer: FusedOptimizer) -> None:
         """Steps what waited until all gradients were there."""
-        if optimizer.amp_fused and optimizer.found_inf is not None and optimizer.grad_scale is None:
+        found_inf, scale = (getattr(optimizer, n, None) for n in ("found_inf", "grad_scale"))
+        if optimizer.amp_fused and found_inf is not None and scale is None:
             raise RuntimeError(
                 f"{optimizer._name}: scaler.unscale_() was called, but the gradients were on the "
                 'host already; leave it out, for step() unscales, or take gradients="device"'
             )
-        self._draw_seeds([slot.param for slot in (*self._queue.grads(), *self._kept_grads)])
+        self._draw_seeds([slot.param for slot in (*self._queue.grads(), *self._kept.grads)])
         self._queue.wait_for_grads()
         scales = scaling.read(optimizer, self._norm, self._with_grads_on_host(optimizer))
         self._step_kept(optimizer, scales)
@@ -216,36 +221,24 @@ class Offloaded(hooks.InBackward):
 
     def _with_grads_on_host(self, optimizer: FusedOptimizer) -> list[Any]:
         """Like the parameters, in their order, with their gradients, all of it on the host."""
-        there, params = self._queue.grads(), []
+        there: dict[Slot, Any] = {}
+        there.update(self._queue.grads())
+        there.update(self._kept.grads_on_host())
+        params = []
         for param in (param for group in optimizer.param_groups for param in group["params"]):
             slot = self._slots[id(param)]
             if isinstance(slot, Image):
-                alike = dtensor.with_local(param, dtensor.local(slot.image).detach())
-                alike.grad = there.get(slot)
+                held = slot.image_held.detach()
             else:
                 held = torch.empty_like(dtensor.local(param), device="cpu")
-                alike, grad = dtensor.with_local(param, held), self._kept_grads.get(slot)
-                if grad is not None:
-                    alike.grad = dtensor.with_local(grad, dtensor.local(grad).to("cpu"))
+            alike = dtensor.with_local(param, held)
+            alike.grad = there.get(slot)
             params.append(alike)
         return params
 
     def _step_kept(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
-        """Steps what is not offloaded, where it is."""
-        grads, self._kept_grads = self._kept_grads, {}
-        if not grads:
-            return
-        for slot, grad in grads.items():
-            slot.param.grad = grad
-        if scales is not None:
-            devices = {slot.param.device for slot in grads}
-            scales = {device: scaling.on(device, scales) for device in devices}
-        members = self._kept.members(optimizer, {id(slot.param): slot for slot in grads})
-        members.seeds = self._queue.seeds
-        self._kept.stepper.step_scaled(members, scales)
-        if self.settings.gradients == "host":
-            for slot in grads:
-                slot.param.grad = None
+        keeps_grads = self.settings.gradients == "device"
+        self._kept.step(optimizer, scales, self._queue.seeds, keeps_grads)
 
     # What waits -----------------------------------------------------------------------------------
 
@@ -254,23 +247,26 @@ class Offloaded(hooks.InBackward):
         with optimizer._turn.lock:
             self._queue.finish(optimizer, self._queue.chunks)
 
-    def wait_for(self, params: Iterable[Any]) -> None:
-        """Returns when these parameters are updated, as far as the current stream sees them."""
+    def wait_for(self, params: Iterable[Any], on_host: bool) -> None:
+        """Returns when these parameters are updated, as far as the current stream sees them; with
+        ``on_host``, as far as all streams do."""
         optimizer = self._optimizer()
         if optimizer is None:  # and just now, with a step under way
-            return self._queue.wait_for_uploads()
+            return self._queue.wait_for_uploads(self._queue.chunks)
         slots = [self._slots.get(id(param)) for param in params]
-        chunks = dict.fromkeys(slot.bucket for slot in slots if isinstance(slot, Image))
+        chunks = dict.fromkeys(slot.chunk for slot in slots if isinstance(slot, Image))
         with optimizer._turn.lock:
-            self._queue.finish(optimizer, chunks)  # type: ignore[arg-type]
+            self._queue.finish(optimizer, chunks)
+            if on_host:
+                self._queue.wait_for_uploads(chunks)
 
     def __del__(self) -> None:
-        self._queue.wait_for_uploads()  # modules do not wait any more
+        self._queue.wait_for_uploads(self._queue.chunks)  # modules do not wait any more
 
     def forget_gradients(self) -> None:
         with self.optimizer._turn.lock:
             self._queue.forget_grads()
-            self._kept_grads.clear()
+            self._kept.grads.clear()
             self._shown.hide()
 
     def pickled(self) -> Settings:
@@ -283,7 +279,7 @@ class Offloaded(hooks.InBackward):
         self.synchronize()
         self._shown.hide()
         self._queue.wait_for_grads()
-        for slot, grad in (*self._queue.grads().items(), *self._kept_grads.items()):
+        for slot, grad in (*self._queue.grads().items(), *self._kept.grads.items()):
             held = dtensor.local(grad).to(dtensor.local(slot.param).device, copy=True)
             grad, more = dtensor.with_local(grad, held), slot.param.grad
             slot.param.grad = grad if more is None else grad + more

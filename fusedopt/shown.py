@@ -39,4 +39,5 @@ class Shown:
         if not all(clip[NORM].isfinite() for clip in norm.measure(grads).values()):
             for slot in self.slots.values():
                 held = dtensor.local(slot.param.grad).detach()
-                held.as_strided((1,), (1,), held.storage_offset()).fill_(float("inf"))
+                if held.numel():  # of a shard, another process has elements
+                    held.as_strided((1,), (1,), held.storage_offset()).fill_(float("inf"))

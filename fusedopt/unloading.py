@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dtensor
-from .link import Event, Link, make_link
+from .link import Link, make_link
 from .optimizer import FusedOptimizer
 
 _ALIGNMENT = 256  # bytes; more than any access of a kernel needs
@@ -23,7 +25,8 @@ def offload_state(optimizer: FusedOptimizer, *, device: str = "cuda") -> None:
     For phases that need the memory for other things, like the generation of samples in
     reinforcement learning, or an evaluation. ``state_dict()`` works meanwhile; ``step()``,
     ``load_state_dict()`` and copies of the optimizer raise RuntimeError. State tensors stay the
-    same objects. If it was done already, nothing happens.
+    same objects. If it was done already, nothing happens. torch keeps the memory that is free now
+    for itself: ``torch.cuda.empty_cache()`` gives it to other processes.
 
     Args:
         optimizer: any of fusedopt's.
@@ -37,23 +40,23 @@ def offload_state(optimizer: FusedOptimizer, *, device: str = "cuda") -> None:
     """
     _check(optimizer, "offload_state")
     core, turn = optimizer._core, optimizer._turn
-    with turn.exclusively(optimizer._name, "offload_state()"), torch.no_grad():
+    with turn.exclusively(optimizer._name, "offload_state()"), _ordinary():
         if core.unloaded is None:
             optimizer.synchronize()
             tensors = [tensor for tensor in _state_of(optimizer) if tensor.device.type == device]
-            packs = [Pack(*part) for part in _parts(tensors)]
-            for pack in packs:
+            links = {device: make_link(device) for device in {t.device for t in tensors}}
+            packs = [Pack(links[device], part) for device, part in _parts(tensors)]
+            for pack in packs:  # one after the other: each needs memory on the device
                 pack.send()
-            for pack in packs:
-                pack.wait()
             for pack in packs:
                 pack.place(pack.host)
             core.unloaded = packs
 
 
 def load_state(optimizer: FusedOptimizer) -> None:
-    """Bring the state that :func:`offload_state` took back to where it was, bit for bit. If none
-    was taken, nothing happens.
+    """Bring the state that :func:`offload_state` took back to its devices, bit for bit. If none was
+    taken, nothing happens. It has other addresses there: a step that was captured into a CUDA graph
+    has to be captured again.
 
     Raises:
         TypeError: it is no optimizer of fusedopt's.
@@ -62,7 +65,7 @@ def load_state(optimizer: FusedOptimizer) -> None:
     """
     _check(optimizer, "load_state")
     core, turn = optimizer._core, optimizer._turn
-    with turn.exclusively(optimizer._name, "load_state()"), torch.no_grad():
+    with turn.exclusively(optimizer._name, "load_state()"), _ordinary():
         packs = core.unloaded or []
         on_devices = [pack.received() for pack in packs]
         for pack, memory in zip(packs, on_devices, strict=True):
@@ -73,23 +76,18 @@ def load_state(optimizer: FusedOptimizer) -> None:
 class Pack:
     """Tensors of one device that are copied together, one after the other in memory."""
 
-    def __init__(self, device: torch.device, tensors: list[Tensor]) -> None:
-        self._tensors, self._device = tensors, device
-        self._link: Link = make_link(device)
+    def __init__(self, link: Link, tensors: list[Tensor]) -> None:
+        self._tensors, self._device, self._link = tensors, link.device, link
         self._offsets, size = [], 0
         for tensor in tensors:
             self._offsets.append(size)
             size += _size(tensor)
         self.host = self._link.memory(size)
-        self._event: Event = None
 
     def send(self) -> None:
         together = torch.empty(self.host.nbytes, dtype=torch.uint8, device=self._device)
         torch._foreach_copy_(self._views(together), self._tensors)
-        self._event = self._link.download(together, self.host, [self._link.mark()])
-
-    def wait(self) -> None:
-        self._link.wait(self._event)
+        self._link.wait(self._link.download(together, self.host, [self._link.mark()]))
 
     def received(self) -> Tensor:
         """Memory on the device, with what is in that of the host now."""
@@ -111,6 +109,13 @@ class Pack:
             flat = memory[offset : offset + tensor.numel() * tensor.itemsize].view(tensor.dtype)
             views.append(flat.as_strided(tensor.shape, strides))
         return views
+
+
+@contextlib.contextmanager
+def _ordinary() -> Iterator[None]:
+    """What is made is ordinary, also if the caller only evaluates."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _check(optimizer: Any, function: str) -> None:

@@ -20,8 +20,10 @@ def hook(model: nn.Module, offloaded: Offloaded) -> None:
     """Each module waits in its forward, and in ``state_dict()``."""
     for module in model.modules():
         waits = _Waits(offloaded)
-        module.register_forward_pre_hook(waits.before_forward, prepend=True)
-        module.register_state_dict_pre_hook(waits.before_state_dict)
+        offloaded.handles += [
+            module.register_forward_pre_hook(waits.before_forward, prepend=True),
+            module.register_state_dict_pre_hook(waits.before_state_dict),
+        ]
 
 
 class _Waits:
@@ -35,15 +37,16 @@ class _Waits:
 
     @_disable_dynamo
     def before_forward(self, module: nn.Module, _: Any) -> None:
-        self._wait(_used_by(module))
+        # FSDP gathers parameters in a stream of its own.
+        self._wait(_used_by(module), _is_gathered(module))
 
     def before_state_dict(self, module: nn.Module, *_: Any) -> None:
-        self._wait(module.parameters())
+        self._wait(module.parameters(), False)
 
-    def _wait(self, params: Iterator[Tensor]) -> None:
+    def _wait(self, params: Iterator[Tensor], on_host: bool) -> None:
         offloaded = None if self._offloaded is None else self._offloaded()
         if offloaded is not None:
-            offloaded.wait_for(params)
+            offloaded.wait_for(params, on_host)
 
 
 def _used_by(module: nn.Module) -> Iterator[Tensor]:

@@ -56,6 +56,10 @@ class FaultyLink(Link):
             self._check_joined()
             self.joined = [other for other in self.joined if other is not event]
 
+    def is_done(self, event):
+        with self.lock:
+            return not any(event is other for other in (*self.pending, *self.joined))
+
     def join(self, event):
         """The device knows, not the host: it may not reuse the source of an upload, nor find the
         target of a download."""

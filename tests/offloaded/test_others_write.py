@@ -11,6 +11,7 @@ import seam
 import torch
 from cases import leaf, richest, snapshot
 from torch import nn
+from torch.testing import assert_close
 
 from offloaded import ADAMW, assert_same, batches, both, faulty_links, loss, network, offload, step
 
@@ -164,7 +165,9 @@ def test_another_memory_format(case, backend, monkeypatch):
                 model.to(memory_format=torch.channels_last)
             step(model, opt, images + at)
     opt.synchronize()
-    assert all(p.equal(q) for p, q in zip(here[0].parameters(), there[0].parameters(), strict=True))
+    for p, q in zip(here[0].parameters(), there[0].parameters(), strict=True):
+        # torch's own operators compute the last bit in another way for another layout.
+        assert_close(p, q, rtol=1e-12 if backend == "python" else 0, atol=0)
     twin = copy.deepcopy(there[0])
     other = case.ours(twin.parameters())
     other.load_state_dict(copy.deepcopy(here[1].state_dict()))
