@@ -221,9 +221,8 @@ class Offloaded(hooks.InBackward):
 
     def _with_grads_on_host(self, optimizer: FusedOptimizer) -> list[Any]:
         """Like the parameters, in their order, with their gradients, all of it on the host."""
-        there: dict[Slot, Any] = {}
-        there.update(self._queue.grads())
-        there.update(self._kept.grads_on_host())
+        there: dict[Slot, Any] = self._kept.grads_on_host()
+        there |= {slot: grad for slot, grad in self._queue.grads().items()}
         params = []
         for param in (param for group in optimizer.param_groups for param in group["params"]):
             slot = self._slots[id(param)]
