@@ -15,7 +15,7 @@ from .buckets import Bucket, Slot
 from .chunk_queue import ChunkQueue
 from .chunks import Chunk
 from .grad_norm import GradNorm
-from .images import Image, can_have_image
+from .images import Image, new_slots
 from .rule import Group
 from .scaling import Scaling
 from .shown import Shown
@@ -45,13 +45,12 @@ class Offloaded(hooks.InBackward):
     # Parameters -----------------------------------------------------------------------------------
 
     def hook(self) -> None:
-        new = [r for r in self.optimizer._members().all() if id(r.param) not in self._slots]
+        records = [*self.optimizer._members().all()]
+        new = [record for record in records if id(record.param) not in self._slots]
         for record in new:
             self._check(record)
         on, least = self.settings.device or "cuda", self.settings.keep_below
-        slots: list[Slot] = [
-            (Image if can_have_image(r.param, on, least) else Slot)(r.param, r.g, r.i) for r in new
-        ]
+        slots = new_slots(records, self._slots, on, least)
         images = [slot for slot in slots if isinstance(slot, Image)]
         self._queue.make(images, self.settings.chunk, self._all_wait)
         self._kept.slots += [slot for slot in slots if not isinstance(slot, Image)]
@@ -220,7 +219,7 @@ class Offloaded(hooks.InBackward):
         for param in (param for group in optimizer.param_groups for param in group["params"]):
             slot = self._slots[id(param)]
             if isinstance(slot, Image):
-                alike = dtensor.with_local(param, dtensor.local(slot.image).detach())
+                alike = slot.alike(dtensor.local(slot.image).detach())
                 alike.grad = there.get(slot)
             else:
                 held = torch.empty_like(dtensor.local(param), device="cpu")
