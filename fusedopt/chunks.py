@@ -201,7 +201,7 @@ class Chunk(Bucket):
             return None
         error = self.running.exception()
         for slot in self.stepped if error is None else ():
-            if slot.is_changed():
+            if slot.is_changed() and slot.counts_alone():
                 error = RuntimeError(
                     f"{optimizer._members().describe(slot.g, slot.i)}: it was written while its "
                     "step was under way; call optimizer.synchronize() before parameters are used "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from .buckets import Slot
 
 if TYPE_CHECKING:
     from .chunks import Chunk
+    from .record import Record
 
 _ALIGNMENT = 64  # bytes: a cache line, of which no two tensors have a part
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,7 +54,7 @@ class Image(Slot):
         return -(-self.held.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def make_image(self, memory: Tensor) -> None:
-        self.image = self.in_memory(memory)
+        self.image = self.alike(dtensor.local(self.in_memory(memory)))
         self.image_held = dtensor.local(self.image)
         self.image_held.copy_(self.held.detach())
         self.has_its_bits()
@@ -63,6 +65,13 @@ class Image(Slot):
         place = memory[self.offset : self.offset + held.nbytes].view(held.dtype)
         return dtensor.with_local(self.param, place.as_strided(held.shape, held.stride()))
 
+    def alike(self, held: Tensor) -> Any:
+        """A tensor like the parameter that takes the gradients that it may have."""
+        alike = dtensor.with_local(self.param, held)
+        if hasattr(alike, "grad_dtype"):  # which the parameter may have been given
+            alike.grad_dtype = None
+        return alike
+
     def has_its_bits(self) -> None:
         """From now on, or when what runs is done."""
         self.seen = self._identity()
@@ -70,6 +79,10 @@ class Image(Slot):
     def is_changed(self) -> bool:
         """Whether somebody else wrote the parameter since it had the bits of the image."""
         return self.seen != self._identity()
+
+    def counts_alone(self) -> bool:
+        """Whether nobody else is counted in its version: no other view of the same memory."""
+        return bool(self.held.untyped_storage().nbytes() == self.held.nbytes)
 
     def count_write(self) -> None:
         """Autograd is to notice that the parameter has other bits now, or will have."""
@@ -92,7 +105,7 @@ class Image(Slot):
         return self.param._version, held._version, held.data_ptr()
 
 
-def can_have_image(param: Any, device_type: str, least: int) -> bool:
+def _can_have_image(param: Any, device_type: str, least: int) -> bool:
     """Whether a parameter is on such a device, has at least so many elements, and is an ordinary
     tensor whose elements are side by side in memory."""
     held = dtensor.local(param)
@@ -102,8 +115,57 @@ def can_have_image(param: Any, device_type: str, least: int) -> bool:
         return False
     if held.numel() < least or not hooks.can_require_grad(param):
         return False
+    if held.data_ptr() % held.element_size():
+        return False
     dense = torch.empty_like(held, device="meta", memory_format=torch.preserve_format)
     return bool(dense.stride() == held.stride())
+
+
+def new_slots(
+    records: list[Record], known: dict[int, Slot], device_type: str, least: int
+) -> list[Slot]:
+    """Of the parameters that have none; with an image where they can have one. The steps of those
+    that share memory are seen by each other, and by no image: they stay where they are.
+
+    Raises:
+        ValueError: one shares memory with a parameter that has an image.
+    """
+    shared = _sharing_memory(record.param for record in records)
+    has_image = any(isinstance(known.get(key), Image) for key in shared)
+    slots: list[Slot] = []
+    for record in (record for record in records if id(record.param) not in known):
+        is_shared = id(record.param) in shared
+        if is_shared and has_image:
+            raise ValueError(
+                f"{record.describe()}: it shares memory with a parameter that is offloaded; give "
+                "both to offload() at once, or a parameter memory of its own"
+            )
+        kind = Slot
+        if not is_shared and _can_have_image(record.param, device_type, least):
+            kind = Image
+        slots.append(kind(record.param, record.g, record.i))
+    return slots
+
+
+def _sharing_memory(params: Iterable[Any]) -> set[int]:
+    """The ids of those whose memory reaches into that of another."""
+    ranges = []
+    for param in params:
+        held = dtensor.local(param)
+        is_plain = type(held) in (Tensor, torch.nn.Parameter) and held.layout is torch.strided
+        if is_plain and held.numel() and not held.is_meta:
+            steps = zip(held.shape, held.stride(), strict=True)
+            last = sum((n - 1) * stride for n, stride in steps)
+            begin = held.data_ptr()
+            ranges.append((begin, begin + (last + 1) * held.element_size(), id(param)))
+    shared: set[int] = set()
+    furthest, reach = 0, 0
+    for begin, end, key in sorted(ranges):
+        if begin < reach:
+            shared.update((key, furthest))
+        if end > reach:
+            furthest, reach = key, end
+    return shared
 
 
 def consecutive(images: list[Image], size: int) -> list[list[Image]]:

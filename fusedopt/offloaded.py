@@ -3,6 +3,7 @@ stepped there by a worker, and go back."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from . import dtensor, hooks, options, scaling, state
 from .buckets import Slot
 from .chunk_queue import ChunkQueue
 from .grad_norm import GradNorm
-from .images import Image, can_have_image
+from .images import Image, new_slots
 from .kept import Kept
 from .rule import Group
 from .scaling import Scaling
@@ -44,13 +45,12 @@ class Offloaded(hooks.InBackward):
     # Parameters -----------------------------------------------------------------------------------
 
     def hook(self) -> None:
-        new = [r for r in self.optimizer._members().all() if id(r.param) not in self._slots]
+        records = [*self.optimizer._members().all()]
+        new = [record for record in records if id(record.param) not in self._slots]
         for record in new:
             self._check(record)
         on, least = self.settings.device or "cuda", self.settings.keep_below
-        slots: list[Slot] = [
-            (Image if can_have_image(r.param, on, least) else Slot)(r.param, r.g, r.i) for r in new
-        ]
+        slots = new_slots(records, self._slots, on, least)
         images = [slot for slot in slots if isinstance(slot, Image)]
         self._queue.make(images, self.settings.chunk, self._is_limited)
         self._kept.add(slot for slot in slots if not isinstance(slot, Image))
@@ -222,15 +222,15 @@ class Offloaded(hooks.InBackward):
     def _with_grads_on_host(self, optimizer: FusedOptimizer) -> list[Any]:
         """Like the parameters, in their order, with their gradients, all of it on the host."""
         there: dict[Slot, Any] = self._kept.grads_on_host()
-        there |= {slot: grad for slot, grad in self._queue.grads().items()}
+        there |= dict(self._queue.grads().items())
         params = []
         for param in (param for group in optimizer.param_groups for param in group["params"]):
             slot = self._slots[id(param)]
             if isinstance(slot, Image):
-                held = slot.image_held.detach()
+                alike = slot.alike(slot.image_held.detach())
             else:
                 held = torch.empty_like(dtensor.local(param), device="cpu")
-            alike = dtensor.with_local(param, held)
+                alike = dtensor.with_local(param, held)
             alike.grad = there.get(slot)
             params.append(alike)
         return params
@@ -260,6 +260,8 @@ class Offloaded(hooks.InBackward):
                 self._queue.wait_for_uploads(chunks)
 
     def __del__(self) -> None:
+        if sys.is_finalizing():  # nobody computes any more, nor can torch
+            return
         self._queue.wait_for_uploads(self._queue.chunks)  # modules do not wait any more
 
     def forget_gradients(self) -> None:

@@ -17,12 +17,13 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def hook(model: nn.Module, offloaded: Offloaded) -> None:
-    """Each module waits in its forward, and in ``state_dict()``."""
+    """Each module waits in its forward, and before its state is saved or loaded."""
     for module in model.modules():
         waits = _Waits(offloaded)
         offloaded.handles += [
             module.register_forward_pre_hook(waits.before_forward, prepend=True),
             module.register_state_dict_pre_hook(waits.before_state_dict),
+            module.register_load_state_dict_pre_hook(waits.before_state_dict),
         ]
 
 
