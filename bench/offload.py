@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import fusedopt
 from bench import peers, report
@@ -153,12 +151,16 @@ def copy_rates(device: torch.device) -> dict[str, float]:
 
 
 def train(way: str, size: Size, options: argparse.Namespace) -> dict[str, Any]:
-    """In this process: times, peak, and what the parameters are in the end."""
+    """In this process: the time of an iteration, the peak, and what the parameters are in the end.
+
+    The first quarter of the iterations is not timed. Nothing waits for the device within the rest.
+    """
     device = pick_device(options.device)
     torch.manual_seed(options.seed)
     corpus = Corpus(device)
-    batches = Corpus.batches(corpus.train, options.steps, size, options.seed)
-    model = GPT(size, corpus.vocabulary).to(device, torch.bfloat16)
+    batches = [*Corpus.batches(corpus.train, options.steps, size, options.seed)]
+    with device:
+        model = GPT(size, corpus.vocabulary).bfloat16()
     arguments, settings = {**HYPERPARAMETERS["adamw"], **STORAGE}, WAYS[way]
     optimizer: Any
     if settings is None:
@@ -166,37 +168,46 @@ def train(way: str, size: Size, options: argparse.Namespace) -> dict[str, Any]:
     else:
         stand_in = {"device": "cpu"} if device.type == "cpu" else {}
         optimizer = fusedopt.offload(model, fusedopt.AdamW, **settings, **stand_in, **arguments)
-    times, losses = [], []
+    losses: list[Tensor] = []
     others = OtherWork()
-    for batch in batches:
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        loss = model(*batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        if device.type == "cuda" and settings is None:
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - begin) * 1e3)
-    optimizer.synchronize()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    digest = hashlib.sha256()
-    for param in model.parameters():
-        digest.update(param.detach().cpu().view(torch.uint8).numpy().tobytes())
+
+    def iterate(some: list[tuple[Tensor, Tensor]]) -> None:
+        for batch in some:
+            optimizer.zero_grad()
+            loss = model(*batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        optimizer.synchronize()
+
+    warm_up = len(batches) // 4
+    iterate(batches[:warm_up])
+    elapsed = elapsed_ms(lambda: iterate(batches[warm_up:]), device)
     return {
         "parameters": sum(param.numel() for param in model.parameters()),
-        "step_ms": statistics.median(times[len(times) // 4 :]),
-        "peak_bytes": peak_bytes(device),
-        "bits": digest.hexdigest(),
+        "step_ms": elapsed / len(batches[warm_up:]),
+        "peak_bytes": active_bytes(device),
+        "bits": [digest(param) for param in model.parameters()],
         "finite": bool(torch.stack(losses).isfinite().all()),
         **others.seen(device),
     }
 
 
-def trainings(size: Size, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def active_bytes(device: torch.device) -> int:
+    """At most; on a GPU what is still being copied counts."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_stats(device)["active_bytes.all.peak"])
+    return peak_bytes(device)
+
+
+def digest(param: Tensor) -> int:
+    """Of the bits of a parameter in bfloat16, computed where it is."""
+    bits = param.detach().reshape(-1).view(torch.int16).long()
+    return int((bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum())
+
+
+def trainings(size: Size, options: argparse.Namespace, results: dict[str, Any]) -> Iterator[str]:
     """Each in a process of its own, since none gives back its peak."""
-    results = {}
     context = multiprocessing.get_context("spawn")
     with report.progress_bar() as progress, context.Pool(1, maxtasksperchild=1) as pool:
         task = progress.add_task("", total=len(options.ways))
@@ -204,7 +215,7 @@ def trainings(size: Size, options: argparse.Namespace) -> dict[str, dict[str, An
             progress.update(task, description=way)
             results[way] = pool.apply(train, (way, size, options))
             progress.advance(task)
-    return results
+            yield way
 
 
 def tabulate(results: dict[str, dict[str, Any]]) -> Table:
@@ -260,6 +271,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     facts = report.environment(device)
     report.console.print(f"The optimizer on the host, on {report.headline(facts)}")
     results: dict[str, Any] = {}
+    setup = {name: getattr(options, name) for name in ("numel", "tensors", "threads", "steps")}
+
+    def write() -> Path:
+        return report.write_json(options.out / "offload.json", facts, **setup, **results)
+
     if "host" in options.parts:
         others = OtherWork()
         steps = host_steps(options)
@@ -284,10 +300,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         size = Size(
             options.layers, options.width, options.width // 64, options.context, options.batch
         )
-        results["training"] = trainings(size, options)
+        for _ in trainings(size, options, results.setdefault("training", {})):
+            write()  # what there is, should the time not suffice
         report.console.print(tabulate(results["training"]))
-    setup = {name: getattr(options, name) for name in ("numel", "tensors", "threads", "steps")}
-    return [report.write_json(options.out / "offload.json", facts, **setup, **results)]
+    return [write()]
 
 
 if __name__ == "__main__":

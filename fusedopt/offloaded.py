@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dtensor, hooks, options, scaling, state
+from . import backend, dtensor, hooks, options, scaling, state
 from .buckets import Slot
 from .chunk_queue import ChunkQueue
 from .grad_norm import GradNorm
@@ -121,6 +121,8 @@ class Offloaded(hooks.InBackward):
     def _begin(self, optimizer: FusedOptimizer) -> None:
         """What a step does once, before its first gradient is used."""
         optimizer._check_can_step()
+        if backend.is_capturing():
+            raise RuntimeError(f"{optimizer._name}: what is offloaded cannot be captured")
         optimizer._core._clips = None
         members = optimizer._members()
         for g in range(len(members.groups)):

@@ -6,7 +6,7 @@ import copy
 import random
 
 import pytest
-from cases import richest
+from cases import richest, same_bits
 from offloaded import ADAMW, FaultyLink, offload
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -45,9 +45,9 @@ layouts_and_ways = [
 ]
 
 
-def slow(build):
+def slow(build, link=FaultyLink):
     """Copies are made in any order, late."""
-    make, chunk_queue.make_link = chunk_queue.make_link, lambda device: FaultyLink(device, random)
+    make, chunk_queue.make_link = chunk_queue.make_link, lambda device: link(device, random)
     try:
         return build()
     finally:
@@ -74,6 +74,26 @@ def assert_same(opt, other):
     for each in (opt, other):
         each.zero_grad()
     assert snapshot(opt) == snapshot(other)
+
+
+class Unjoined(FaultyLink):
+    """For a stream that waits for nobody: that in which FSDP gathers parameters."""
+
+    def join(self, event):
+        if not event.is_upload:
+            super().join(event)
+
+
+@on_ranks(2)
+def test_what_fsdp_gathers_is_there_for_all_streams(device="cpu"):
+    start, (*batches, last) = net(device), draw_batches(4, device)
+    model, twin = (sharded(copy.deepcopy(start), world_mesh(device)) for _ in range(2))
+    opt = slow(lambda: offload(ADAMW, model, overlap="forward", chunk=100, keep_below=0), Unjoined)
+    other = ADAMW.ours(twin.parameters())
+    for each in ((model, opt), (twin, other)):
+        fit(*each, map(share, batches))
+    outputs = [each(share(last)) for each in (model, twin)]
+    assert same_bits(*outputs)
 
 
 @on_ranks(2)
