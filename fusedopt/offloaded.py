@@ -202,7 +202,8 @@ class Offloaded(hooks.InBackward):
 
     def _step_waiting(self, optimizer: FusedOptimizer) -> None:
         """Steps what waited until all gradients were there."""
-        if optimizer.amp_fused and optimizer.found_inf is not None and optimizer.grad_scale is None:
+        found_inf, scale = (getattr(optimizer, n, None) for n in ("found_inf", "grad_scale"))
+        if optimizer.amp_fused and found_inf is not None and scale is None:
             raise RuntimeError(
                 f"{optimizer._name}: scaler.unscale_() was called, but the gradients were on the "
                 'host already; leave it out, for step() unscales, or take gradients="device"'
@@ -249,9 +250,8 @@ class Offloaded(hooks.InBackward):
     # What waits -----------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        optimizer = self.optimizer
-        with optimizer._turn.lock:
-            self._queue.finish(optimizer, self._queue.chunks)
+        with self.optimizer._turn.lock:
+            self._queue.finish(self.optimizer, self._queue.chunks)
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them."""
