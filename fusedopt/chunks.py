@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dtensor
+from . import dtensor, formats
 from .buckets import Bucket, group_of
 from .images import Image
 from .link import Event, Link
@@ -87,11 +87,11 @@ class Arrived:
     def add(self, slot: Image, grad: Any, after: list[Event]) -> Event:
         """Starts the copy of a gradient. Its memory may be given up at once."""
         held = dtensor.local(dtensor.placed_like(grad, slot.param)).detach()
-        if held.layout is torch.strided and held.dtype is slot.image_held.dtype:
+        if _is_like(held, slot.image_held):
             place = self._slab.place_of(slot)
             event = self._link.download(held, dtensor.local(place), after)
             self._events.append(event)
-        else:  # of which it is not known before how much memory it has
+        else:  # of which it is not known before what memory it has
             place = dtensor.with_local(slot.param, held.to("cpu", copy=True))
             event = None
         self.grads[slot] = place
@@ -215,6 +215,13 @@ class Chunk(Bucket):
                 optimizer.state[slot.param] = entries
         self.running = None
         return error
+
+
+def _is_like(grad: Tensor, image: Tensor) -> bool:
+    """Whether it has the same elements in memory: their order is that in which norms are summed."""
+    if grad.layout is not torch.strided or grad.dtype is not image.dtype:
+        return False
+    return grad.stride() == image.stride() or formats.same_layout(grad, image)
 
 
 def _as_now(value: Any) -> Any:

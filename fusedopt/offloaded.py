@@ -244,9 +244,8 @@ class Offloaded(hooks.InBackward):
     # What waits -----------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        optimizer = self.optimizer
-        with optimizer._turn.lock:
-            self._queue.finish(optimizer, self._queue.chunks)
+        with self.optimizer._turn.lock:
+            self._queue.finish(self.optimizer, self._queue.chunks)
 
     def wait_for(self, params: Iterable[Any], on_host: bool) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them; with

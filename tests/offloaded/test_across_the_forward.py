@@ -53,7 +53,7 @@ def wait_for_the_host(opt):
 
 
 @pytest.mark.parametrize("way", [{}, {"max_grad_norm": 0.1}, {"gradients": "device"}], ids=str)
-def test_each_module_waits_for_its_own(way, backend, monkeypatch):
+def test_each_module_waits_for_its_own(way, native, monkeypatch):
     links = reluctant(monkeypatch)
     model = network()
     opt = offload(ADAMW, model, overlap="forward", chunk=1, keep_below=0, **way)
@@ -108,7 +108,7 @@ def test_what_is_changed_while_the_step_is_under_way(options, gradients, backend
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("gradients", ["host", "device"])
-def test_gradients_that_are_written_after_step(set_to_none, gradients, backend, monkeypatch):
+def test_gradients_that_are_written_after_step(set_to_none, gradients, native, monkeypatch):
     """When copies of them are still to be made."""
     reluctant(monkeypatch)
     here, there = both(ADAMW, network(), overlap="forward", gradients=gradients)
@@ -134,7 +134,7 @@ def tensors_of(value):
 
 
 @pytest.mark.parametrize("at", [0, 1], ids=["of the model", "of the optimizer"])
-def test_state_dicts_in_the_middle(at, backend, monkeypatch):
+def test_state_dicts_in_the_middle(at, native, monkeypatch):
     reluctant(monkeypatch)
     here, there = both(ADAMW, network(), overlap="forward", chunk=1)
     for inputs in batches(3):

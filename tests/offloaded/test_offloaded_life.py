@@ -43,7 +43,7 @@ def any_way():
     ids=["deepcopy", "pickle"],
 )
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1, "ema": 0.5}], ids=str)
-def test_copies_are_offloaded_too(duplicate, options, backend, monkeypatch):
+def test_copies_are_offloaded_too(duplicate, options, native, monkeypatch):
     links = faulty_links(monkeypatch)
     here, there = both(ADAMW, network(), **any_way(), **options)
     inputs = batches(4)
@@ -62,7 +62,7 @@ def test_copies_are_offloaded_too(duplicate, options, backend, monkeypatch):
         assert getattr(twin[1], name) == getattr(there[1], name)
 
 
-def test_a_copy_of_the_optimizer_alone(backend, monkeypatch):
+def test_a_copy_of_the_optimizer_alone(native, monkeypatch):
     """Brings its parameters along, whose steps it waits for."""
     faulty_links(monkeypatch)
     here, there = both(ADAMW, network(), overlap="forward", chunk=1)
@@ -80,7 +80,7 @@ def test_a_copy_of_the_optimizer_alone(backend, monkeypatch):
     assert ours == theirs
 
 
-def test_a_shallow_copy_steps_the_same_parameters(backend, monkeypatch):
+def test_a_shallow_copy_steps_the_same_parameters(native, monkeypatch):
     faulty_links(monkeypatch)
     (model, opt), there = both(ADAMW, network(), chunk=1)
     other = copy.copy(opt)
@@ -160,7 +160,7 @@ def test_checkpoints(case, library, backend, monkeypatch):
             assert_trained_alike(its, [*each.parameters()], other, [*twin.parameters()])
 
 
-def test_a_checkpoint_between_backward_and_step(backend, monkeypatch):
+def test_a_checkpoint_between_backward_and_step(native, monkeypatch):
     """Gradients that wait on the host are none of its business."""
     faulty_links(monkeypatch)
     here, there = both(ADAMW, network(), max_grad_norm=0.01)
@@ -177,7 +177,7 @@ def test_a_checkpoint_between_backward_and_step(backend, monkeypatch):
     assert_same(*here, *there)
 
 
-def test_a_file(backend, monkeypatch):
+def test_a_file(native, monkeypatch):
     faulty_links(monkeypatch)
     (model, opt), _ = both(ADAMW, network(), **any_way())
     step(model, opt, *batches(1))
@@ -194,7 +194,7 @@ def test_a_file(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_nothing_outlives_the_model(way, backend, monkeypatch):
+def test_nothing_outlives_the_model(way, native, monkeypatch):
     links = faulty_links(monkeypatch)
     model = network()
     (model, opt), _ = both(ADAMW, model, **way)
@@ -214,7 +214,7 @@ def test_nothing_outlives_the_model(way, backend, monkeypatch):
     assert not any(ref() for ref in alive) and not any(worker.is_alive() for worker in workers)
 
 
-def test_the_optimizer_may_be_dropped_and_another_made(backend, monkeypatch):
+def test_the_optimizer_may_be_dropped_and_another_made(native, monkeypatch):
     faulty_links(monkeypatch)
     model = network()
     offload(ADAMW, model)
@@ -323,7 +323,7 @@ def test_forked_with_a_step_under_way(native, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs pthread_kill")
 @pytest.mark.parametrize("overlap", ["backward", "forward"])
-def test_interrupted_while_step_waits(overlap, backend, monkeypatch):
+def test_interrupted_while_step_waits(overlap, native, monkeypatch):
     """The interrupt comes out of it when it is done, and training goes on."""
     faulty_links(monkeypatch)
     here, there = both(ADAMW, network(), overlap=overlap)

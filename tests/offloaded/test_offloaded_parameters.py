@@ -153,7 +153,7 @@ def test_parameters_that_share_memory(kind, backend, monkeypatch):
     assert count == (3 if kind == "side by side" else 1)
 
 
-def test_a_parameter_that_shares_memory_comes_later(backend, monkeypatch):
+def test_a_parameter_that_shares_memory_comes_later(native, monkeypatch):
     faulty_links(monkeypatch)
     model = network()
     opt = offload(ADAMW, [model[0].weight])
@@ -223,7 +223,7 @@ def test_accumulation(case, backend, monkeypatch):
     assert_same(*here, *there)
 
 
-def test_a_step_while_accumulating(backend, monkeypatch):
+def test_a_step_while_accumulating(native, monkeypatch):
     """``step()`` is ``step()``, and gradients that are cleared are gone."""
     faulty_links(monkeypatch)
     here, there = both(ADAMW, network(), **any_way())
@@ -260,7 +260,7 @@ class Checkpointed(nn.Module):
 
 @richest
 @pytest.mark.parametrize("reentrant", [False, True], ids=["replayed", "reentrant"])
-def test_activation_checkpointing(case, reentrant, backend, monkeypatch):
+def test_activation_checkpointing(case, reentrant, native, monkeypatch):
     faulty_links(monkeypatch)
     here, there = both(case, Checkpointed(reentrant), **any_way())
     for inputs in batches(3):
@@ -270,7 +270,7 @@ def test_activation_checkpointing(case, reentrant, backend, monkeypatch):
 
 
 @richest
-def test_a_group_that_is_added(case, backend, monkeypatch):
+def test_a_group_that_is_added(case, native, monkeypatch):
     faulty_links(monkeypatch)
     groups = lambda model: model[0].parameters()  # noqa: E731
     here, there = both(case, network(), groups=groups, **any_way(is_module=False))
@@ -300,7 +300,7 @@ def test_schedulers(schedule, lr_type, native, monkeypatch):
 
 
 @richest
-def test_closures_and_hooks(case, backend, monkeypatch):
+def test_closures_and_hooks(case, native, monkeypatch):
     faulty_links(monkeypatch)
     here, there = both(case, network(), **any_way())
     calls = []
@@ -329,7 +329,7 @@ def test_closures_and_hooks(case, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_that_are_forgotten(set_to_none, backend, monkeypatch):
+def test_gradients_that_are_forgotten(set_to_none, native, monkeypatch):
     """Between backward and step, where they wait for each other."""
     faulty_links(monkeypatch)
     way = random.choice([{"max_grad_norm": 0.05}, {"overlap": None}, {"gradients": "device"}])
@@ -344,7 +344,7 @@ def test_gradients_that_are_forgotten(set_to_none, backend, monkeypatch):
     assert_same(*here, *there)
 
 
-def test_averages(backend, monkeypatch):
+def test_averages(native, monkeypatch):
     faulty_links(monkeypatch)
     options = {"ema": 0.7, **any_way()}
     here, there = both(ADAMW, network(torch.bfloat16), master_weights="split", **options)

@@ -52,7 +52,7 @@ def test_what_others_write_counts(case, backend, monkeypatch):
 
 @pytest.mark.parametrize("overlap", ["backward", "forward"])
 @pytest.mark.parametrize("gradients", ["host", "device"])
-def test_what_others_write_while_it_has_no_gradient(gradients, overlap, backend, monkeypatch):
+def test_what_others_write_while_it_has_no_gradient(gradients, overlap, native, monkeypatch):
     """Parameters of one chunk, of which others are stepped meanwhile."""
     faulty_links(monkeypatch)
     here, there = both(ADAMW, network(), gradients=gradients, overlap=overlap)
@@ -69,7 +69,7 @@ def test_what_others_write_while_it_has_no_gradient(gradients, overlap, backend,
 
 
 @pytest.mark.parametrize("overlap", ["backward", "forward"])
-def test_a_parameter_without_a_gradient_is_not_written(overlap, backend, monkeypatch):
+def test_a_parameter_without_a_gradient_is_not_written(overlap, native, monkeypatch):
     """Whatever saved it for a backward may go on to use it."""
     faulty_links(monkeypatch)
     model = nn.ParameterList([leaf(torch.rand(8)) for _ in range(2)])
@@ -86,7 +86,7 @@ def test_a_parameter_without_a_gradient_is_not_written(overlap, backend, monkeyp
     [{}, {"overlap": "forward"}, {"overlap": "forward", "max_grad_norm": 1e-3}],
     ids=str,
 )
-def test_a_write_while_the_step_is_under_way_is_an_error(way, backend, monkeypatch):
+def test_a_write_while_the_step_is_under_way_is_an_error(way, native, monkeypatch):
     """It would be lost, or not, as it happens. What the parameter holds then counts from there."""
     faulty_links(monkeypatch)
     model, is_later = network(), way.get("overlap") == "forward"
