@@ -17,6 +17,7 @@ import torch
 import fusedopt
 from fusedopt import (
     formats,
+    forms,
     grad_norm,
     modes,
     optimizer,
@@ -28,7 +29,7 @@ from fusedopt import (
     together,
 )
 
-__all__ = ["formats", "grad_norm", "modes"]
+__all__ = ["formats", "forms", "grad_norm", "modes"]
 
 # Which way a step goes ------------------------------------------------------------------------
 
