@@ -22,16 +22,9 @@ def pairs() -> list[tuple[nvrtc.Nvrtc, int]]:
     return [(compiler, gpu) for compiler in nvrtc.compilers() for gpu in compiler.architectures]
 
 
-def most_local_bytes(compiler: nvrtc.Nvrtc, kernel: str, gpu: int) -> int:
-    """NVRTC 12.8 takes the dtypes of a StoredAs apart by way of local memory for these GPUs: one
-    thread, once a block. 13.0 does not."""
-    return 8 if kernel.endswith("_stored") and gpu >= 100 and compiler.version[0] == 12 else 0
-
-
 def problem_of(module: Any, compiler: nvrtc.Nvrtc, kernel: str, gpu: int) -> str | None:
     cubin = compiler.cubin(module, kernel, gpu)
-    most = most_local_bytes(compiler, kernel, gpu)
-    if cubin.registers <= MOST_REGISTERS and cubin.local_bytes <= most:
+    if cubin.registers <= MOST_REGISTERS and cubin.local_bytes == 0:
         return None
     return (
         f"{kernel}, {compiler}, sm_{gpu}: {cubin.registers} registers, "
@@ -76,6 +69,7 @@ def test_who_gets_the_last_ticket_sees_what_others_did(kernels):
     counts = {}
     for kernel in kernels.kernels():
         text = compiled_kernels.ptx_of(compiler, kernels, kernel)
+        text = re.sub(r"//[^\n]*", "", text)  # where inline assembly begins and ends
         counts[kernel] = len(re.findall(r"\batom\.", text))
         fenced = TICKET.findall(text)
         assert len(fenced) == counts[kernel], kernel
@@ -84,9 +78,7 @@ def test_who_gets_the_last_ticket_sees_what_others_did(kernels):
     countless = {kernel for kernel, count in counts.items() if count == 0}
     rules = kernels.rules()
     assert countless == {
-        kernel
-        for kernel in counts
-        if (rule := rule_of(kernel)) and not rules[rule]["scalars"] and "_stored" not in kernel
+        kernel for kernel in counts if (rule := rule_of(kernel)) and not rules[rule]["scalars"]
     }
 
 
