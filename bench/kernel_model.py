@@ -135,7 +135,7 @@ def report_on(module: Any, compiler: nvrtc.Nvrtc, kernel: str, gpu: int) -> None
         print(loop.describe(blocks, "_stored_" in kernel))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernel_model",
         description=__doc__,
@@ -143,7 +143,7 @@ def main() -> None:
     )
     parser.add_argument("--kernels", nargs="+", default=["AdamUpdate_float_false", "grad_norm"])
     parser.add_argument("--gpus", nargs="+", type=int, default=[80, 90])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     module = fusedopt.backend.native
     if module is None or not nvrtc.compilers():
         sys.exit("needs the native module, and NVRTC in build/nvrtc or at FUSEDOPT_NVRTC")

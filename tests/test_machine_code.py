@@ -14,6 +14,9 @@ import compiled_kernels
 import nvrtc
 from ptx.tables import rule_of
 
+import fusedopt
+from bench import kernel_model
+
 # Two blocks of 256 threads on a multiprocessor.
 MOST_REGISTERS = 128
 
@@ -93,3 +96,34 @@ def test_what_is_read_from_machine_code(kernels):
     cubin = compiled_kernels.require_compiler().assemble(source, ["--gpu-architecture=sm_90"])
     assert cubin.local_bytes >= 400
     assert 0 < cubin.registers <= 255
+
+
+def test_the_model_of_kernels(kernels, monkeypatch, capsys):
+    compiled_kernels.require_compiler()
+    monkeypatch.setattr(fusedopt.backend, "native", kernels)
+    kernel_model.main(["--kernels", "SGDUpdate_float_true", "--gpus", "90"])
+    found = re.findall(
+        r"^fusedopt_(\w+) sm_90: (\d+) registers, (\d+) blocks", capsys.readouterr().out, re.M
+    )
+    assert [name.partition("_stored_")[0] for name, *_ in found] == ["SGDUpdate_float_true"] * 2
+    assert all(int(registers) * int(blocks) <= 256 for _, registers, blocks in found)
+
+
+LOOP = """
+        /*0000*/                   LDG.E R0, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0010*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;
+        /*0020*/               @P0 LDG.E.EF.128 R8, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   CALL.REL.NOINC `($a_rare_root) ;
+.L_x_2:
+        /*0050*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;
+        /*0060*/               @P1 BRA P2, `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_a_loop_of_machine_code():
+    (loop,) = kernel_model.loops_of(LOOP)
+    assert [name.split(".")[0] for name in loop.operations] == ["LDG", "LDG", "BRA", "STG", "BRA"]
+    assert (loop.dtype, loop.moved("LDG"), loop.elements(False)) == ("fp32", [16, 16], 4)
