@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 import fusedopt
 from bench import optimizers, peers, report
-from bench.step import ARGUMENTS, COPY_BYTES, Contender, Model, copy_on, medians_of, take_turns
+from bench.step import (
+    ARGUMENTS,
+    COPY_BYTES,
+    Contender,
+    Model,
+    copy_on,
+    medians_of,
+    stream,
+    take_turns,
+)
 from bench.timing import OtherWork, pick_device
 from bench.workloads import WORKLOADS
 
@@ -65,7 +74,7 @@ def floor(moved: int, written: int, device: torch.device) -> Contender | None:
     if (native := fusedopt.backend.native) is None:
         return None
     size = moved // (1 + 2 * written) // 4
-    grad, *arrays = (torch.ones(size) for _ in range(1 + written))
+    grad, *arrays = (stream(at, size, torch.float32) for at in range(1 + written))
     return Contender("floor", partial(native.memory_floor, [grad], arrays, torch.get_num_threads()))
 
 

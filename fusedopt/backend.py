@@ -150,7 +150,9 @@ def is_accelerator(device: torch.device) -> bool:
 
 def runs_on(device: torch.device) -> bool:
     """Whether the native module takes tensors on this device."""
-    return native is not None and (device.type == "cpu" or has_kernels(device))
+    if native is None or device.type == native.KERNEL_DEVICE:
+        return has_kernels(device)
+    return device.type == "cpu"
 
 
 def is_capturing() -> bool:

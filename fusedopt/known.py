@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -14,37 +13,17 @@ from torch import Tensor
 
 from . import backend, formats, memory, tensor_kinds
 from .addresses import address_of, range_of, span_of
+from .forms import Forms, Property, are_equal, listed
 from .modes import Kind
 from .record import Record
 
-# A property of tensors, one after the other.
-Property = Callable[[Iterable[Tensor]], Iterable[Any]]
-
-
-def _bytes(tensors: Iterable[Tensor]) -> Iterable[int]:
-    """How long their storages are."""
-    return map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
-
-
-# The type comes first: of other tensors than torch's own nothing more is asked. Those of another
-# layout and nested ones have no strides or no storage, and raise RuntimeError.
-_ORDINARY: tuple[Property, ...] = (
-    functools.partial(map, type),
-    functools.partial(map, attrgetter("dtype")),
-    functools.partial(map, attrgetter("shape")),
-    functools.partial(map, Tensor.stride),
-    functools.partial(map, Tensor.is_neg),
-    _bytes,
+# Where these and its form are equal a tensor is the same, or as good.
+_MEMORY: tuple[Property, ...] = (
+    lambda tensors: map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)),
+    functools.partial(map, Tensor.data_ptr),
 )
-# Of a parameter and its state. Where all of this is equal the tensor is the same, or as good.
-_OF_OWN: tuple[Property, ...] = (*_ORDINARY, functools.partial(map, Tensor.data_ptr))
-# Of a gradient, which may be another in every step.
-_OF_GRAD: tuple[Property, ...] = (
-    *_ORDINARY,
-    functools.partial(map, attrgetter("device")),
-    functools.partial(map, Tensor.storage_offset),
-    functools.partial(map, Tensor._is_zerotensor),  # which no address tells from an empty one
-)
+# A gradient may be elsewhere in every step.
+_MEMORY_OF_GRAD: tuple[Property, ...] = (_MEMORY[0], functools.partial(map, Tensor.storage_offset))
 
 # Parameters that are looked at together, one property of all of them after the other: as many as
 # stay in the cache meanwhile, and so few that Python's garbage collection does not come for it.
@@ -98,6 +77,8 @@ class Columns:
 
     def own(self) -> list[Any]:
         """Each parameter, and what its state consists of."""
+        if not any(self.states):
+            return self.params
         pairs = zip(zip(self.params), map(dict.values, self.states), strict=True)
         return [*chain.from_iterable(chain.from_iterable(pairs))]
 
@@ -108,7 +89,7 @@ class Picture:
 
     def __init__(self, columns: Columns) -> None:
         self._size = len(columns.params)
-        self._blocks = [[*self._block(columns[part])] for part in self._parts()]
+        self._blocks = [_Block(columns[part]) for part in self._parts()]
 
     def is_still(self, columns: Columns) -> bool:
         """Whether all is as it was, but for values and where the gradients are."""
@@ -116,8 +97,7 @@ class Picture:
             return False
         try:
             return all(
-                {*map(type, columns.states[part])} == {dict}
-                and all(map(operator.eq, self._block(columns[part]), block))
+                block.is_still(columns[part])
                 for part, block in zip(self._parts(), self._blocks, strict=True)
             )
         except RuntimeError:  # a tensor of another kind, which has no strides or no storage
@@ -126,12 +106,28 @@ class Picture:
     def _parts(self) -> Iterable[slice]:
         return (slice(at, at + _BLOCK) for at in range(0, self._size, _BLOCK))
 
-    @staticmethod
-    def _block(columns: Columns) -> Iterable[list[Any]]:
-        yield [*map(tuple, columns.states)]
-        own = columns.own()
-        yield from ([*of(own)] for of in _OF_OWN)
-        yield from ([*of(columns.grads)] for of in _OF_GRAD)
+
+class _Block:
+    """A part of a picture."""
+
+    __slots__ = ("_forms", "_keys", "_memory")
+
+    def __init__(self, columns: Columns) -> None:
+        own, grads = columns.own(), columns.grads
+        self._keys = [*map(tuple, columns.states)]
+        self._forms = Forms(own), Forms(grads)
+        self._memory = listed(_MEMORY, own), listed(_MEMORY_OF_GRAD, grads)
+
+    def is_still(self, columns: Columns) -> bool:
+        if {*map(type, columns.states)} != {dict} or [*map(tuple, columns.states)] != self._keys:
+            return False
+        own, grads = columns.own(), columns.grads
+        return (
+            self._forms[0].are_those_of(own)
+            and self._forms[1].are_those_of(grads)
+            and are_equal(_MEMORY, own, self._memory[0])
+            and are_equal(_MEMORY_OF_GRAD, grads, self._memory[1])
+        )
 
 
 class Known:

@@ -80,8 +80,11 @@ class Later(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name, kwargs = function.__name__, kwargs or {}
-        if name in _READERS or (name == "item" and id(args[0]) in self._now):
+        name = function.__name__
+        if name == "item" and id(args[0]) in self._now:  # several times for each parameter
+            return function(*args)
+        kwargs = kwargs or {}
+        if name in _READERS:
             return function(*args, **kwargs)
         if not name.startswith(("_foreach_", "_fused_")) or not isinstance(args[0], (list, tuple)):
             raise CannotWait(name)

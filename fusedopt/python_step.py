@@ -39,15 +39,15 @@ def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
     columns, on_cpu = bucket.columns, bucket.kind.device == "cpu"
     sizes = map(Tensor.numel, columns.params)
     if bucket.mode is not Mode.RULE:
-        grads = _scaled(bucket, columns.grads)
+        function, grads = stock_step.implementation(bucket), _scaled(bucket, columns.grads)
         if not on_cpu:
-            stock_step.take_together(bucket, grads, slice(None))
+            stock_step.take_together(bucket, function, grads, slice(None))
             return []
         later = Later()
         pieces = [slice(None)] if bucket.mode is Mode.FUSED else in_pieces(sizes, _PIECE)
         try:
             for part in pieces:
-                stock_step.take_together(bucket, grads[part], part, later)
+                stock_step.take_together(bucket, function, grads[part], part, later)
                 later.next_piece()
             return later.calls
         except CannotWait:  # another torch: the rule does the same

@@ -8,6 +8,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator, Set
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,8 +71,8 @@ class Members:
     def grads(self) -> list[Any]:
         """The gradient of each parameter, None for those that have no part in the step."""
         params = [param for group in self.groups for param in group["params"]]
-        hidden = self.hidden_grads()
-        return [None if e in hidden else param.grad for e, param in enumerate(params)]
+        grads, hidden = [*map(attrgetter("grad"), params)], self.hidden_grads()
+        return [None if e in hidden else g for e, g in enumerate(grads)] if hidden else grads
 
     def hidden_grads(self) -> dict[int, Tensor | None]:
         """What a native step sees instead of some gradients, by the number of the parameter."""

@@ -1,8 +1,9 @@
 """``python -m fusedopt.self_test``: compiles and tries out every kernel on every GPU.
 
 Says for each kernel how long NVRTC took, and whether it gives the bits of the CPU on this GPU: with
-all options and dtypes, aligned and misaligned. What it compiles is kept, and so is the verdict, so
-that later steps find both. Exits with 1 if a kernel is not used, or there is no GPU.
+all options and dtypes, aligned and misaligned. Each way to store values has kernels of its own, of
+which these are one. What it compiles is kept, and so is the verdict, so that later steps find both.
+Exits with 1 if a kernel is not used, or there is no GPU.
 """
 
 from __future__ import annotations

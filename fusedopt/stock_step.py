@@ -133,11 +133,26 @@ def with_numbers(group: Group, param: Tensor) -> Group:
     return {name: known(value) for name, value in group.items() if name != "params"}
 
 
+def implementation(bucket: Bucket) -> functools.partial[Any]:
+    """The function of torch's that steps them, but for its lists of tensors."""
+    optimizer, counts_on_device = bucket.members.optimizer, bucket.kind.counts_on_device
+    step: Any = inspect.unwrap(optimizer._stock.step)  # type: ignore[union-attr]
+    function = step.__globals__[step.__module__.rpartition(".")[2]]
+    options = _options(function, bucket.record(0).group, optimizer.defaults, bucket.mode)
+    if "capturable" in options:
+        options["capturable"] = counts_on_device
+    return functools.partial(function, **options)
+
+
 def take_together(
-    bucket: Bucket, grads: list[Tensor], part: slice, later: Later | None = None
+    bucket: Bucket,
+    function: functools.partial[Any],
+    grads: list[Tensor],
+    part: slice,
+    later: Later | None = None,
 ) -> None:
-    """Steps some parameters of one group, with all their state, as one of torch's implementations
-    does; or leaves that to later calls.
+    """Steps some parameters of one group, with all their state, by its ``implementation``; or
+    leaves that to later calls.
 
     Raises:
         CannotWait: the implementation computes what cannot be left to them.
@@ -147,11 +162,6 @@ def take_together(
     slots = [columns.state(slot.name) if slot.name in record.keys else [] for slot in rule.slots]
     counts = columns.state(STEP.name) if rule.counts_steps else []
     numbers = [columns.state(scalar.name) for scalar in rule.scalars if scalar is not STEP]
-    step: Any = inspect.unwrap(record.members.optimizer._stock.step)  # type: ignore[union-attr]
-    function = step.__globals__[step.__module__.rpartition(".")[2]]
-    options = _options(function, record.group, record.members.optimizer.defaults, mode)
-    if "capturable" in options:
-        options["capturable"] = bool(counts) and not counts[0].is_cpu
     kept = counts
     if mode is Mode.FUSED:
         # torch does not count this.
@@ -168,7 +178,7 @@ def take_together(
     elif later is not None and counts:
         counts, *numbers = later.copies(columns, (*rule.scalar_by_name,))
     lists = [params, grads, *slots, *numbers, *([counts] if rule.counts_steps else [])]
-    call = functools.partial(function, *lists, **options)
+    call = functools.partial(function, *lists)
     call() if later is None else later.take(call)
     if mode is Mode.FUSED and counts is not kept:
         torch._foreach_add_(kept, 1)

@@ -38,6 +38,7 @@ class _Settled:
         self._has_grad = [grad is not None for grad in members.grads()]
         self._picture = Picture(columns)
         self._terms, self._options = terms, [*map(_plain_options, members.groups)]
+        self._are_checked = False  # the numbers of these options
         self._written, self._spans = written, [one.span for one in known]
         self._types = {alike.device.type for alike in self.alike}
         self._grads = addresses_of(columns.grads, self._types)
@@ -57,6 +58,7 @@ class _Settled:
         for g, group in enumerate(members.groups):
             plain = _plain_options(group)
             if plain is None or plain != self._options[g]:
+                self._are_checked = False
                 options.check_group(members, g)
                 if _terms(members, group) != self._terms[g]:
                     return None
@@ -82,6 +84,12 @@ class _Settled:
             self._grads = begins
         return columns
 
+    def goes_on(self, members: Members, columns: Columns) -> bool:
+        """Whether the numbers of a step that has been found again have a meaning."""
+        if not self._are_checked or members.rule.scalars:
+            self._are_checked = _all_go_on(members, columns, self.places, self.alike)
+        return self._are_checked
+
 
 class Together:
     """What the steps of an optimizer remember of the parameters that take torch's operators."""
@@ -104,13 +112,10 @@ class Together:
         if settled is None or tensor_kinds.is_transforming() or tensor_kinds.is_traced():
             return None
         columns = settled.found_again(members)
-        if columns is None:
+        if columns is None or not settled.goes_on(members, columns):
             return None
-        places, alike = settled.places, settled.alike
-        if not _all_go_on(members, columns, places, alike):
-            return None
-        factors = work.factors_of({one.device for one in alike}, scales)
-        return work.arranged(members, columns, places, alike, factors)
+        factors = work.factors_of({one.device for one in settled.alike}, scales)
+        return work.arranged(members, columns, settled.places, settled.alike, factors)
 
     def settle(self, members: Members, records: list[Record]) -> None:
         """A step of these parameters, all those that have a gradient, has been done: the next is

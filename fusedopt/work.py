@@ -122,7 +122,7 @@ def arranged(
         factor = factors[device]
         kind = kind._replace(is_scaled=factor is not None)
         mode = modes.choose(members.rule, torchs, members.groups[g], kind)
-        those = [places[i] for i in at]
+        those = places if len(at) == len(places) else [places[i] for i in at]
         if shares or mode is Mode.ALONE:
             work.alone += [(Record(members, *place), factor) for place in those]
         else:

@@ -137,6 +137,7 @@ class Cubin:
     """What an ELF file of machine code for a GPU says of its only kernel."""
 
     def __init__(self, data: bytes) -> None:
+        self.data = data
         self.sections = list(_sections(data))
         (self.code,) = (s for s in self.sections if s.name.startswith(".text."))
 

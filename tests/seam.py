@@ -20,6 +20,7 @@ import fusedopt
 from fusedopt import (
     chunk_queue,
     formats,
+    forms,
     grad_norm,
     modes,
     optimizer,
@@ -32,7 +33,7 @@ from fusedopt import (
     unloading,
 )
 
-__all__ = ["formats", "grad_norm", "modes"]
+__all__ = ["formats", "forms", "grad_norm", "modes"]
 
 # Which way a step goes ------------------------------------------------------------------------
 

@@ -229,6 +229,10 @@ def test_bytes_and_fields():
     assert found.tolist() == [x & y | ~x & z & MASK for x, y, z in zip(a, b, c, strict=True)]
     found = apply("bfe.u32 {out}, {0}, 5, 11;", *given)
     assert found.tolist() == [x >> 5 & 0x7FF for x in a]
+    found = apply("bfe.s32 {out}, {0}, 5, 11;", *given)
+    assert found.tolist() == [((x >> 5 & 0x7FF ^ 0x400) - 0x400) & MASK for x in a]
+    found = apply("bfe.s32 {out}, {0}, 24, 11;", *given)  # beyond the last bit
+    assert found.tolist() == [((x >> 24 ^ 0x80) - 0x80) & MASK for x in a]
     found = apply("bfi.b32 {out}, {0}, {1}, 8, 5;", *given)
     assert found.tolist() == [y & ~0x1F00 | (x & 31) << 8 for x, y in zip(a, b, strict=True)]
 

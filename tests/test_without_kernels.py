@@ -303,6 +303,8 @@ CHANGES = {
     "negated state": _state("", lambda value: torch._neg_view(value)),
     "state without memory": _state("", lambda value: value.untyped_storage().resize_(4) and value),
     "sparse state": _state("", torch.Tensor.to_sparse),
+    "compressed state": _state("", lambda value: value.to_sparse_csr() if value.dim() else value),
+    "nested state": _state("", lambda value: torch.nested.nested_tensor([value, value])),
     "moved": _data(torch.clone),
     "of other strides": _data(lambda data: data.t().contiguous().t()),
     "with gaps": _data(lambda data: data.repeat_interleave(2, 1)[:, ::2]),
@@ -313,6 +315,9 @@ CHANGES = {
     "no gradient": _grad(lambda grad: None),
     "gradient of other strides": _grad(lambda grad: grad.t().contiguous().t()),
     "expanded gradient": _grad(lambda grad: grad[:1].expand(4, 4)),
+    "gradient of the next parameter": lambda opt, params: setattr(
+        params[1], "grad", params[2].grad
+    ),
     "sparse gradient": _grad(torch.Tensor.to_sparse),
     "negated gradient": _grad(lambda grad: torch._neg_view(grad)),
     "zero without memory": _grad(lambda grad: torch._efficientzerotensor(grad.shape)),
@@ -341,9 +346,16 @@ def _(opt, params):
     params[1].data = params[2].data
 
 
-@pytest.mark.parametrize("case", [*RICHEST_OF.values(), *STATELESS], ids=str)
-def test_a_step_sees_what_has_changed(case, python):
-    """Whatever has happened since the last step, the next is the one that checks everything."""
+@pytest.mark.parametrize(
+    ("case", "guards"),
+    [*((case, True) for case in (*RICHEST_OF.values(), *STATELESS)), (RICHEST_OF["Adam"], False)],
+    ids=str,
+)
+def test_a_step_sees_what_has_changed(case, guards, python, monkeypatch):
+    """Whatever has happened since the last step, the next is the one that checks everything; also
+    where torch's guards are not as they are known."""
+    assert seam.forms.can_use_guards()
+    monkeypatch.setattr(seam.forms, "can_use_guards", lambda: guards)
 
     def course(name, forget):
         torch.manual_seed(1)
@@ -380,7 +392,9 @@ def bits_of_all(opt, params) -> list:
     states = [opt.state.get(p) or {} for p in params]
     found = []
     for value in [*params, *(v for state in states for v in state.values())]:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            value = "nested"
+        elif isinstance(value, torch.Tensor):
             dense = value.detach().to_dense()
             is_whole = dense.untyped_storage().nbytes() >= dense.numel() * dense.element_size()
             value = bits(dense) if is_whole else "not whole"

@@ -42,7 +42,16 @@ class Gpu {
 
 bool is_capturing(cuda::Stream stream);
 
-// Kernels launched since the module was loaded.
+// Kernels launched since the module was loaded, by steps.
 std::int64_t num_launches();
+
+// While it lives, what this thread launches is a trial.
+class UncountedLaunches {
+ public:
+  UncountedLaunches();
+  ~UncountedLaunches();
+  UncountedLaunches(const UncountedLaunches&) = delete;
+  UncountedLaunches& operator=(const UncountedLaunches&) = delete;
+};
 
 }  // namespace fusedopt

@@ -80,6 +80,7 @@ class Loader {
     if (!verdict) {
       const Gpu gpu(index_, nullptr);
       const RelaxedCapture relaxed(driver_);
+      const UncountedLaunches uncounted;
       const std::string difference = self_test(kernel_, index_);
       verdict = difference.empty() ? kPassed : difference;
       cache_.write(name, key, *verdict);
@@ -131,6 +132,24 @@ std::string in_tenths(double number) {
   return text;
 }
 
+TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest setting) {
+  TrialReport report;
+  try {
+    Loader loader(kernel, device);
+    const Stopwatch compilation;
+    if (loader.load()) report.compile_seconds = compilation.seconds();
+    report.unkept = loader.unkept();
+    const Stopwatch trial;
+    loader.prove(setting);
+    report.trial_seconds = trial.seconds();
+    set_state(kernel, device, KernelState::kReady);
+  } catch (const DeviceProblem& problem) {
+    set_state(kernel, device, KernelState::kRefused);
+    report.problem = problem.what();
+  }
+  return report;
+}
+
 }  // namespace
 
 LoadReport load_kernels(const NeededKernels& needed) {
@@ -143,16 +162,12 @@ LoadReport load_kernels(const NeededKernels& needed) {
   for (const auto& [kernel, device] : needed) {
     if (kernel_state(*kernel, device) != KernelState::kUnknown)
       continue;  // another thread was here
-    try {
-      Loader loader(*kernel, device);
-      compiled += loader.load();
-      if (!loader.unkept().empty()) unkept = loader.unkept();
-      loader.prove(self_test_setting());
-      set_state(*kernel, device, KernelState::kReady);
-    } catch (const DeviceProblem& problem) {
-      set_state(*kernel, device, KernelState::kRefused);
+    const TrialReport one = load_and_prove(*kernel, device, self_test_setting());
+    compiled += one.compile_seconds > 0;
+    if (!one.unkept.empty()) unkept = one.unkept;
+    if (!one.problem.empty()) {
       report.refused.push_back("the kernel " + kernel->name + " is not used on cuda:" +
-                               std::to_string(device) + ": " + problem.what());
+                               std::to_string(device) + ": " + one.problem);
     }
   }
   const double taken = watch.seconds();
@@ -165,20 +180,7 @@ LoadReport load_kernels(const NeededKernels& needed) {
 }
 
 TrialReport try_out(const DeviceKernel& kernel, int device) {
-  TrialReport report;
-  try {
-    Loader loader(kernel, device);
-    const Stopwatch compilation;
-    if (loader.load()) report.compile_seconds = compilation.seconds();
-    const Stopwatch trial;
-    loader.prove(SelfTest::kAlways);
-    report.trial_seconds = trial.seconds();
-    set_state(kernel, device, KernelState::kReady);
-  } catch (const DeviceProblem& problem) {
-    set_state(kernel, device, KernelState::kRefused);
-    report.problem = problem.what();
-  }
-  return report;
+  return load_and_prove(kernel, device, SelfTest::kAlways);
 }
 
 SelfTest self_test_setting() {

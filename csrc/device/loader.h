@@ -24,6 +24,7 @@ LoadReport load_kernels(const NeededKernels& needed);
 struct TrialReport {
   double compile_seconds = 0;  // 0: it was in the cache
   double trial_seconds = 0;
+  std::string unkept;   // why what was compiled is not kept; empty if it is
   std::string problem;  // empty: it passed
 };
 

@@ -189,36 +189,17 @@ std::string SelfTest::run(const Driver& driver, int device) {
   return "";
 }
 
-// Dtypes that an update for elements as they are combines, and then some that are not.
-std::vector<SlotDtypes> combinations(const RuleEntry& entry, unsigned mask, bool is_plain,
-                                     bool in_double) {
+// The dtypes that a kernel combines.
+std::vector<SlotDtypes> combinations(const DeviceKernel& kernel, unsigned mask, bool in_double) {
+  if (!kernel.is_plain) return {kernel.stored};
   if (in_double) return {plain_dtypes(mask, Dtype::kFloat64)};
   std::vector<SlotDtypes> all;
-  if (is_plain) {
-    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
-      all.push_back(plain_dtypes(mask, dtype));
-      all.push_back(all.back());  // and the gradient, and a state, of another
-      all.back().slots[1] = dtype == Dtype::kFloat32 ? Dtype::kBFloat16 : Dtype::kFloat32;
-      if (all.back().num_slots > 2) all.back().slots[2] = Dtype::kFloat32;
-    }
-    return all;
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    all.push_back(plain_dtypes(mask, dtype));
+    all.push_back(all.back());  // and the gradient, and a state, of another
+    all.back().slots[1] = dtype == Dtype::kFloat32 ? Dtype::kBFloat16 : Dtype::kFloat32;
+    if (all.back().num_slots > 2) all.back().slots[2] = Dtype::kFloat32;
   }
-  const SlotDtypes split = stored_dtypes(entry, mask);
-  all.push_back(split);
-  SlotDtypes mastered = plain_dtypes(mask, Dtype::kFloat16);
-  mastered.master = Dtype::kFloat32;
-  mastered.ema = Dtype::kBFloat16;
-  all.push_back(mastered);
-  SlotDtypes rounded = split;
-  rounded.master = kNone;
-  rounded.stochastic = true;
-  rounded.ema = Dtype::kFloat32;
-  all.push_back(rounded);
-  SlotDtypes codes = split;
-  codes.master = kNone;
-  codes.slots[0] = codes.slots[1] = Dtype::kFloat32;
-  if (codes.num_slots == 2) codes.ema = Dtype::kFloat32;
-  all.push_back(codes);
   return all;
 }
 
@@ -234,15 +215,16 @@ std::string self_test(const DeviceKernel& kernel, int device) {
   for (const RuleEntry& entry : all_rules()) {
     for (auto& rule : sample_rules(entry)) {
       const unsigned mask = rule->state_mask();
-      const auto kernel_for = [&](const SlotDtypes& dtypes) {
-        return rule->prepare(Scalars(1), {dtypes}, Where::kGpu).device_kernel;
+      const auto takes = [&](const SlotDtypes& dtypes) {
+        return rule->prepare(Scalars(1), {dtypes}, Where::kGpu).device_kernel == &kernel;
       };
-      const bool as_double = kernel_for(plain_dtypes(mask, Dtype::kFloat64)) == &kernel;
+      const SlotDtypes doubles = plain_dtypes(mask, Dtype::kFloat64);
+      const bool as_double = kernel.is_plain && takes(doubles);
       in_double |= as_double;
-      if (as_double || kernel_for(plain_dtypes(mask, Dtype::kFloat32)) == &kernel ||
-          kernel_for(stored_dtypes(entry, mask)) == &kernel) {
-        samples.push_back({&entry, std::move(rule)});
-      }
+      const bool is_for_it =
+          kernel.is_plain ? as_double || takes(plain_dtypes(mask, Dtype::kFloat32))
+                          : doubles.num_slots == kernel.stored.num_slots && takes(kernel.stored);
+      if (is_for_it) samples.push_back({&entry, std::move(rule)});
     }
   }
   if (samples.empty()) throw DeviceProblem("nobody knows how to try it out");
@@ -251,8 +233,7 @@ std::string self_test(const DeviceKernel& kernel, int device) {
     std::size_t next = 0;
     const auto add = [&](std::size_t dtypes, std::int64_t numel, int shift) {
       const Sample& sample = samples[next++ % samples.size()];
-      const auto all =
-          combinations(*sample.entry, sample.rule->state_mask(), kernel.is_plain, in_double);
+      const auto all = combinations(kernel, sample.rule->state_mask(), in_double);
       if (dtypes < all.size()) test.add(sample, all[dtypes], numel, shift);
       return dtypes + 1 < all.size();
     };

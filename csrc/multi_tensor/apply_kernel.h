@@ -28,8 +28,7 @@ namespace fusedopt {
 
 // Memory -------------------------------------------------------------------------------------
 
-// What one thread moves at a time. It is looked at once and not again soon: the hints keep it from
-// pushing what the next forward needs out of the cache.
+// What one thread moves at a time.
 template <int kBytes>
 struct alignas(kBytes) Bytes {
   using Word = std::conditional_t<(kBytes < 4), std::uint16_t, std::uint32_t>;
@@ -47,22 +46,19 @@ FUSEDOPT_HD void check_alignment([[maybe_unused]] const void* address) {
 #endif
 }
 
-template <int kBytes>
+// Whether what is read is read again soon. Else the hints of loads, and of all stores, keep it from
+// pushing what the next forward needs out of the cache.
+enum class Reads { kOnce, kAgain };
+
+template <int kBytes, Reads kReads = Reads::kOnce>
 FUSEDOPT_HD Bytes<kBytes> load_bytes(const void* from) {
   Bytes<kBytes> bytes;
 #if defined(__CUDA_ARCH__)
-  if constexpr (kBytes == 16) {
-    const uint4 value = __ldcs(static_cast<const uint4*>(from));
-    bytes.words[0] = value.x, bytes.words[1] = value.y;
-    bytes.words[2] = value.z, bytes.words[3] = value.w;
-  } else if constexpr (kBytes == 8) {
-    const uint2 value = __ldcs(static_cast<const uint2*>(from));
-    bytes.words[0] = value.x, bytes.words[1] = value.y;
-  } else if constexpr (kBytes == 4) {
-    bytes.words[0] = __ldcs(static_cast<const unsigned int*>(from));
-  } else {
-    bytes.words[0] = __ldcs(static_cast<const unsigned short*>(from));
-  }
+  using Word = std::conditional_t<(kBytes > 4), std::conditional_t<kBytes == 16, uint4, uint2>,
+                                  std::conditional_t<kBytes == 4, unsigned int, unsigned short>>;
+  const auto* const word = static_cast<const Word*>(from);
+  const Word value = kReads == Reads::kOnce ? __ldcs(word) : __ldcg(word);
+  std::memcpy(&bytes, &value, kBytes);
 #else
   check_alignment<kBytes>(from);
   std::memcpy(&bytes, from, kBytes);
@@ -161,14 +157,14 @@ FUSEDOPT_HD void pack(const T (&values)[kVector], Bytes<kBytes>* bytes) {
 }
 
 // How slots are read and written: all of one dtype, known to the compiler ...
-template <typename Element, int kVectorElements>
+template <typename Element, int kVectorElements, Reads kReads = Reads::kOnce>
 struct OneDtype {
   static constexpr int kVector = kVectorElements;
   static constexpr int kBytes = kVector * static_cast<int>(sizeof(Element));
   using Raw = Bytes<kBytes>;
 
   FUSEDOPT_HD Raw load(int, const void* slot, std::uint32_t at) const {
-    return load_bytes<kBytes>(static_cast<const char*>(slot) + at * sizeof(Element));
+    return load_bytes<kBytes, kReads>(static_cast<const char*>(slot) + at * sizeof(Element));
   }
   FUSEDOPT_HD void store(int, void* slot, std::uint32_t at, const Raw& raw) const {
     store_bytes(static_cast<char*>(slot) + at * sizeof(Element), raw);
@@ -184,7 +180,7 @@ struct OneDtype {
 };
 
 // ... or each of its own, any of those that are computed in float.
-template <int kVectorElements>
+template <int kVectorElements, Reads kReads = Reads::kOnce>
 struct AnyDtype {
   static constexpr int kVector = kVectorElements;
   using Raw = Bytes<4 * kVector>;
@@ -193,9 +189,9 @@ struct AnyDtype {
 
   FUSEDOPT_HD Raw load(int slot, const void* data, std::uint32_t at) const {
     if (info.dtype(slot) == Dtype::kFloat32) {
-      return load_bytes<4 * kVector>(static_cast<const char*>(data) + at * 4);
+      return load_bytes<4 * kVector, kReads>(static_cast<const char*>(data) + at * 4);
     }
-    const Half half = load_bytes<2 * kVector>(static_cast<const char*>(data) + at * 2);
+    const Half half = load_bytes<2 * kVector, kReads>(static_cast<const char*>(data) + at * 2);
     Raw raw = {};
     FUSEDOPT_UNROLL
     for (int i = 0; i < Half::kWords; ++i) raw.words[i] = half.words[i];
@@ -247,29 +243,24 @@ struct BlockTask {
   Update update;
 };
 
-// Prepares the update from the scalars on the device. The block of the tensor that is the last to
-// have read them moves them on.
+// Prepares the update from the scalars on the device, which it returns as they are in this step.
 template <typename T, typename Rule, typename Update>
-FUSEDOPT_HD void prepare_on_device(const LaunchTable& table, std::uint32_t t,
-                                   BlockTask<Update>* task) {
+FUSEDOPT_HD Scalars prepare_on_device(const LaunchTable& table, std::uint32_t t,
+                                      BlockTask<Update>* task) {
   const Rule& rule = *static_cast<const Rule*>(table.update(task->info.update()));
   Scalars scalars = task->info.first_step() ? 1 : 2;
   if constexpr (kNumScalars<Rule> > 0) {
-    void* const* const pointers = table.pointers(t) + BlockTask<Update>::kSlots;
-    scalars = read_scalars(rule, pointers);
-    const std::uint32_t last = table.first_chunk(t + 1) - table.first_chunk(t) - 1;
-    if (take_ticket(&table.tickets[t], last) == last && !task->skip) {
-      write_scalars<Rule>(scalars, pointers);
-    }
+    scalars = read_scalars(rule, table.pointers(t) + BlockTask<Update>::kSlots);
   }
   rule.template prepare<T>(scalars, [&](const auto& update) {
     if constexpr (std::is_same_v<std::decay_t<decltype(update)>, Update>) task->update = update;
   });
+  return scalars;
 }
 
 template <typename T, typename Rule, typename Update>
-FUSEDOPT_HD void begin_block(const LaunchTable& table, std::uint32_t block,
-                             BlockTask<Update>* task) {
+FUSEDOPT_HD Scalars begin_block(const LaunchTable& table, std::uint32_t block,
+                                BlockTask<Update>* task) {
   const std::uint32_t t = table.tensor_of(block);
   const std::int64_t begin =
       static_cast<std::int64_t>(block - table.first_chunk(t)) * kBlockElements;
@@ -277,8 +268,9 @@ FUSEDOPT_HD void begin_block(const LaunchTable& table, std::uint32_t block,
   task->count = static_cast<std::uint32_t>(left < kBlockElements ? left : kBlockElements);
   task->info = TensorInfo{table.info(t)};
   task->skip = table.scaling.skip();
+  Scalars scalars;
   if (table.on_device) {
-    prepare_on_device<T, Rule>(table, t, task);
+    scalars = prepare_on_device<T, Rule>(table, t, task);
   } else {
     task->update = *static_cast<const Update*>(table.update(task->info.update()));
   }
@@ -288,6 +280,21 @@ FUSEDOPT_HD void begin_block(const LaunchTable& table, std::uint32_t block,
   for (int s = 0; s < BlockTask<Update>::kSlots; ++s) {
     const std::int64_t bytes = begin * static_cast<std::int64_t>(itemsize(task->info.dtype(s)));
     task->slots[s] = static_cast<char*>(pointers[s]) + bytes;
+  }
+  return scalars;
+}
+
+// The block of the tensor that is the last to have read its scalars moves them on. After the other
+// threads have been let go: they need not wait for the ticket.
+template <typename Rule, typename Update>
+FUSEDOPT_HD void count_block(const LaunchTable& table, std::uint32_t block,
+                             const BlockTask<Update>& task, const Scalars& scalars) {
+  if constexpr (kNumScalars<Rule> > 0) {
+    if (!table.on_device) return;
+    const std::uint32_t t = table.tensor_of(block);
+    if (is_last_block(table, t) && !task.skip) {
+      write_scalars<Rule>(scalars, table.pointers(t) + BlockTask<Update>::kSlots);
+    }
   }
 }
 
@@ -343,7 +350,10 @@ FUSEDOPT_HD void update_elements(const BlockTask<Update>& task, const Vectors& v
   update_vectors<T, 1>(task, single, done, task.count - done, thread, num_threads, states);
 }
 
-// One thread's share of the block. Which branch is taken is the same for all of its threads.
+// One thread's share of the block. Which branch is taken is the same for all of its threads. What is
+// in flight at a time decides the registers of all of them: with twice as much of mixed dtypes and of
+// single elements Adam has 72 for 63 (sm_90), and three blocks fit a multiprocessor, not four; RMSprop
+// with all of its state 88 for 72, and two, not three. One vector of float32 in place of two saves none.
 template <typename T, typename Update>
 FUSEDOPT_HD void run_block(const BlockTask<Update>& task, std::uint32_t thread,
                            std::uint32_t num_threads) {
@@ -371,9 +381,9 @@ FUSEDOPT_HD void run_block(const BlockTask<Update>& task, std::uint32_t thread,
   } else {
     const AnyDtype<1> single{task.info};
     if (task.info.access() == Access::kMixed) {
-      update_elements<T, 2>(task, AnyDtype<4>{task.info}, single, thread, num_threads);
+      update_elements<T, 1>(task, AnyDtype<4>{task.info}, single, thread, num_threads);
     } else {
-      update_elements<T, 8>(task, single, single, thread, num_threads);
+      update_elements<T, 4>(task, single, single, thread, num_threads);
     }
   }
 }

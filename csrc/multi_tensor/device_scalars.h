@@ -6,22 +6,36 @@
 
 #include "../update_rules/host_device.h"
 #include "../update_rules/rule.h"
+#include "launch_table.h"
 
 namespace fusedopt {
+
+// What this thread has read and written before it, others see as done, and what they did, this one.
+FUSEDOPT_HD void fence() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");  // __threadfence() also orders all fences
+#endif
+}
 
 // Adds one to a count that goes back to zero after `last`, and returns what it was. Who gets `last`
 // sees what all others did before, and does what follows after they have done it.
 FUSEDOPT_HD std::uint32_t take_ticket(std::uint32_t* tickets, std::uint32_t last) {
 #if defined(__CUDA_ARCH__)
-  __threadfence();
+  fence();
   const std::uint32_t ticket = atomicInc(tickets, last);
-  if (ticket == last) __threadfence();
+  if (ticket == last) fence();
   return ticket;
 #else
   const std::uint32_t ticket = *tickets;
   *tickets = ticket == last ? 0 : ticket + 1;
   return ticket;
 #endif
+}
+
+// Takes a ticket of a tensor of the table: whether all of its other blocks have one.
+FUSEDOPT_HD bool is_last_block(const LaunchTable& table, std::uint32_t t) {
+  const std::uint32_t last = table.first_chunk(t + 1) - table.first_chunk(t) - 1;
+  return take_ticket(&table.tickets[t], last) == last;
 }
 
 // A tensor's scalars on the device, whose pointers these are, as they are in this step.

@@ -49,11 +49,16 @@ FUSEDOPT_HD void sum_columns(const Vectors& vectors, const Single& single, const
   }
 }
 
+// How gradients are read: the update reads them again, and finds in the cache what it held last.
+template <typename Element, int kVector>
+using Grads = OneDtype<Element, kVector, Reads::kAgain>;
+using AnyGrad = AnyDtype<1, Reads::kAgain>;
+
 // One element of any dtype that is computed in float, for sums that leave its range.
 struct AsDouble {
   static constexpr int kVector = 1;
-  using Raw = AnyDtype<1>::Raw;
-  AnyDtype<1> any;
+  using Raw = AnyGrad::Raw;
+  AnyGrad any;
 
   FUSEDOPT_HD Raw load(int slot, const void* data, std::uint32_t at) const {
     return any.load(slot, data, at);
@@ -82,19 +87,19 @@ FUSEDOPT_HD void sum_block(const LaunchTable& table, std::uint32_t block, T* sum
     sum_columns<T>(vectors, single, data, count, factor, sums, thread);
   };
   if constexpr (std::is_same_v<T, double>) {
-    const OneDtype<double, 1> single;
+    const Grads<double, 1> single;
     if (info.dtype(0) != Dtype::kFloat64) return sum(AsDouble{{info}}, AsDouble{{info}});
-    aligned ? sum(OneDtype<double, 2>(), single) : sum(single, single);
+    aligned ? sum(Grads<double, 2>(), single) : sum(single, single);
   } else {
-    const AnyDtype<1> single{info};
+    const AnyGrad single{info};
     if (!aligned) return sum(single, single);
     switch (info.dtype(0)) {
       case Dtype::kBFloat16:
-        return sum(OneDtype<BFloat16, 8>(), single);
+        return sum(Grads<BFloat16, 8>(), single);
       case Dtype::kFloat16:
-        return sum(OneDtype<Float16, 8>(), single);
+        return sum(Grads<Float16, 8>(), single);
       default:
-        return sum(OneDtype<float, 4>(), single);
+        return sum(Grads<float, 4>(), single);
     }
   }
 }

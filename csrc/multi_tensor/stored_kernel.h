@@ -23,19 +23,34 @@ struct StoredTask {
   std::uint32_t count;
   bool skip;
   bool aligned;  // all that a lane moves, to its size
-  double step;
+  std::uint64_t step;
   std::uint64_t rounding[2];
-  StoredAs as;
+  float ema_weight;
   Update update;
 
+  // What NVRTC compiles is for one way of storing values, which its program names, and has nothing in
+  // it for others.
+#if defined(FUSEDOPT_STORED)
+  FUSEDOPT_HD void keep(const SlotDtypes&) {}
+  FUSEDOPT_HD SlotDtypes dtypes() const { return SlotDtypes FUSEDOPT_STORED; }
+#else
+  SlotDtypes kept;
+  FUSEDOPT_HD void keep(const SlotDtypes& dtypes) { kept = dtypes; }
+  FUSEDOPT_HD SlotDtypes dtypes() const { return kept; }
+#endif
   FUSEDOPT_HD Dtype dtype(int pointer) const {
-    return pointer < kSlots ? as.dtypes.slots[pointer] : as.dtypes.extra(pointer);
+    return pointer < kSlots ? dtypes().slots[pointer] : dtypes().extra(pointer);
   }
 };
 
+template <typename Rule>
+FUSEDOPT_HD bool counts_on_device(const LaunchTable& table) {
+  return kNumScalars<Rule> != 0 && table.on_device;
+}
+
 template <typename T, typename Rule, typename Update>
-FUSEDOPT_HD void begin_block(const LaunchTable& table, std::uint32_t block,
-                             StoredTask<Update>* task) {
+FUSEDOPT_HD Scalars begin_block(const LaunchTable& table, std::uint32_t block,
+                                StoredTask<Update>* task) {
   const std::uint32_t t = table.tensor_of(block);
   const std::uint32_t chunk = block - table.first_chunk(t);
   task->begin = static_cast<std::int64_t>(chunk) * kBlockElements;
@@ -47,33 +62,23 @@ FUSEDOPT_HD void begin_block(const LaunchTable& table, std::uint32_t block,
   void* const* const pointers = table.pointers(t);
 
   const void* const what = table.update(info.update());
-  task->as = table.on_device ? static_cast<const Stored<Rule>*>(what)->as
-                             : static_cast<const Stored<Update>*>(what)->as;
-  const bool counts = table.on_device && kNumScalars<Rule> != 0;
-  auto* const rounding =
-      task->as.dtypes.stochastic ? static_cast<std::uint64_t*>(pointers[kRounding]) : nullptr;
+  const StoredAs& as = table.on_device ? static_cast<const Stored<Rule>*>(what)->as
+                                       : static_cast<const Stored<Update>*>(what)->as;
+  task->keep(as.dtypes);
+  task->ema_weight = as.ema_weight;
   Scalars scalars = info.first_step() ? 1 : 2;
-  if (!table.on_device) scalars = task->as.step;
+  if (!table.on_device) scalars = as.step;
   if constexpr (kNumScalars<Rule> != 0) {
-    if (counts) {
+    if (counts_on_device<Rule>(table)) {
       const Rule& rule = static_cast<const Stored<Rule>*>(what)->what;
       scalars = read_scalars(rule, pointers + kMaxPointers);
     }
   }
-  task->step = scalars.step;
-  if (rounding != nullptr) {
+  task->step = static_cast<std::uint64_t>(scalars.step);
+  if (task->dtypes().stochastic) {
+    const auto* const rounding = static_cast<const std::uint64_t*>(pointers[kRounding]);
     task->rounding[0] = rounding[0];
-    task->rounding[1] = *static_cast<volatile std::uint64_t*>(rounding + 1);
-  }
-  // The block of the tensor that is the last to have read the counts moves them on.
-  if (counts || rounding != nullptr) {
-    const std::uint32_t last = table.first_chunk(t + 1) - table.first_chunk(t) - 1;
-    if (take_ticket(&table.tickets[t], last) == last && !task->skip) {
-      if constexpr (kNumScalars<Rule> != 0) {
-        if (counts) write_scalars<Rule>(scalars, pointers + kMaxPointers);
-      }
-      if (rounding != nullptr) rounding[1] = task->rounding[1] + 1;
-    }
+    task->rounding[1] = *static_cast<const volatile std::uint64_t*>(rounding + 1);
   }
   if (table.on_device) {
     static_cast<const Stored<Rule>*>(what)->what.template prepare<T>(
@@ -86,12 +91,29 @@ FUSEDOPT_HD void begin_block(const LaunchTable& table, std::uint32_t block,
     task->update = static_cast<const Stored<Update>*>(what)->what;
   }
   task->update.penalized_grad.grad_factor *= static_cast<T>(table.scaling.grad_factor());
+  FUSEDOPT_UNROLL
   for (int p = 0; p < kMaxPointers; ++p) {
     const std::int64_t at = p >= kScales ? task->begin / kScaleElements : task->begin;
     const bool has_elements = pointers[p] != nullptr && p != kRounding;
     const std::int64_t bytes = has_elements ? at * itemsize(task->dtype(p)) : 0;
     task->pointers[p] = static_cast<char*>(pointers[p]) + bytes;
   }
+  return scalars;
+}
+
+// The block of the tensor that is the last to have read the counts moves them on.
+template <typename Rule, typename Update>
+FUSEDOPT_HD void count_block(const LaunchTable& table, std::uint32_t block,
+                             const StoredTask<Update>& task, const Scalars& scalars) {
+  const bool is_rounding = task.dtypes().stochastic;
+  if (!counts_on_device<Rule>(table) && !is_rounding) return;
+  const std::uint32_t t = table.tensor_of(block);
+  if (!is_last_block(table, t) || task.skip) return;
+  void* const* const pointers = table.pointers(t);
+  if constexpr (kNumScalars<Rule> != 0) {
+    if (table.on_device) write_scalars<Rule>(scalars, pointers + kMaxPointers);
+  }
+  if (is_rounding) static_cast<std::uint64_t*>(pointers[kRounding])[1] = task.rounding[1] + 1;
 }
 
 // Up to eight neighbouring elements of type Element, from the first element of the block on.
@@ -172,7 +194,7 @@ struct Lane {
 template <typename Update>
 FUSEDOPT_HD void load_param(const StoredTask<Update>& task, Lane<Update>* lane) {
   float (&param)[kLaneElements] = lane->values[0];
-  if (task.as.dtypes.master == Dtype::kInt16) {
+  if (task.dtypes().master == Dtype::kInt16) {
     std::uint16_t high[kLaneElements], low[kLaneElements];
     load_lane(task.pointers[0], lane->first, lane->n, lane->vector, high);
     load_lane(task.pointers[kMaster], lane->first, lane->n, lane->vector, low);
@@ -181,7 +203,7 @@ FUSEDOPT_HD void load_param(const StoredTask<Update>& task, Lane<Update>* lane) 
     return;
   }
   load_floats(task.dtype(0), task.pointers[0], lane->first, lane->n, lane->vector, param);
-  if (task.as.dtypes.master == kNone) return;
+  if (task.dtypes().master == kNone) return;
   float master[kLaneElements];
   load_lane(task.pointers[kMaster], lane->first, lane->n, lane->vector, master);
   FUSEDOPT_UNROLL
@@ -202,7 +224,7 @@ FUSEDOPT_HD Random8 random_of(const StoredTask<Update>& task, const Lane<Update>
 template <typename Update>
 FUSEDOPT_HD void store_param(const StoredTask<Update>& task, const Lane<Update>& lane) {
   const float (&param)[kLaneElements] = lane.values[0];
-  const SlotDtypes& dtypes = task.as.dtypes;
+  const SlotDtypes dtypes = task.dtypes();
   if (dtypes.master == Dtype::kInt16) {
     std::uint16_t high[kLaneElements], low[kLaneElements];
     FUSEDOPT_UNROLL
@@ -264,8 +286,7 @@ FUSEDOPT_HD void store_state(const StoredTask<Update>& task, int state, const La
       codes[i] = static_cast<std::uint8_t>(encode_signed(from[i], scale));
     }
   } else {
-    const Random8 random =
-        random_of(task, lane, kCodeKey + state, static_cast<std::uint64_t>(task.step));
+    const Random8 random = random_of(task, lane, kCodeKey + state, task.step);
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) codes[i] = encode_unsigned(from[i], scale, random[i]);
   }
@@ -273,13 +294,14 @@ FUSEDOPT_HD void store_state(const StoredTask<Update>& task, int state, const La
 }
 
 // Up to where a lane can go by itself: the update, and the largest magnitudes among its elements.
-template <typename Update, std::size_t... S>
+// `kWhole`: the lanes of all threads are vectors.
+template <bool kWhole, typename Update, std::size_t... S>
 FUSEDOPT_HD void load_and_update(const StoredTask<Update>& task, std::uint32_t first,
                                  Lane<Update>* lane, std::index_sequence<S...>) {
   lane->first = first;
   const std::uint32_t left = first < task.count ? task.count - first : 0;
-  lane->n = static_cast<int>(left < kLaneElements ? left : kLaneElements);
-  lane->vector = task.aligned && lane->n == kLaneElements;
+  lane->n = static_cast<int>(kWhole || left >= kLaneElements ? kLaneElements : left);
+  lane->vector = kWhole || (task.aligned && lane->n == kLaneElements);
   load_param(task, lane);
   load_floats(task.dtype(1), task.pointers[1], first, lane->n, lane->vector, lane->values[1]);
   (load_state(task, S, lane), ...);
@@ -304,37 +326,46 @@ FUSEDOPT_HD void store(const StoredTask<Update>& task, const Lane<Update>& lane)
   store_param(task, lane);
   FUSEDOPT_UNROLL
   for (int s = 0; s < Update::kNumStates; ++s) store_state(task, s, lane);
-  if (task.as.dtypes.ema == kNone) return;
+  if (task.dtypes().ema == kNone) return;
   float ema[kLaneElements];
-  const Dtype dtype = task.as.dtypes.ema;
+  const Dtype dtype = task.dtypes().ema;
   load_floats(dtype, task.pointers[kEma], lane.first, lane.n, lane.vector, ema);
   FUSEDOPT_UNROLL
   for (int i = 0; i < kLaneElements; ++i) {
-    ema[i] = ema[i] + task.as.ema_weight * (lane.values[0][i] - ema[i]);
+    ema[i] = ema[i] + task.ema_weight * (lane.values[0][i] - ema[i]);
   }
   store_floats(dtype, task.pointers[kEma], lane.first, lane.n, lane.vector, ema);
 }
 
 #if defined(__CUDACC__)
 
-// One thread's share of the block; all threads go round equally often, for they exchange values.
+// One lane of each thread of a block, which exchange values.
+template <bool kWhole, typename Update>
+__device__ void run_lane(const StoredTask<Update>& task, std::uint32_t first) {
+  Lane<Update> lane;
+  load_and_update<kWhole>(task, first, &lane, std::make_index_sequence<Update::kNumStates>());
+  FUSEDOPT_UNROLL
+  for (int s = 0; s < Update::kNumStates; ++s) {
+    FUSEDOPT_UNROLL
+    for (int distance = 1; distance < kScaleLanes; distance *= 2) {
+      const std::uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, lane.largest[s], distance);
+      lane.largest[s] = other > lane.largest[s] ? other : lane.largest[s];
+    }
+  }
+  store(task, lane);
+}
+
+// One thread's share of the block.
 template <typename Update>
 __device__ void run_stored_block(const StoredTask<Update>& task) {
   if (task.skip) return;
-  for (std::uint32_t round = 0; round < task.count; round += blockDim.x * kLaneElements) {
-    Lane<Update> lane;
-    load_and_update(task, round + threadIdx.x * kLaneElements, &lane,
-                    std::make_index_sequence<Update::kNumStates>());
-    FUSEDOPT_UNROLL
-    for (int s = 0; s < Update::kNumStates; ++s) {
-      FUSEDOPT_UNROLL
-      for (int distance = 1; distance < kScaleLanes; distance *= 2) {
-        const std::uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, lane.largest[s], distance);
-        lane.largest[s] = other > lane.largest[s] ? other : lane.largest[s];
-      }
-    }
-    store(task, lane);
+  const std::uint32_t round = blockDim.x * kLaneElements;
+  const std::uint32_t first = threadIdx.x * kLaneElements;
+  std::uint32_t done = 0;
+  if (task.aligned) {
+    for (; done + round <= task.count; done += round) run_lane<true>(task, done + first);
   }
+  for (; done < task.count; done += round) run_lane<false>(task, done + first);
 }
 
 #else  // FUSEDOPT_KERNELS_ON_HOST
@@ -347,8 +378,8 @@ void run_stored_block(const StoredTask<Update>& task) {
     Lane<Update> lanes[kScaleLanes];
     std::uint32_t largest[kMaxStates] = {};
     for (int l = 0; l < kScaleLanes; ++l) {
-      load_and_update(task, first + l * kLaneElements, &lanes[l],
-                      std::make_index_sequence<Update::kNumStates>());
+      load_and_update<false>(task, first + l * kLaneElements, &lanes[l],
+                             std::make_index_sequence<Update::kNumStates>());
       for (int s = 0; s < Update::kNumStates; ++s) {
         if (lanes[l].largest[s] > largest[s]) largest[s] = lanes[l].largest[s];
       }

@@ -12,16 +12,20 @@ namespace fusedopt {
 template <typename T, typename Rule, typename Update>
 __device__ __forceinline__ void update_on_device(const LaunchTable& table) {
   __shared__ BlockTask<Update> task;
-  if (threadIdx.x == 0) begin_block<T, Rule>(table, blockIdx.x, &task);
+  Scalars scalars;
+  if (threadIdx.x == 0) scalars = begin_block<T, Rule>(table, blockIdx.x, &task);
   __syncthreads();
+  if (threadIdx.x == 0) count_block<Rule>(table, blockIdx.x, task, scalars);
   run_block<T>(task, threadIdx.x, blockDim.x);
 }
 
 template <typename Rule, typename Update>
 __device__ __forceinline__ void stored_update_on_device(const LaunchTable& table) {
   __shared__ StoredTask<Update> task;
-  if (threadIdx.x == 0) begin_block<float, Rule>(table, blockIdx.x, &task);
+  Scalars scalars;
+  if (threadIdx.x == 0) scalars = begin_block<float, Rule>(table, blockIdx.x, &task);
   __syncthreads();
+  if (threadIdx.x == 0) count_block<Rule>(table, blockIdx.x, task, scalars);
   run_stored_block(task);
 }
 

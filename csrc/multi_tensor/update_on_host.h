@@ -12,7 +12,8 @@ template <typename T, typename Rule, typename Update>
 void update_on_host(const LaunchTable& table) {
   for (std::uint32_t block = 0; block < table.num_chunks; ++block) {
     BlockTask<Update> task = {};
-    begin_block<T, Rule>(table, block, &task);
+    const Scalars scalars = begin_block<T, Rule>(table, block, &task);
+    count_block<Rule>(table, block, task, scalars);
     for (std::uint32_t thread = 0; thread < kBlockThreads; ++thread) {
       run_block<T>(task, thread, kBlockThreads);
     }
@@ -23,7 +24,8 @@ template <typename Rule, typename Update>
 void stored_update_on_host(const LaunchTable& table) {
   for (std::uint32_t block = 0; block < table.num_chunks; ++block) {
     StoredTask<Update> task = {};
-    begin_block<float, Rule>(table, block, &task);
+    const Scalars scalars = begin_block<float, Rule>(table, block, &task);
+    count_block<Rule>(table, block, task, scalars);
     run_stored_block(task);
   }
 }

@@ -19,10 +19,17 @@ namespace {
 
 py::handle tell;  // see backend.py; never released
 
-const DeviceKernel& kernel_named(const std::string& name) {
-  for (const DeviceKernel* const kernel : all_kernels()) {
-    if (kernel->name == name) return *kernel;
+const DeviceKernel* find_kernel(const std::string& name) {
+  for (const auto& kernels : {all_kernels(), stored_kernels()}) {
+    for (const DeviceKernel* const kernel : kernels) {
+      if (kernel->name == name) return kernel;
+    }
   }
+  return nullptr;
+}
+
+const DeviceKernel& kernel_named(const std::string& name) {
+  if (const DeviceKernel* const kernel = find_kernel(name)) return *kernel;
   throw py::key_error("no kernel '" + name + "'");
 }
 
@@ -79,12 +86,10 @@ std::tuple<double, double, std::string> try_out_kernel(const std::string& name, 
 
 // What a driver that stands in for CUDA's calls to launch a kernel. Whether there is such a kernel.
 int run_on_host(const char* name, const void* table) {
-  for (const DeviceKernel* const kernel : all_kernels()) {
-    if (kernel->name != name) continue;
-    kernel->on_host(*static_cast<const LaunchTable*>(table));
-    return 1;
-  }
-  return 0;
+  const DeviceKernel* const kernel = find_kernel(name);
+  if (kernel == nullptr) return 0;
+  kernel->on_host(*static_cast<const LaunchTable*>(table));
+  return 1;
 }
 
 #endif

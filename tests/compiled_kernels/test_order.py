@@ -127,9 +127,10 @@ def test_a_planted_fault_is_found(make, edit, says, kernels, compiler):
 
 
 def test_every_barrier_of_the_norm_is_needed(kernels, compiler):
-    """But for two of each sum of 2,048 columns: 256 threads find there what they have written
-    themselves, and the last one, behind which there is only thread 0."""
+    """Each is taken out of the PTX, and a race is found."""
     text = compiled_kernels.ptx_of(compiler, kernels, "fusedopt_grad_norm")
+    with running(kernels):
+        measured([torch.ones(3)], 1.0)  # so that it is known as one that passed its trial
     needless, count = [], len(BARRIER.findall(text))
     assert count > 5
     for number in range(count):
@@ -142,7 +143,7 @@ def test_every_barrier_of_the_norm_is_needed(kernels, compiler):
 
         # Gradients in float, in double, and such that float is not enough.
         needless += [number] if not caught_in_the_norm(kernels, compiler, edit) else []
-    assert len(needless) <= 5, needless
+    assert needless == []
 
 
 def caught_in_the_norm(kernels, compiler, edit: Any) -> bool:

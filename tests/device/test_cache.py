@@ -15,9 +15,9 @@ from device import adam, alone, assert_right, cached, compilations, in_a_new_pro
 
 
 def test_the_next_process_takes_it_from_the_cache(driver, kernels):
-    assert launches_of(kernels, adam().step) > 1  # the trial
+    assert launches_of(adam().step) > 1  # the trial
     in_a_new_process(kernels)
-    assert launches_of(kernels, adam().step) == 1
+    assert launches_of(adam().step) == 1
     assert compilations() == 1
 
 
@@ -34,10 +34,10 @@ def test_a_damaged_cache(what, damage, driver, kernels):
     path.write_bytes(content[: {"the end": len(content) // 2, "all": 0}.get(damage, len(content))])
     in_a_new_process(kernels)
     opt = adam()
-    assert (launches_of(kernels, opt.step) > 1) == (what == "verdict")
+    assert (launches_of(opt.step) > 1) == (what == "verdict")
     assert compilations() == 1 + (what == "kernel")
     in_a_new_process(kernels)
-    assert launches_of(kernels, opt.step) == 1
+    assert launches_of(opt.step) == 1
     assert compilations() == 1 + (what == "kernel")
 
 
@@ -56,7 +56,7 @@ def test_a_new_driver_tries_out_what_was_compiled(driver, kernels):
     adam().step()
     driver.set(driver_version=13010)
     in_a_new_process(kernels)
-    assert launches_of(kernels, adam().step) > 1
+    assert launches_of(adam().step) > 1
     assert compilations() == 1
 
 

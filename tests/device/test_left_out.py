@@ -87,7 +87,7 @@ def test_each_gpu_has_the_code_of_its_architecture(driver, kernels):
         _, _, problem = kernels.try_out(ADAM, index)
         assert problem == "" and b"--gpu-architecture=" + architecture in image()
     assert len(cached()) == len(cached("verdict")) == 2
-    assert launches_of(kernels, adam().step) == 1
+    assert launches_of(adam().step) == 1
 
 
 def test_a_part_of_a_gpu(driver, kernels):
@@ -99,7 +99,7 @@ def test_a_part_of_a_gpu(driver, kernels):
     in_a_new_process(kernels)
     assert "Stand-in MIG 1g.18gb, sm_90" in kernels.describe_device(0)
     opt = adam()
-    assert launches_of(kernels, opt.step) > 1 and compilations() == 1
+    assert launches_of(opt.step) > 1 and compilations() == 1
     assert_right(opt)
 
 

@@ -36,7 +36,7 @@ def test_the_verdict_is_remembered(broken, driver, kernels, monkeypatch):
     assert_right(adam())
     monkeypatch.delenv("FUSEDOPT_SELF_TEST")
     in_a_new_process(kernels)
-    assert launches_of(kernels, adam().step) == 1
+    assert launches_of(adam().step) == 1
 
 
 def test_no_trial(broken, driver, kernels, monkeypatch):

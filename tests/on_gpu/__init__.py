@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from cases import TABLES, TOLERANCE, Case, leaf
+from cases import TABLES, TOLERANCE, Case, leaf, snapshot
 from torch import nn
 
 import fusedopt
@@ -141,13 +141,20 @@ def off_by(offset, values):
     return base[offset:].copy_(values)
 
 
-def step_on(device, opt):
-    opt.step()
-
-
 def captured(opt):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         opt.step()
     return graph
+
+
+def refuses_capture(opt, params, grads, why):
+    """The step raises an error and changes nothing; outside of a capture it goes on."""
+    set_grads(params, grads)
+    before = snapshot(opt)
+    with pytest.raises(RuntimeError, match=why):
+        captured(opt)
+    torch.cuda.synchronize()
+    assert snapshot(opt) == before
+    opt.step()

@@ -18,7 +18,6 @@ from on_gpu import (
     plain,
     put,
     set_grads,
-    step_on,
     step_through,
     train_on,
 )
@@ -44,7 +43,7 @@ def test_checkpoints_between_devices(case, there, mapped):
     opt.load_state_dict(moved(saved.state_dict(), there if mapped else here))
     for now in grads[2:]:
         set_grads(params, now)
-        step_on(there, opt)
+        opt.step()
     others, other = train_on(HOST, case.ours, values, grads)
     if mapped and there is DEVICE:  # the step counts too, so coefficients are computed there
         assert_all_near(params, others)

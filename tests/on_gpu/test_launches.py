@@ -25,7 +25,6 @@ from on_gpu import (
     plain,
     put,
     set_grads,
-    step_on,
     step_through,
     train_on,
     two_gpus,
@@ -91,7 +90,7 @@ def test_more_tensors_than_a_launch_holds(case):
         opt = grouped(case, params, groups)
         for now in grads:
             set_grads(params, now)
-            step_on(device, opt)
+            opt.step()
         runs.append((opt, params))
     assert_same_bits(*runs[0], *runs[1])
 

@@ -140,12 +140,11 @@ def lop3(writer: Writer, item: Instruction) -> None:
 def bit_field(writer: Writer, item: Instruction) -> None:
     modifiers(item)
     bits = BITS[item.type]
-    if item.type[0] == "s":
-        raise Unsupported(f"{item.name} of .{item.type}: {item.text}")
     to, *given, at, length = item.operands
     words = [writer.read(operand, bits) for operand in given]
     words += [writer.read(operand, 32) for operand in (at, length)]
     name = "bit_field" if item.name == "bfe" else "insert_bits"
+    name = f"signed_{name}" if item.type[0] == "s" else name
     writer.define(to, f"values.{name}({', '.join(words)})", bits)
 
 

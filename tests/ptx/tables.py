@@ -68,6 +68,8 @@ class Table:
 
     def grid(self) -> Grid:
         blocks = np.arange(self.head.blocks)
+        if self.kernel.endswith("grad_norm"):  # which begins with the last chunk
+            blocks = blocks[::-1]
         owner = np.searchsorted(self.first, blocks, "right") - 1
         regions = [region for region in self.regions() if region.begin]
         return Grid(self.kernel, int(self.head.blocks), THREADS, self.raw, regions, owner)
@@ -82,7 +84,7 @@ class Table:
         if self.head.on_device:
             yield from self._numbers()
         for t in range(self.head.tensors):
-            yield from (self._stored(t) if self.kernel.endswith("_stored") else self._plain(t))
+            yield from (self._stored(t) if "_stored_" in self.kernel else self._plain(t))
             for k in range(self.num_scalars):
                 at = self.pointers[t, self.head.pointers - self.num_scalars + k]
                 yield Region(f"scalar {k} of tensor {t}", at, 4, t)

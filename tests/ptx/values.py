@@ -157,6 +157,15 @@ def bit_field(a: Array, at: Array, length: Array) -> Array:
     return shift_right(a, at) & mask
 
 
+def signed_bit_field(a: Array, at: Array, length: Array) -> Array:
+    """Above it, what is its sign: that of its highest bit, if it has one."""
+    kind, last = a.dtype.type, 8 * a.dtype.itemsize - 1
+    at, length = np.asarray(at) & np.uint32(255), np.asarray(length) & np.uint32(255)
+    sign = shift_right(a, np.clip(at.astype(np.int64) + length - 1, 0, last)) & kind(1)
+    above = ~bit_field(np.full(np.shape(a), ~kind(0)), at, length)
+    return bit_field(a, at, length) | np.where((sign != 0) & (length != 0), above, kind(0))
+
+
 def insert_bits(a: Array, b: Array, at: Array, length: Array) -> Array:
     """The lowest bits of a in the place of those of b."""
     kind = b.dtype.type
