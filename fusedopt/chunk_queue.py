@@ -31,6 +31,7 @@ class ChunkQueue:
         self._num_threads = num_threads
         self._slabs: dict[torch.device, Slabs] = {}
         self._worker = Worker()
+        self.under_way: list[FusedOptimizer] = []  # held by the modules that will wait for it
         self._downloads: list[tuple[Link, Event]] = []  # since the last step
         self._arriving: deque[Arrived] = deque()
 
@@ -175,5 +176,7 @@ class ChunkQueue:
                     chunk.uploaded = None
                 else:
                     chunk.link.join(chunk.uploaded)
+        if not any(chunk.running for chunk in self.chunks):
+            self.under_way.clear()
         for error in filter(None, errors):
             raise error

@@ -3,7 +3,6 @@ stepped there by a worker, and go back."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -196,7 +195,9 @@ class Offloaded(hooks.InBackward):
             else:
                 self._step_arrived(optimizer)
         self._queue.join_downloads()
-        if self.settings.overlap != "forward":
+        if self.settings.overlap == "forward":
+            self._queue.under_way[:] = [optimizer]
+        else:
             self.synchronize()
 
     def _step_from_device(self, optimizer: FusedOptimizer, slots: list[Slot]) -> None:
@@ -250,20 +251,13 @@ class Offloaded(hooks.InBackward):
     def wait_for(self, params: Iterable[Any], on_host: bool) -> None:
         """Returns when these parameters are updated, as far as the current stream sees them; with
         ``on_host``, as far as all streams do."""
-        optimizer = self._optimizer()
-        if optimizer is None:  # and just now, with a step under way
-            return self._queue.wait_for_uploads(self._queue.chunks)
+        optimizer = self.optimizer
         slots = [self._slots.get(id(param)) for param in params]
         chunks = dict.fromkeys(slot.chunk for slot in slots if isinstance(slot, Image))
         with optimizer._turn.lock:
             self._queue.finish(optimizer, chunks)
             if on_host:
                 self._queue.wait_for_uploads(chunks)
-
-    def __del__(self) -> None:
-        if sys.is_finalizing():  # nobody computes any more, nor can torch
-            return
-        self._queue.wait_for_uploads(self._queue.chunks)  # modules do not wait any more
 
     def forget_gradients(self) -> None:
         with self.optimizer._turn.lock:

@@ -28,10 +28,12 @@ def hook(model: nn.Module, offloaded: Offloaded) -> None:
 
 
 class _Waits:
-    """Keeps nothing alive. A copy of the module has no optimizer, and does not wait."""
+    """Keeps the optimizer alive while a step is under way, and else nothing. A copy of the module
+    has no optimizer, and does not wait."""
 
     def __init__(self, offloaded: Offloaded | None = None) -> None:
         self._offloaded = None if offloaded is None else weakref.ref(offloaded)
+        self._under_way = None if offloaded is None else offloaded._queue.under_way
 
     def __reduce__(self) -> tuple[type[_Waits], tuple[()]]:
         return _Waits, ()

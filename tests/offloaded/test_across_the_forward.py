@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -228,6 +230,18 @@ def test_copies_of_the_model(native, monkeypatch, tmp_path):
         assert same_bits(each(inputs[1]), expected) and each.state_dict()
 
 
+def test_weights_that_are_loaded_in_the_middle(native, monkeypatch):
+    reluctant(monkeypatch)
+    here, there = both(ADAMW, network(), overlap="forward", chunk=1)
+    saved = {name: value + 1 for name, value in network().state_dict().items()}
+    for inputs in batches(2):
+        for model, opt in (here, there):
+            begin_step(model, opt, inputs)
+            model.load_state_dict(saved)
+            begin_step(model, opt, inputs)
+    assert_same(*here, *there)
+
+
 def test_a_model_that_outlives_its_optimizer(native, monkeypatch):
     """Whose last step is under way when nobody holds it any more."""
     reluctant(monkeypatch)
@@ -236,9 +250,13 @@ def test_a_model_that_outlives_its_optimizer(native, monkeypatch):
     for each in (here, there):
         begin_step(*each, inputs[0])
     model, twin = here[0], there[0]
+    alive = weakref.ref(here[1])
     del here, each
+    gc.collect()
     outputs = [each(inputs[1]) for each in (model, twin)]
     assert same_bits(*outputs)
+    gc.collect()
+    assert alive() is None
     assert [*map(bits, model.parameters())] == [*map(bits, twin.parameters())]
 
 

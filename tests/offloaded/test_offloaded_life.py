@@ -300,7 +300,7 @@ def test_forked_with_a_step_under_way(native, monkeypatch):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(30)
         code = 1
         try:
             for each in inputs[1:]:

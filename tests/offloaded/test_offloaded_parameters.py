@@ -329,10 +329,12 @@ def test_closures_and_hooks(case, native, monkeypatch):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_that_are_forgotten(set_to_none, native, monkeypatch):
+@pytest.mark.parametrize(
+    "way", [{"max_grad_norm": 0.05}, {"overlap": None}, {"gradients": "device"}], ids=str
+)
+def test_gradients_that_are_forgotten(way, set_to_none, native, monkeypatch):
     """Between backward and step, where they wait for each other."""
     faulty_links(monkeypatch)
-    way = random.choice([{"max_grad_norm": 0.05}, {"overlap": None}, {"gradients": "device"}])
     here, there = both(ADAMW, network(), **way)
     for inputs in zip(batches(3), batches(3), strict=True):
         for model, opt in (here, there):
