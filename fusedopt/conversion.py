@@ -83,7 +83,7 @@ def to_torch(optimizer: FusedOptimizer, *schedulers: Any) -> torch.optim.Optimiz
             f"torch.optim.{type(optimizer).__name__} has no {', '.join(on)}; switch that off first"
         )
     if optimizer._in_backward is not None:
-        raise ValueError("the optimizer is attached to a backward, or offloaded; detach() it first")
+        raise ValueError("the optimizer is attached to a backward; detach() it first")
     for record in optimizer._members().all():
         param, entries = record.param, checkpoint.as_stock(record, record.entries)
         for name in record.rule.by_name:
