@@ -5,10 +5,9 @@
 Compiles kernels with NVRTC (``make test`` puts three into build/nvrtc; or set FUSEDOPT_NVRTC) and
 prints registers, how many blocks of 256 threads they leave room for on a multiprocessor, and
 barriers. Where ``nvdisasm`` is (CUDA's, or nvidia-nvdisasm of PyPI), also of each loop that reads
-memory: instructions of a turn and for an element, the bytes that a thread has loaded before it
-waits, and what of that is in flight on a multiprocessor. Counted is all that the loop has but for
-calls, which rare numbers take: of loops with several ways in them that is too much. What a GPU
-makes of it, no model says.
+memory: the loads and stores of a turn, its instructions, and the bytes that all threads of a
+multiprocessor load in a turn. Counted is all that the loop has but for calls, which rare numbers
+take: of loops with several ways in them that is too much. What a GPU makes of it, no model says.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import fusedopt
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import nvrtc
 
-THREADS, STORED_ELEMENTS = 256, 8
+THREADS = 256
 # Of a multiprocessor: registers, and blocks of so many threads, where it has not 2,048.
 REGISTERS, MOST_BLOCKS = 65_536, {75: 4, 86: 6, 89: 6, 120: 6}
 
@@ -52,35 +51,18 @@ class Loop:
                 found.append(BYTES[width[1]] if width else 4)
         return found
 
-    @property
-    def dtype(self) -> str:
-        text = " ".join(self.operations)
-        has_bfloat16 = "F2FP.BF16" in text
-        has_float16 = "HADD2.F32" in text or "F2FP.F16" in text or "F2FP.PACK" in text
-        if has_bfloat16 or has_float16:
-            return "any" if has_bfloat16 and has_float16 else ("bf16", "fp16")[has_float16]
-        return "fp32"
-
-    def elements(self, is_stored: bool) -> float | None:
-        """Of a turn, where all are read in one way. Of all slots only one is not written."""
-        loads, size = self.moved("LDG"), {"fp32": 4, "bf16": 2, "fp16": 2}.get(self.dtype)
-        if is_stored:
-            return STORED_ELEMENTS
-        if size is None or len({*loads}) > 1:
-            return None
-        vectors = len(loads) - len(self.moved("STG"))
-        return vectors * loads[0] / size
-
-    def describe(self, blocks: int, is_stored: bool) -> str:
-        loads, count = self.moved("LDG"), len(self.operations)
-        text = f"{len(loads):3} loads of {'/'.join(map(str, sorted({*loads})))} bytes"
-        elements = self.elements(is_stored)
-        each = f"{count / elements:4.0f}" if elements else "   ?"
-        in_flight = sum(loads) * THREADS * blocks / 1024
+    def describe(self, blocks: int) -> str:
+        loads, stores = self.moved("LDG"), self.moved("STG")
+        loaded = sum(loads) * THREADS * blocks / 1024
         return (
-            f"    {self.dtype:5} {text:26} {count:5} instructions, {each} an element, "
-            f"{in_flight:4.0f} KiB in flight"
+            f"    {len(loads):3} loads of {_widths(loads):8} {len(stores):3} stores of "
+            f"{_widths(stores):8} bytes, {len(self.operations):5} instructions, "
+            f"{loaded:4.0f} KiB loaded"
         )
+
+
+def _widths(moved: list[int]) -> str:
+    return "/".join(map(str, sorted({*moved})))
 
 
 def loops_of(text: str) -> list[Loop]:
@@ -132,7 +114,7 @@ def report_on(module: Any, compiler: nvrtc.Nvrtc, kernel: str, gpu: int) -> None
     barriers = "" if text is None else f", {len(re.findall(r'BAR.SYNC', text))} barriers"
     print(f"{kernel} sm_{gpu}: {cubin.registers} registers, {blocks} blocks{barriers}")
     for loop in loops_of(text or ""):
-        print(loop.describe(blocks, "_stored_" in kernel))
+        print(loop.describe(blocks))
 
 
 def main(arguments: list[str] | None = None) -> None:

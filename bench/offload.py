@@ -222,18 +222,23 @@ def tabulate(results: dict[str, dict[str, Any]]) -> Table:
     table = report.table("Training", "", "peak MB", "ms", "against none", "same bits")
     first = next(iter(results.values()))
     for way, result in results.items():
-        is_alike = "clipped" not in way
         table.add_row(
             way,
             f"{result['peak_bytes'] / 1e6:,.0f}",
             ("?" if result["busy"] else "") + f"{result['step_ms']:.1f}",
             f"{result['step_ms'] / first['step_ms']:.2f}x",
-            ("yes" if result["bits"] == first["bits"] else "NO") if is_alike else "",
+            same_bits(result, first) if "clipped" not in way else "",
         )
     table.caption = f"{first['parameters']:,} parameters in bfloat16, split masters, float32 state"
     if note := report.busy_note(results.values()):
         table.caption += f"\n{note}"
     return table
+
+
+def same_bits(result: dict[str, Any], other: dict[str, Any]) -> str:
+    if not (result["finite"] and other["finite"]):
+        return "not finite"
+    return "yes" if result["bits"] == other["bits"] else "NO"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -140,8 +140,8 @@ class Model:
 
 def stream(at: int, numel: int, dtype: torch.dtype) -> Tensor:
     """The ``at``-th array of the floor. Each begins at another place in its page: four of 128 MiB
-    that begin at the same are read and written at a fifth of the rate (AMD EPYC, 2026-11)."""
-    skipped = at * 17 * 64 // dtype.itemsize  # an odd number of cache lines
+    that begin at the same are read and written several times slower (AMD EPYC, 2026-11)."""
+    skipped = at * 17 * 64 // dtype.itemsize  # neighbours are 17 cache lines apart
     # Not zeros: pages that nobody has written yet are all one page of zeros, in the cache.
     return torch.ones(skipped + numel, dtype=dtype)[skipped:]
 

@@ -76,8 +76,9 @@ def attach(
 
 
 def detach(optimizer: FusedOptimizer) -> None:
-    """Take an optimizer that :func:`attach` made out of the backward; it goes on as an ordinary
-    one, with its state.
+    """Take an optimizer that :func:`attach` or :func:`offload` made out of the backward; it goes on
+    as an ordinary one, with its state. That of an offloaded one goes to the devices of its
+    parameters, and gradients that wait on the host go back to ``.grad``.
 
     Raises:
         ValueError: it is not attached.

@@ -37,7 +37,6 @@ def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
     weights: Weights = {}
     try:
         with turn.exclusively(optimizer._name, "swap_ema()"):
-            optimizer.synchronize()
             theirs = [*optimizer.ema_parameters()]
             params = [param for group in optimizer.param_groups for param in group["params"]]
             before = kept(params)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .chunks import Arrived, Chunk, Slabs
-from .images import Image, consecutive
-from .link import Event, Link, make_link
+from .images import Image
+from .link import Event, Link, consecutive, make_link
 from .scaling import Scaling
 from .worker import Worker
 
@@ -39,7 +39,7 @@ class ChunkQueue:
         """``is_limited``: the gradients of all will not be on the host at once. If there is no
         memory for these images, nothing is changed."""
         chunks = self.chunks.copy()
-        for slots in consecutive(images, size):
+        for slots in consecutive(images, size, lambda s: s.size, lambda s: s.held.device):
             device = slots[0].held.device
             if device not in self._slabs:
                 self._slabs[device] = Slabs(make_link(device))
@@ -54,7 +54,7 @@ class ChunkQueue:
     def send(self, optimizer: FusedOptimizer, slot: Image, grad: Any, is_limited: bool) -> Chunk:
         """Takes a gradient to the host. If this raises, it has not been taken."""
         chunk = slot.chunk
-        chunk.check(optimizer, [slot])
+        chunk.check(optimizer, slot)
         if slot in chunk.grads():  # another part of the backward has made one
             self.submit(optimizer, chunk, None)
         if chunk.running is not None:
@@ -116,7 +116,7 @@ class ChunkQueue:
         like their images."""
         for slot in (*slots, *self.grads()):
             if isinstance(slot, Image):
-                slot.chunk.check(optimizer, [slot])
+                slot.chunk.check(optimizer, slot)
 
     def step_arrived(self, optimizer: FusedOptimizer, scales: Scaling | None) -> None:
         """Steps what has gradients on the host."""
@@ -150,7 +150,6 @@ class ChunkQueue:
         targets = [slot.held.data for slot in arrived.grads]
         chunk.stepped = [*arrived.grads]
         chunk.running = self._worker.submit(chunk.run, arrived, members, scales, targets, mark)
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
 
     def wait_for_uploads(self, chunks: Iterable[Chunk]) -> None:
         """Of steps whose part on the host is done."""

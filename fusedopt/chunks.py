@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dtensor, formats
-from .buckets import Bucket, group_of
+from .buckets import group_of
 from .images import Image
 from .link import Event, Link
 from .record import Members
@@ -111,12 +110,11 @@ class Arrived:
         self._slabs.give_back(self._slab)
 
 
-class Chunk(Bucket):
+class Chunk:
     """Parameters that follow each other, whose images are stepped together when their gradients are
     there, and sent back together."""
 
     def __init__(self, slots: list[Image], slabs: Slabs, num_threads: int) -> None:
-        super().__init__()
         self.images, self.slabs, self.link = slots, slabs, slabs.link
         self.stepper = Stepper(num_threads)
         self.size = 0
@@ -139,12 +137,11 @@ class Chunk(Bucket):
     def is_complete(self) -> bool:
         return len(self.grads()) == len(self.images)
 
-    def check(self, optimizer: FusedOptimizer, slots: Iterable[Image]) -> None:
-        """Raises RuntimeError if their images cannot be copied to the parameters."""
-        for slot in slots:
-            if (problem := slot.problem(self.link.device)) is not None:
-                who = optimizer._members().describe_param(slot.param)
-                raise RuntimeError(f"{who}: {problem}")
+    def check(self, optimizer: FusedOptimizer, slot: Image) -> None:
+        """Raises RuntimeError if an image cannot be copied to its parameter."""
+        if (problem := slot.problem(self.link.device)) is not None:
+            who = optimizer._members().describe_param(slot.param)
+            raise RuntimeError(f"{who}: {problem}")
 
     def prepare(self, optimizer: FusedOptimizer, seeds: dict[Any, Tensor]) -> Members:
         """The members of a step on the host. Options are those of now, whatever becomes of them
@@ -155,7 +152,7 @@ class Chunk(Bucket):
             entries = optimizer.state.get(slot.param)
             if entries is None:
                 self._state.pop(slot.image, None)
-            elif self._state.get(slot.image) is not entries:
+            else:
                 self._state[slot.image] = entries
         groups = []
         for slots in by_group.values():
@@ -179,7 +176,7 @@ class Chunk(Bucket):
     ) -> None:
         """Called by the worker. ``targets``: the memory of the parameters, which the device reads
         until the mark."""
-        slots = [*arrived.grads]
+        slots = self.stepped
         try:
             self.link.enter()
             arrived.wait()

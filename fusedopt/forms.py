@@ -78,12 +78,12 @@ def can_use_guards() -> bool:
     try:
         guards = _guards_of([one])
         is_same = guards is not None and guards.check(one.clone())
-        return is_same and not any(map(guards.check, others(one)))
+        return is_same and not any(map(guards.check, _different_ones(one)))
     except (AttributeError, TypeError, SystemError, RuntimeError):
         return False
 
 
-def others(one: Tensor) -> Iterator[Tensor]:
+def _different_ones(one: Tensor) -> Iterator[Tensor]:
     """Tensors that differ from a matrix of float32 in one respect each."""
     yield torch.nn.Parameter(one, requires_grad=False)
     yield from (one.double(), one.half(), one.bfloat16(), one.to("meta"), one.to_sparse())

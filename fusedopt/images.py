@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import dtensor, hooks
-from .buckets import Slot
+from .buckets import Slot, Slots
 
 if TYPE_CHECKING:
     from .chunks import Chunk
@@ -121,9 +121,7 @@ def _can_have_image(param: Any, device_type: str, least: int) -> bool:
     return bool(dense.stride() == held.stride())
 
 
-def new_slots(
-    records: list[Record], known: dict[int, Slot], device_type: str, least: int
-) -> list[Slot]:
+def new_slots(records: list[Record], known: Slots, device_type: str, least: int) -> list[Slot]:
     """Of the parameters that have none; with an image where they can have one. The steps of those
     that share memory are seen by each other, and by no image: they stay where they are.
 
@@ -166,17 +164,3 @@ def _sharing_memory(params: Iterable[Any]) -> set[int]:
         if end > reach:
             furthest, reach = key, end
     return shared
-
-
-def consecutive(images: list[Image], size: int) -> list[list[Image]]:
-    """Those that follow each other on one device, up to this many bytes together."""
-    parts: list[list[Image]] = []
-    device, sum_of_sizes = None, 0
-    for slot in images:
-        where = slot.held.device
-        if where != device or sum_of_sizes + slot.size > size:
-            parts.append([])
-            device, sum_of_sizes = where, 0
-        parts[-1].append(slot)
-        sum_of_sizes += slot.size
-    return parts

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 # What a copy, or the place in a stream, can be waited for with; its link knows what it is.
 Event = Any
+Item = TypeVar("Item")
 
 
 class Link:
@@ -29,7 +31,7 @@ class Link:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def released(self, memory: Tensor) -> None:
-        """Nobody reads what is in it any more."""
+        """Nobody reads what is in it any more. (Tests look here.)"""
 
     def mark(self) -> Event:
         """The end of what the device was given to do in the current stream."""
@@ -70,9 +72,8 @@ class CudaLink(Link):
             return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             raise RuntimeError(
-                f"offload() could not pin {size:,} bytes of host memory, which copies to and from "
-                f"{self.device} need ({error}); offload less with a larger keep_below, give the "
-                'process more memory to lock, or take gradients="device", which pins fewer buffers'
+                f"could not pin {size:,} bytes of host memory, which copies to and from "
+                f"{self.device} need ({error}); give the process more memory to lock"
             ) from error
 
     def mark(self) -> Event:
@@ -110,6 +111,24 @@ class CudaLink(Link):
         with torch.cuda.stream(stream):
             for source, target in zip(sources, targets, strict=True):
                 target.copy_(source, non_blocking=True)
+
+
+def consecutive(
+    items: Iterable[Item],
+    most: int,
+    size_of: Callable[[Item], int],
+    device_of: Callable[[Item], torch.device],
+) -> list[list[Item]]:
+    """Those that follow each other on one device: so many bytes together, or one that has more."""
+    parts: list[list[Item]] = []
+    device, size = None, 0
+    for item in items:
+        if device_of(item) != device or size + size_of(item) > most:
+            parts.append([])
+            device, size = device_of(item), 0
+        parts[-1].append(item)
+        size += size_of(item)
+    return parts
 
 
 def _end_of(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backend, dtensor, hooks, options, scaling, state
-from .buckets import Slot
+from .buckets import Slot, Slots
 from .chunk_queue import ChunkQueue
 from .grad_norm import GradNorm
 from .images import Image, new_slots
@@ -34,12 +34,12 @@ class Offloaded(hooks.InBackward):
         super().__init__(optimizer)
         self.settings = settings
         self._queue = ChunkQueue(settings.num_threads)
-        self._slots: dict[int, Slot] = {}  # by the id of the parameter
+        self._slots: Slots = {}
         self._kept = Kept()
         self._shown = Shown()
         self._norm = GradNorm()
         self._backwards: set[int] = set()
-        self._accumulated: dict[int, Slot] = {}
+        self._accumulated: Slots = {}
 
     # Parameters -----------------------------------------------------------------------------------
 
@@ -48,8 +48,7 @@ class Offloaded(hooks.InBackward):
         new = [record for record in records if id(record.param) not in self._slots]
         for record in new:
             self._check(record)
-        on, least = self.settings.device or "cuda", self.settings.keep_below
-        slots = new_slots(records, self._slots, on, least)
+        slots = new_slots(records, self._slots, self.settings.device, self.settings.keep_below)
         images = [slot for slot in slots if isinstance(slot, Image)]
         self._queue.make(images, self.settings.chunk, self._is_limited)
         self._kept.add(slot for slot in slots if not isinstance(slot, Image))
@@ -109,7 +108,7 @@ class Offloaded(hooks.InBackward):
             if backward not in self._backwards:
                 self._begin(optimizer)
                 if not self._all_wait:
-                    self._draw_seeds([r.param for r in optimizer._members().all()])
+                    self._draw_seeds(self._slots.values())
                 if backward >= 0:
                     self._backwards.add(backward)
                     hooks.queue(partial(self._end, backward))
@@ -127,8 +126,8 @@ class Offloaded(hooks.InBackward):
         for g in range(len(members.groups)):
             options.check_group(members, g)
 
-    def _draw_seeds(self, params: Iterable[Any]) -> None:
-        ids = {id(param) for param in params}
+    def _draw_seeds(self, slots: Iterable[Slot]) -> None:
+        ids = {id(slot.param) for slot in slots}
         state.draw_seeds(self.optimizer._members(), ids, self._queue.seeds)
 
     def _end(self, backward: int) -> None:
@@ -186,7 +185,7 @@ class Offloaded(hooks.InBackward):
             self._step_from_device(optimizer, slots)
         else:
             if not self._all_wait:
-                self._draw_seeds([slot.param for slot in slots])
+                self._draw_seeds(slots)
             for slot in slots:
                 self._take(slot)
             self._shown.hide()
@@ -202,7 +201,7 @@ class Offloaded(hooks.InBackward):
 
     def _step_from_device(self, optimizer: FusedOptimizer, slots: list[Slot]) -> None:
         self.synchronize()  # what the step before has raised comes before anything is written
-        self._draw_seeds([slot.param for slot in slots])
+        self._draw_seeds(slots)
         scales = scaling.read(optimizer, self._norm)
         self._kept.grads = {s: s.param.grad for s in slots if not isinstance(s, Image)}
         self._step_kept(optimizer, scales)
@@ -216,7 +215,7 @@ class Offloaded(hooks.InBackward):
                 f"{optimizer._name}: scaler.unscale_() was called, but the gradients were on the "
                 'host already; leave it out, for step() unscales, or take gradients="device"'
             )
-        self._draw_seeds([slot.param for slot in (*self._queue.grads(), *self._kept.grads)])
+        self._draw_seeds((*self._queue.grads(), *self._kept.grads))
         self._queue.wait_for_grads()
         scales = scaling.read(optimizer, self._norm, self._with_grads_on_host(optimizer))
         self._step_kept(optimizer, scales)

@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     chunk: int
     keep_below: int
     num_threads: int
-    device: str | None
+    device: str
 
 
 def offload(
@@ -35,7 +35,7 @@ def offload(
     chunk: int = 2**25,
     keep_below: int = 4096,
     num_threads: int | None = None,
-    device: str | None = None,
+    device: str = "cuda",
     **arguments: Any,
 ) -> Optimizer:
     """Keep the state of an optimizer in the memory of the host, and step there.
@@ -66,8 +66,8 @@ def offload(
         num_threads (int, optional): threads of the step on the host (default: the cores that this
             process may use, divided by the processes of its machine (``LOCAL_WORLD_SIZE``), less
             one for the model).
-        device (str, optional): ``"cpu"`` offloads parameters that are on the CPU, by copies within
-            it, to try it without a GPU (default: those on CUDA devices).
+        device (str): the kind of device whose parameters are offloaded; ``"cpu"`` tries it without
+            a GPU, by copies within the host (default: ``"cuda"``).
         arguments: keyword arguments of the class.
 
     Returns:
@@ -99,7 +99,7 @@ def offload(
             _check_model(model)
         params = [param for param in model.parameters() if param.requires_grad]
     optimizer = optimizer_class(params, **arguments)
-    if device is None:
+    if device == "cuda":
         _check_devices(optimizer)
     offloaded = Offloaded(optimizer, settings)
     offloaded.hook()
@@ -119,8 +119,8 @@ def _check(settings: Settings, has_model: bool) -> None:
         value = getattr(settings, name)
         if type(value) is not int or value < least:
             raise ValueError(f"offload: {name} must be an int of at least {least}, got {value!r}")
-    if settings.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"offload: device must be None, 'cuda' or 'cpu', got {settings.device!r}")
+    if settings.device not in ("cpu", "cuda"):
+        raise ValueError(f"offload: device must be 'cuda' or 'cpu', got {settings.device!r}")
     if settings.overlap == "forward" and not has_model:
         raise ValueError(
             'offload: overlap="forward" needs the module, whose forward waits for its parameters; '

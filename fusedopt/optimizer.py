@@ -200,8 +200,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def accumulating(self) -> AbstractContextManager[None]:
-        """Within the context the hooks of :func:`fusedopt.attach` step nothing, and gradients add
-        up as usual::
+        """Within the context the hooks of :func:`fusedopt.attach` and :func:`fusedopt.offload` step
+        nothing, and gradients add up as usual::
 
             with optimizer.accumulating():
                 for batch in micro_batches[:-1]:

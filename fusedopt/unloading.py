@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dtensor
-from .link import Link, make_link
+from .link import Link, consecutive, make_link
 from .optimizer import FusedOptimizer
 
 _ALIGNMENT = 256  # bytes; more than any access of a kernel needs
@@ -45,7 +45,9 @@ def offload_state(optimizer: FusedOptimizer, *, device: str = "cuda") -> None:
             optimizer.synchronize()
             tensors = [tensor for tensor in _state_of(optimizer) if tensor.device.type == device]
             links = {device: make_link(device) for device in {t.device for t in tensors}}
-            packs = [Pack(links[device], part) for device, part in _parts(tensors)]
+            tensors.sort(key=lambda tensor: str(tensor.device))
+            parts = consecutive(tensors, _COPY_BYTES, _size, lambda tensor: tensor.device)
+            packs = [Pack(links[part[0].device], part) for part in parts]
             for pack in packs:  # one after the other: each needs memory on the device
                 pack.send()
             for pack in packs:
@@ -77,7 +79,7 @@ class Pack:
     """Tensors of one device that are copied together, one after the other in memory."""
 
     def __init__(self, link: Link, tensors: list[Tensor]) -> None:
-        self._tensors, self._device, self._link = tensors, link.device, link
+        self._tensors, self._link = tensors, link
         self._offsets, size = [], 0
         for tensor in tensors:
             self._offsets.append(size)
@@ -85,7 +87,7 @@ class Pack:
         self.host = self._link.memory(size)
 
     def send(self) -> None:
-        together = torch.empty(self.host.nbytes, dtype=torch.uint8, device=self._device)
+        together = torch.empty(self.host.nbytes, dtype=torch.uint8, device=self._link.device)
         torch._foreach_copy_(self._views(together), self._tensors)
         self._link.wait(self._link.download(together, self.host, [self._link.mark()]))
 
@@ -93,7 +95,7 @@ class Pack:
         """Memory on the device, with what is in that of the host now."""
         if [t.data_ptr() for t in self._tensors] != [v.data_ptr() for v in self._views(self.host)]:
             torch._foreach_copy_(self._views(self.host), self._tensors)  # others gave it new memory
-        memory = torch.empty(self.host.nbytes, dtype=torch.uint8, device=self._device)
+        memory = torch.empty(self.host.nbytes, dtype=torch.uint8, device=self._link.device)
         self._link.join(self._link.upload([self.host], [memory], [self._link.mark()]))
         return memory
 
@@ -130,21 +132,6 @@ def _state_of(optimizer: FusedOptimizer) -> list[Tensor]:
     values = [value for entries in optimizer.state.values() for value in entries.values()]
     held = [dtensor.local(value) for value in values if isinstance(value, Tensor)]
     return [*{id(tensor): tensor for tensor in held}.values()]
-
-
-def _parts(tensors: list[Tensor]) -> list[tuple[torch.device, list[Tensor]]]:
-    """By device, each as large as one copy is."""
-    parts: list[tuple[torch.device, list[Tensor]]] = []
-    for device in dict.fromkeys(tensor.device for tensor in tensors):
-        size = _COPY_BYTES  # the first begins a part
-        for tensor in tensors:
-            if tensor.device == device:
-                if size + _size(tensor) > _COPY_BYTES:
-                    parts.append((device, []))
-                    size = 0
-                parts[-1][1].append(tensor)
-                size += _size(tensor)
-    return parts
 
 
 def _size(tensor: Tensor) -> int:

@@ -20,8 +20,10 @@ def hook(model: nn.Module, offloaded: Offloaded) -> None:
     """Each module waits in its forward, and before its state is saved or loaded."""
     for module in model.modules():
         waits = _Waits(offloaded)
+        if any(True for _ in _used_by(module)):
+            forward = module.register_forward_pre_hook(waits.before_forward, prepend=True)
+            offloaded.handles.append(forward)
         offloaded.handles += [
-            module.register_forward_pre_hook(waits.before_forward, prepend=True),
             module.register_state_dict_pre_hook(waits.before_state_dict),
             module.register_load_state_dict_pre_hook(waits.before_state_dict),
         ]

@@ -32,8 +32,9 @@ from fusedopt import (
     together,
     unloading,
 )
+from fusedopt.link import Link
 
-__all__ = ["formats", "forms", "grad_norm", "modes"]
+__all__ = ["Link", "formats", "forms", "grad_norm", "modes"]
 
 # Which way a step goes ------------------------------------------------------------------------
 
@@ -190,6 +191,11 @@ def make_links(monkeypatch: Any, make: Callable[[torch.device], Any]) -> None:
     """What brings tensors to the host and back, of optimizers that are offloaded from now on."""
     for module in (chunk_queue, unloading):
         monkeypatch.setattr(module, "make_link", make)
+
+
+def copy_at_most(monkeypatch: Any, size: int) -> None:
+    """What leaves for a while goes in copies of so many bytes."""
+    monkeypatch.setattr(unloading, "_COPY_BYTES", size)
 
 
 @contextlib.contextmanager

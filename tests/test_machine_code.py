@@ -126,4 +126,4 @@ LOOP = """
 def test_a_loop_of_machine_code():
     (loop,) = kernel_model.loops_of(LOOP)
     assert [name.split(".")[0] for name in loop.operations] == ["LDG", "LDG", "BRA", "STG", "BRA"]
-    assert (loop.dtype, loop.moved("LDG"), loop.elements(False)) == ("fp32", [16, 16], 4)
+    assert (loop.moved("LDG"), loop.moved("STG")) == ([16, 16], [16])

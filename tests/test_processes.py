@@ -38,7 +38,7 @@ def trained(case: Any, backend: str) -> Any:
 )
 def test_spawned_processes_give_the_same_bits(backend, wait, monkeypatch):
     """Four on whatever cores there are, at the same time, with and without late threads, which only
-    native steps have. Each takes three seconds to import torch."""
+    native steps have. Importing torch takes most of it."""
     monkeypatch.setenv("FUSEDOPT_CPU_THREADS", wait)
     if backend == "native" and fusedopt.backend.native is None:
         pytest.skip("no native module")

@@ -43,7 +43,7 @@ void launch_all(const Step& step, const DeviceKernel& kernel, bool on_device, st
                 std::uint32_t* tickets, const Gpu& gpu, int* num_launches) {
   const int num_scalars = on_device ? kernel.num_scalars : 0;
   const bool needs_tickets =
-      num_scalars != 0 || !kernel.is_plain;  // which may count what it rounds with
+      num_scalars != 0 || !kernel.is_plain();  // which may count what it rounds with
   TablePacker packer(kernel.num_slots + num_scalars, bytes, gpu.table_bytes());
   std::vector<std::int64_t> index(step.updates.size(), -1);  // of an update in the table, or -1
   LaunchTable table;

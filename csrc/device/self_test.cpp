@@ -191,7 +191,7 @@ std::string SelfTest::run(const Driver& driver, int device) {
 
 // The dtypes that a kernel combines.
 std::vector<SlotDtypes> combinations(const DeviceKernel& kernel, unsigned mask, bool in_double) {
-  if (!kernel.is_plain) return {kernel.stored};
+  if (!kernel.is_plain()) return {kernel.stored};
   if (in_double) return {plain_dtypes(mask, Dtype::kFloat64)};
   std::vector<SlotDtypes> all;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
@@ -210,20 +210,22 @@ std::string self_test(const DeviceKernel& kernel, int device) {
   const Driver& driver = fusedopt::driver();
   if (&kernel == &grad_norm_kernel()) return norm_self_test(driver, device);
   // The choices of options that need this kernel; all of them are of one rule.
+  const DeviceKernel& plain = kernel.is_plain() ? kernel : *kernel.plain;
   std::vector<Sample> samples;
   bool in_double = false;
   for (const RuleEntry& entry : all_rules()) {
     for (auto& rule : sample_rules(entry)) {
       const unsigned mask = rule->state_mask();
-      const auto takes = [&](const SlotDtypes& dtypes) {
-        return rule->prepare(Scalars(1), {dtypes}, Where::kGpu).device_kernel == &kernel;
+      const auto takes = [&](Dtype dtype) {
+        const StoredAs stored{plain_dtypes(mask, dtype)};
+        return rule->prepare(Scalars(1), stored, Where::kGpu).device_kernel == &plain;
       };
-      const SlotDtypes doubles = plain_dtypes(mask, Dtype::kFloat64);
-      const bool as_double = kernel.is_plain && takes(doubles);
+      const bool as_double = takes(Dtype::kFloat64);
       in_double |= as_double;
-      const bool is_for_it =
-          kernel.is_plain ? as_double || takes(plain_dtypes(mask, Dtype::kFloat32))
-                          : doubles.num_slots == kernel.stored.num_slots && takes(kernel.stored);
+      const bool has_its_slots =
+          kernel.is_plain() ||
+          plain_dtypes(mask, Dtype::kFloat32).num_slots == kernel.stored.num_slots;
+      const bool is_for_it = has_its_slots && (as_double || takes(Dtype::kFloat32));
       if (is_for_it) samples.push_back({&entry, std::move(rule)});
     }
   }

@@ -1,6 +1,8 @@
 #include "device_kernel.h"
 
 #include <cstdio>
+#include <map>
+#include <mutex>
 #include <utility>
 
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
@@ -20,13 +22,13 @@ DeviceKernel::DeviceKernel(std::string name, const std::string& header, const st
 
 namespace {
 
-struct Made {
+struct StoredKernels {
   std::mutex mutex;
-  std::vector<const DeviceKernel*> kernels;
+  std::map<std::pair<const DeviceKernel*, std::uint32_t>, DeviceKernel> kernels;
 };
 
-Made& made() {
-  static Made* const made = new Made;  // threads may outlive the statics
+StoredKernels& made() {
+  static StoredKernels* const made = new StoredKernels;  // threads may outlive the statics
   return *made;
 }
 
@@ -44,25 +46,27 @@ std::string in_braces(const SlotDtypes& dtypes) {
 
 }  // namespace
 
-const DeviceKernel& StoredKernels::get(
-    const SlotDtypes& dtypes, const std::function<DeviceKernel(const std::string& suffix)>& make) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = kernels_.find(dtypes.key());
-  if (found != kernels_.end()) return found->second;
-  char key[16];
-  std::snprintf(key, sizeof(key), "%06x", static_cast<unsigned>(dtypes.key()));
-  DeviceKernel kernel = make("_stored_" + std::string(key));
+const DeviceKernel& stored_kernel(
+    const DeviceKernel& plain, const SlotDtypes& dtypes,
+    const std::function<DeviceKernel(const std::string& suffix)>& make) {
+  const std::pair key(&plain, dtypes.key());
+  const std::lock_guard<std::mutex> lock(made().mutex);
+  const auto found = made().kernels.find(key);
+  if (found != made().kernels.end()) return found->second;
+  char digits[16];
+  std::snprintf(digits, sizeof(digits), "%06x", static_cast<unsigned>(key.second));
+  DeviceKernel kernel = make("_stored_" + std::string(digits));
   kernel.program = "#define FUSEDOPT_STORED " + in_braces(dtypes) + "\n" + kernel.program;
   kernel.stored = dtypes;
-  const DeviceKernel& kept = kernels_.emplace(dtypes.key(), std::move(kernel)).first->second;
-  const std::lock_guard<std::mutex> of_all(made().mutex);
-  made().kernels.push_back(&kept);
-  return kept;
+  kernel.plain = &plain;
+  return made().kernels.emplace(key, std::move(kernel)).first->second;
 }
 
 std::vector<const DeviceKernel*> stored_kernels() {
   const std::lock_guard<std::mutex> lock(made().mutex);
-  return made().kernels;
+  std::vector<const DeviceKernel*> all;
+  for (const auto& [key, kernel] : made().kernels) all.push_back(&kernel);
+  return all;
 }
 
 const DeviceKernel& grad_norm_kernel() {

@@ -4,8 +4,6 @@
 // double, and for values that are not stored as they are.
 
 #include <functional>
-#include <map>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -21,26 +19,21 @@ struct DeviceKernel {
   // Of the kernels of rules:
   int num_slots = 0;    // pointers of a tensor
   int num_scalars = 0;  // that a tensor has on the device if the kernel prepares
-  bool is_plain = true;
-  SlotDtypes stored;  // how values are stored, if they are not as they are
+  // For values that are not stored as they are: how they are, and the kernel for those that are.
+  SlotDtypes stored;
+  const DeviceKernel* plain = nullptr;
+  bool is_plain() const { return plain == nullptr; }
   // What it does, on the CPU; only in the module for tests.
   void (*on_host)(const LaunchTable& table) = nullptr;
 };
 
 const DeviceKernel& grad_norm_kernel();
 
-// The kernels of one update for values that are not stored as they are, of which somebody has asked
-// for each. They are never moved or forgotten.
-class StoredKernels {
- public:
-  // `make`: one whose name ends like this.
-  const DeviceKernel& get(const SlotDtypes& dtypes,
-                          const std::function<DeviceKernel(const std::string& suffix)>& make);
-
- private:
-  std::mutex mutex_;
-  std::map<std::uint32_t, DeviceKernel> kernels_;
-};
+// That of the same update for values that are not stored as they are, made when it is first asked for
+// and never moved or forgotten. `make`: one whose name ends like this.
+const DeviceKernel& stored_kernel(
+    const DeviceKernel& plain, const SlotDtypes& dtypes,
+    const std::function<DeviceKernel(const std::string& suffix)>& make);
 
 // All that somebody has asked for.
 std::vector<const DeviceKernel*> stored_kernels();

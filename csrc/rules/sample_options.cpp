@@ -50,6 +50,9 @@ SlotDtypes plain_dtypes(unsigned state_mask, Dtype dtype) {
   return dtypes;
 }
 
+namespace {
+
+// One combination that is not plain: a split master, and states in codes.
 SlotDtypes stored_dtypes(const RuleEntry& rule, unsigned state_mask) {
   SlotDtypes dtypes = plain_dtypes(state_mask, Dtype::kBFloat16);
   dtypes.master = Dtype::kInt16;
@@ -60,6 +63,8 @@ SlotDtypes stored_dtypes(const RuleEntry& rule, unsigned state_mask) {
   }
   return dtypes;
 }
+
+}  // namespace
 
 const std::vector<const DeviceKernel*>& all_kernels() {
   static const std::vector<const DeviceKernel*> kernels = [] {

@@ -15,9 +15,6 @@ std::vector<std::unique_ptr<GroupRule>> sample_rules(const RuleEntry& rule);
 // Dtypes of a parameter, its gradient and the states of a mask: all of one.
 SlotDtypes plain_dtypes(unsigned state_mask, Dtype dtype);
 
-// One combination that is not plain: a split master, and states in codes.
-SlotDtypes stored_dtypes(const RuleEntry& rule, unsigned state_mask);
-
 // The kernels of all rules, and that of the norm.
 const std::vector<const DeviceKernel*>& all_kernels();
 

@@ -168,6 +168,11 @@ def test_shardings_that_are_made_anew(case, native):
     with mock.patch.object(DTensor, "_spec", anew):
         run.goes_on()
         clipped.goes_on()
+    shard = DTensor.__dict__["_local_tensor"]
+    anew = property(lambda self: shard.__get__(self, DTensor).detach(), shard.__set__)
+    with mock.patch.object(DTensor, "_local_tensor", anew):
+        with pytest.raises(RuntimeError, match="_local_tensor of a .* is made anew each time"):
+            run.opt.step()
 
 
 # Bad input --------------------------------------------------------------------------------------

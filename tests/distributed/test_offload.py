@@ -6,6 +6,7 @@ import copy
 import random
 
 import pytest
+import seam
 from cases import richest, same_bits
 from offloaded import ADAMW, FaultyLink, offload
 from torch.distributed.checkpoint.state_dict import (
@@ -28,7 +29,6 @@ from training import (
 from worlds import on_ranks
 
 import fusedopt
-from fusedopt import chunk_queue
 
 WAYS = [
     {"chunk": 100},
@@ -47,11 +47,9 @@ layouts_and_ways = [
 
 def slow(build, link=FaultyLink):
     """Copies are made in any order, late."""
-    make, chunk_queue.make_link = chunk_queue.make_link, lambda device: link(device, random)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        seam.make_links(patch, lambda device: link(device, random))
         return build()
-    finally:
-        chunk_queue.make_link = make
 
 
 @on_ranks()

@@ -46,7 +46,7 @@ def placed(layout, values):
 )
 def test_every_layout_with_every_gradient_layout(case, dtype, backend):
     """All pairs are parameters of one optimizer. Each has two shapes of five, others for each case:
-    a layout and a shape do not depend on the options, and all of them took a minute."""
+    a layout and a shape do not depend on the options, and all of them take long."""
     shapes = [(3, 4, 5, 2), (4, 1, 3, 5), (1, 1, 1, 1), (2, 0, 3, 1), (2, 17, 3, 3)]
     params, around, truth, what = [], [], [], []
     for (p_name, p_layout), (g_name, g_layout), shape in (

@@ -12,7 +12,6 @@ from cases import Case, bits, same_bits, states
 from torch import nn
 
 import fusedopt
-from fusedopt.link import Link
 
 ADAMW = Case("AdamW", {"lr": 0.1})
 
@@ -25,7 +24,7 @@ class Copy:
         self.read = None  # what the device has read of the host, which does not know that yet
 
 
-class FaultyLink(Link):
+class FaultyLink(seam.Link):
     """Copies when it likes to, in any order, at the latest when somebody waits. What is not there
     yet, and what nobody may read any more, is full of NaN."""
 

@@ -106,7 +106,7 @@ def test_detach(options, case, backend, monkeypatch):
         if at == 2:
             fusedopt.detach(opt)
             assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-            assert vars(opt).keys() - {"_opt_called"} == vars(there[1]).keys() - {"_opt_called"}
+            assert vars(opt).keys() == vars(there[1]).keys()
         if at == 4:
             again = offload(case, model, chunk=1, **options)
             again.load_state_dict(opt.state_dict())

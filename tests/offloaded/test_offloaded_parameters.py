@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 from offloaded import ADAMW, assert_same, batches, both, faulty_links, loss, network, offload, step
-from offloaded.test_offloaded_steps import WAYS
+from offloaded.test_offloaded_steps import WAYS, train
 
 ALL_WAYS = [*WAYS.values(), {"max_grad_norm": 0.05, "chunk": 200}]
 
@@ -373,9 +373,5 @@ def test_storage(options, case, backend, monkeypatch):
     faulty_links(monkeypatch)
     model = nn.Sequential(nn.Linear(4, 200), nn.Linear(200, 3)).to(torch.bfloat16)
     here, there = both(case, model, **options, **any_way())
-    for inputs in batches(3, torch.bfloat16):
-        seed = random.randrange(2**31)
-        for each in (here, there):
-            torch.manual_seed(seed)
-            step(*each, inputs)
+    train(here, there, batches(3, torch.bfloat16))
     assert_same(*here, *there)

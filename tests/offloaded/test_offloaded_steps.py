@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from cases import every_case, every_name, richest
+from cases import every_case, richest
 
 from offloaded import assert_same, batches, both, faulty_links, network, step
 
@@ -59,8 +59,3 @@ def test_ways_and_options(way, options, case, backend, monkeypatch):
     here, there = both(case, network(torch.bfloat16), **way, **options)
     train(here, there, batches(dtype=torch.bfloat16))
     assert_same(*here, *there)
-
-
-@every_name
-def test_8_bit_state(name, backend, monkeypatch):
-    pass

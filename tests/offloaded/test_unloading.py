@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import seam
 import torch
 from cases import richest, snapshot
 
@@ -16,7 +17,7 @@ from offloaded import ADAMW, assert_same, batches, faulty_links, network, step
 @pytest.fixture
 def links(monkeypatch):
     """The part of a copy that it takes is small."""
-    monkeypatch.setattr("fusedopt.unloading._COPY_BYTES", 700)
+    seam.copy_at_most(monkeypatch, 700)
     return faulty_links(monkeypatch)
 
 
@@ -87,7 +88,7 @@ def test_memory_that_is_not_there(backend, monkeypatch):
     def fail(self, size):
         raise RuntimeError(f"no {size} bytes")
 
-    monkeypatch.setattr("fusedopt.link.Link.memory", fail)
+    monkeypatch.setattr(seam.Link, "memory", fail)
     with pytest.raises(RuntimeError, match="no .* bytes"):
         fusedopt.offload_state(opt, device="cpu")
     assert snapshot(opt) == before
