@@ -19,6 +19,8 @@ NORM, FACTOR, SKIP = range(3)
 _HEADER = 4
 
 
+_HOST = torch.device("cpu")
+
 # Gradients that are measured together: on one device and, if they are DTensors, on one mesh, of
 # which as many processes hold the same elements.
 Bucket = tuple[torch.device, "DeviceMesh | None", int]
@@ -95,6 +97,14 @@ class GradNorm:
                 return None
         meshes = [*dict.fromkeys(spec.mesh for spec, _ in found if spec is not None)]
         return self._combined(meshes, {b: self._clip[b] for b in buckets}, max_norm, False)
+
+    def on_host(self) -> dict[torch.device, Tensor] | None:
+        """The clip tensor for gradients on the CPU that are all there are, if it is there already
+        and the next norm is not part of a transformation."""
+        bucket = _HOST, None, 1
+        if bucket not in self._clip or tensor_kinds.is_transforming():
+            return None
+        return {_HOST: self._clip[bucket]}
 
     def _combined(
         self,

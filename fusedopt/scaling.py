@@ -13,10 +13,27 @@ from .grad_norm import FACTOR, SKIP, GradNorm
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+    from .record import Members
 
 # found_inf, loss scale and clip tensor (see grad_norm), or None where there is none.
 OfDevice = tuple[Tensor | None, Tensor | None, Tensor | None]
 Scaling = dict[torch.device, OfDevice]
+
+
+def repeat_clipped(plan: Any, members: Members, norm: GradNorm) -> bool:
+    """Takes a native step that is the last one once more, in one call that measures what clips it
+    too. False if it is not that, or there is more to it than clipping; then nothing has changed."""
+    core, max_norm = members.optimizer._core, members.optimizer.max_grad_norm
+    if plan is None or max_norm is None or core.amp_fused or members.hidden_grads():
+        return False
+    options.check_max_grad_norm(max_norm)
+    core._clips = norm.on_host()
+    if core._clips is None:
+        return False
+    (clip,) = core._clips.values()
+    threads = torch.get_num_threads()
+    done: bool = plan.repeat_clipped(members.groups, members.state, threads, clip, max_norm)
+    return done
 
 
 @torch.no_grad()
@@ -83,6 +100,10 @@ def skips(of_device: OfDevice) -> bool:
         flag is not None and tensor_kinds.number(flag) not in (None, 0)
         for flag in (found_inf, None if clip is None else clip[SKIP])
     )
+
+
+def is_skipped(scales: Scaling | None) -> bool:
+    return scales is not None and any(map(skips, scales.values()))
 
 
 def grad_factor(of_device: OfDevice) -> Tensor | None:

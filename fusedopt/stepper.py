@@ -45,12 +45,16 @@ class Stepper:
         self._together = Together()
 
     def step(self, members: Members) -> None:
-        self.step_scaled(members, self._scaling(members))
+        self._check_plan(members)
+        if not scaling.repeat_clipped(self.plan, members, self._norm):
+            self.step_scaled(members, self._scaling(members))
+
+    def _check_plan(self, members: Members) -> None:
+        if self._plan_amp_fused != (now := members.optimizer.amp_fused):
+            self.plan, self._plan_amp_fused = None, now
 
     def step_scaled(self, members: Members, scales: Scaling | None) -> None:
-        amp_fused = members.optimizer.amp_fused
-        if self._plan_amp_fused != amp_fused:
-            self.plan, self._plan_amp_fused = None, amp_fused
+        self._check_plan(members)
         if self._together.settled is not None and self._step_again(members, scales):
             return
         outcome = self._native_step(self.plan, members, scales)
@@ -140,9 +144,9 @@ class Stepper:
                 raise backend.capture_error(f"{members.name} creates state")
             for record in unknown:
                 state.complete(record)
-            if members.created and members.rule.first_step_fills_state and _is_skipped(scales):
-                # It is the state that says that there was a first step.
-                return
+            fills = members.created and members.rule.first_step_fills_state
+            if fills and scaling.is_skipped(scales):
+                return  # it is the state that says that there was a first step
             plan, outcome = None, _NoPlan()
             if can_plan:
                 plan = self._make_plan(members)
@@ -289,10 +293,6 @@ def _left_to_python(
         if grads[entry] is None:
             python.append(record)
     return sorted(python, key=lambda record: (record.g, record.i))
-
-
-def _is_skipped(scales: Scaling | None) -> bool:
-    return scales is not None and any(map(scaling.skips, scales.values()))
 
 
 def _call_all(calls: list[functools.partial[Any]]) -> None:

@@ -54,14 +54,28 @@ def _samples() -> list[Tensor]:
     ]
 
 
-def _gradients() -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Leaves, their gradients, and tensors like the leaves of which autograd knows nothing."""
+def _gradients() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Leaves, their gradients, leaves that have none, and tensors like them of which autograd knows
+    nothing."""
     samples = []
     for n in range(1, 17):
-        leaf, grad, other = (_empty((n,)) for _ in range(3))
+        leaf, grad, without, other = (_empty((n,)) for _ in range(4))
         leaf.requires_grad_().grad = grad
-        samples.append((leaf, grad, other))
+        without.requires_grad_()
+        if n % 2:  # it had one
+            without.grad = _empty((n,))
+            without.grad = None
+        samples.append((leaf, grad, without, other))
     return samples
+
+
+def _alike(module: Any, rank: int) -> list[Tensor]:
+    """Tensors of one kind, made where the memory was full of other things before."""
+    tensors = []
+    for byte in (0x00, 0xFF, 0x55, 0xAA):
+        module.fill_free_memory(byte)
+        tensors += [_empty((2,) * rank) for _ in range(8)]
+    return tensors
 
 
 def _moves() -> Iterator[Tensor]:
@@ -90,6 +104,10 @@ def _moves() -> Iterator[Tensor]:
         tensor.untyped_storage().resize_(size)
         yield tensor
     yield tensor.share_memory_()
+    memory = _empty((256,), torch.uint8).untyped_storage()
+    for dtype in _DTYPES:  # of one shape, in one storage
+        yield _empty((0,), dtype).set_(memory, 0, (3,), (1,))
+        yield _empty((0,), dtype).set_(memory, 0, (2, 2), (2, 1))
     other = torch.nn.Parameter(_empty((9,)))
     yield other
     torch.utils.swap_tensors(tensor, other)
@@ -137,8 +155,11 @@ def _prove(module: Any) -> str | None:
             (t, t._cdata, t.untyped_storage()._cdata, *_memory(t), t.is_neg(), t._version)
             for t in samples
         ],
-        [(leaf._cdata, grad._cdata, other._cdata) for leaf, grad, other in gradients],
+        [tuple(tensor._cdata for tensor in sample) for sample in gradients],
     )
+    for rank in range(6):
+        alike = _alike(module, rank)
+        module.learn_counts([(t._cdata, t.untyped_storage()._cdata) for t in alike], rank)
     problem = None
     for tensor in (*_samples(), *_moves()):
         memory, is_negative = module.read_layout(tensor)
@@ -210,12 +231,27 @@ def _changes_words(module: Any) -> Callable[[Tensor], bool]:
         fine = all(
             _facts(t) == facts or not remembered.is_equal(t)
             for t, remembered, facts in seen.values()
+        ) and all(
+            _is_moved(facts, now, remembered.distance_to(tensor))
+            for now in [_facts(tensor)]
+            for _, remembered, facts in seen.values()
         )
         for t in (tensor, *(t for t, _, _ in seen.values())):
             seen[id(t)] = t, module.RememberedTensor(t), _facts(t)
         return fine
 
     return check
+
+
+def _is_moved(before: tuple[Any, ...], now: tuple[Any, ...], distance: int | None) -> bool:
+    """Whether a tensor is another one by nothing but the place of its memory, if there is a
+    distance."""
+    if distance is None:
+        return True
+    (*kind, memory), (*other, moved) = before, now
+    if memory is not None:
+        memory = memory[0] + distance, memory[1]
+    return kind == other and memory == moved
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:

@@ -107,6 +107,11 @@ def forget_what_was_checked(opt: Any) -> None:
     opt._stepper._together = together.Together()
 
 
+def has_repeated(opt: Any) -> bool:
+    """Whether the last step took the list of work of the one before it."""
+    return opt._stepper.plan is not None and opt._stepper.plan.has_repeated
+
+
 def is_settled(opt: Any) -> bool:
     """Whether the next step looks at what it finds with no line of Python for each parameter."""
     return opt._stepper._together.settled is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+import seam
 import torch
 from cases import bits, every_name, gradient_like, leaf, richest, snapshot
 from conftest import require_kernels
@@ -195,6 +196,52 @@ def test_another_torch_in_which_these_are_elsewhere(module, what, monkeypatch):
         opt.step()
         assert param._version == before + step
         assert param.tolist() == [1 - 0.25 * step] * 3
+
+
+def test_tensors_of_a_kind(module):
+    """Their words differ only in where they are; what else differs is another kind."""
+    for shape in [(), (5,), (2, 3), (1, 2, 1, 3, 4)]:
+        tensor = torch.randn(shape)
+        kind = module.RememberedTensor(tensor)
+        module.fill_free_memory(0xA5)
+        for other in (torch.randn(shape), torch.ones_like(tensor)):
+            assert kind.distance_to(other) == other.data_ptr() - tensor.data_ptr()
+            assert not kind.is_equal(other)
+        base = torch.randn(2, *shape)
+        for other in (
+            torch.randn(7, *shape),
+            torch.randn(shape, dtype=torch.float64),
+            torch.ones(shape, dtype=torch.int32),
+            base[0],
+            base[1],
+            torch.randn(shape).requires_grad_(),
+            torch._neg_view(torch.randn(shape)),
+            torch.from_numpy(torch.randn(shape).numpy()),
+            torch.ones(()).expand(2, *shape),
+        ):
+            assert kind.distance_to(other) is None
+        torch._C._increment_version([tensor])
+        assert kind.is_equal(tensor) and kind.distance_to(tensor) == 0
+
+
+def test_a_kind_that_hides_what_moves(module, monkeypatch):
+    """A torch in which tensors that seem to be of one kind are not."""
+
+    def different(_, rank):
+        return [torch.empty((2,) * rank, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch_layout, "_alike", different)
+        assert "moves without a word" in torch_layout.prove(module)
+    param = leaf(torch.ones(3))
+    opt = fusedopt.SGD([param], lr=0.25)
+    for dtype in (torch.float32, torch.float32, torch.float32, torch.bfloat16):
+        param.grad = None
+        param.grad_dtype = None
+        param.grad = torch.ones(3, dtype=dtype)
+        opt.step()
+        assert not seam.has_repeated(opt)
+    assert param.tolist() == [0.0] * 3
 
 
 FORGOTTEN = pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 #include "grad_norm.h"
 
-#include <algorithm>
+#include <utility>
 
 #include "apply.h"
 #include "grad_norm_cpu.h"
@@ -30,18 +30,21 @@ SumChunk sum_chunk_for(Isa isa) {
 }  // namespace
 
 void grad_norm_cpu(const std::vector<GradToMeasure>& grads, const GradNorm& norm, int num_threads) {
-  std::vector<std::int64_t> first_chunk(1, 0);
+  std::vector<std::pair<const GradToMeasure*, std::int64_t>> chunks;  // with where they begin
+  chunks.reserve(norm.num_partials);
   std::int64_t elements = 0;
   for (const GradToMeasure& grad : grads) {
-    first_chunk.push_back(first_chunk.back() + grad.num_chunks());
+    for (std::int64_t begin = 0; begin < grad.numel; begin += kNormElements) {
+      chunks.emplace_back(&grad, begin);
+    }
     elements += grad.numel;
   }
   const SumChunk sum = sum_chunk_for(cpu_isa());
   const double factor = unscale(norm.loss_scale);
-  parallel_for(first_chunk.back(), elements, num_threads, [&](std::int64_t chunk) {
-    const auto after = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk);
-    const auto g = static_cast<std::size_t>(after - first_chunk.begin()) - 1;
-    norm.partials[chunk] = sum(grads[g], (chunk - first_chunk[g]) * kNormElements, factor);
+  const auto num_chunks = static_cast<std::int64_t>(chunks.size());
+  parallel_for(num_chunks, elements, num_threads, [&](std::int64_t chunk) {
+    const auto& [grad, begin] = chunks[static_cast<std::size_t>(chunk)];
+    norm.partials[chunk] = sum(*grad, begin, factor);
   });
   double sums[kPartialColumns];
   for (int c = 0; c < kPartialColumns; ++c) {

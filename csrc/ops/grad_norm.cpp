@@ -5,29 +5,48 @@ namespace fusedopt {
 
 namespace {
 
+// The last levels of the tree over the columns, of a known width.
+template <int half, typename T>
+FUSEDOPT_HD void fold(T* sums) {
+  if constexpr (half > 0) {
+#pragma omp simd
+    for (int c = 0; c < half; ++c) sums[c] = sums[c] + sums[c + half];
+    fold<half / 2>(sums);
+  }
+}
+
 // `load(row, n, buffer)` returns n elements of the row, in the buffer if they are not in memory as T.
 template <Isa isa, typename T, typename Load>
 double sum_columns(std::int64_t count, T factor, Load&& load) {
   // Columns without an element are zero, and change no sum: a small tensor has none of them.
+  constexpr int kFewest = 64;
   int columns = kNormColumns;
-  while (columns / 2 >= count && columns > 1) columns /= 2;
+  while (columns / 2 >= count && columns > kFewest) columns /= 2;
   alignas(64) T sums[kNormColumns];
-  for (int c = 0; c < columns; ++c) sums[c] = 0;
   alignas(64) T buffer[kNormColumns];
-  for (std::int64_t row = 0; row < count; row += kNormColumns) {
+  const int first = count < kNormColumns ? static_cast<int>(count) : kNormColumns;
+  const T* grads = load(0, first, buffer);
+#pragma omp simd
+  for (int c = 0; c < first; ++c) {
+    const T grad = grads[c] * factor;
+    sums[c] = grad * grad;
+  }
+  for (int c = first; c < columns; ++c) sums[c] = 0;
+  for (std::int64_t row = kNormColumns; row < count; row += kNormColumns) {
     const std::int64_t left = count - row;
     const int n = left < kNormColumns ? static_cast<int>(left) : kNormColumns;
-    const T* const grads = load(row, n, buffer);
+    grads = load(row, n, buffer);
 #pragma omp simd
     for (int c = 0; c < n; ++c) {
       const T grad = grads[c] * factor;
       sums[c] = sums[c] + grad * grad;
     }
   }
-  for (int half = columns / 2; half > 0; half /= 2) {
+  for (int half = columns / 2; half > kFewest / 2; half /= 2) {
 #pragma omp simd
     for (int c = 0; c < half; ++c) sums[c] = sums[c] + sums[c + half];
   }
+  fold<kFewest / 2>(sums);
   return sums[0];
 }
 

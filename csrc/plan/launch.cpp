@@ -37,8 +37,10 @@ void Launch::run(int num_threads) {
                         "are of two steps: load a checkpoint");
   }
   reaches_cpu_ = true;
-  for (const std::size_t p : work_->stepping_) work_->records_->params[p].first_step = false;
-  const bool skipped = !steps.empty() && !apply_cpu(&steps[0], chunks_, num_threads);
+  if (!work_->repeats_) {
+    for (const std::size_t p : work_->stepping_) work_->records_->params[p].first_step = false;
+  }
+  const bool skipped = !steps.empty() && !apply_cpu(&steps[0], work_->chunks_, num_threads);
   write_scalars(skipped);
 }
 

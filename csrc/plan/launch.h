@@ -6,7 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "../multi_tensor/launch_plan.h"
 #include "work.h"
 
 namespace fusedopt {
@@ -31,7 +30,7 @@ class Launch {
       queues_.push_back(work_->steps_[s].tasks.empty() ? Queue() : queue_of(device));
     }
     check_capture(owner);
-    if (!work_->steps_.empty()) chunks_ = chunks_of(work_->steps_[0]);
+    if (!work_->repeats_ && !work_->steps_.empty()) work_->chunks_ = chunks_of(work_->steps_[0]);
   }
 
   // The step, and after it what counts it on the host. Without Python: the interpreter lock may be
@@ -48,7 +47,6 @@ class Launch {
 
   Work* work_;
   std::vector<Queue> queues_;  // of the GPUs
-  LaunchPlan chunks_;          // of the CPU's work
   int num_launches_ = 0;
   bool reaches_cpu_ = false;
 };

@@ -49,7 +49,20 @@ void Overlaps::list(Records* records) {
   }
   list_steps(records, &ranges);
   written_memory_.assign(std::move(ranges));
+  std::size_t num_memories = kMemories;
+  while (num_memories < 4 * records->params.size()) num_memories *= 2;
+  free_.assign(num_memories, {});
   ++generation_;
+}
+
+bool Overlaps::is_free(const MemoryRange& memory) {
+  const std::uint64_t mixed = (memory.begin >> 4) * std::uint64_t{0x9E3779B97F4A7C15u};
+  MemoryRange& known = free_[(mixed >> 32) & (free_.size() - 1)];
+  if (known.begin == memory.begin && memory.end <= known.end) return true;
+  bool is_free = true;
+  for_each(memory, [&](std::size_t) { is_free = false; });
+  if (is_free) known = memory;
+  return is_free;
 }
 
 void Overlaps::list_steps(Records* records, std::vector<OwnedRange>* ranges) {

@@ -30,6 +30,10 @@ class Overlaps {
     written_memory_.for_each_overlap(memory, use);
   }
 
+  // Whether no tensor overlaps this memory. Of late ones the answer is kept: gradients come back to
+  // where others were.
+  bool is_free(const MemoryRange& memory);
+
   // Parameters with one step count: it is in the way of none of them, see Work::add.
   const std::vector<std::vector<std::size_t>>& shared_steps() const { return shared_steps_; }
 
@@ -41,6 +45,9 @@ class Overlaps {
 
   WrittenMemory written_memory_;
   std::vector<std::vector<std::size_t>> shared_steps_;
+  static constexpr std::size_t kMemories = 64;
+  // Each at a place that follows from its beginning.
+  std::vector<MemoryRange> free_ = std::vector<MemoryRange>(kMemories);
   std::size_t generation_ = 0;
 };
 

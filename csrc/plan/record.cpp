@@ -28,7 +28,22 @@ void Records::remember(const TorchLayout& layout, const char* impl, int ndim,
     tensor->words = static_cast<std::int32_t>(words_.size());
     words_.emplace_back();
   }
-  words_[static_cast<std::size_t>(tensor->words)].remember(layout, impl, ndim);
+  if (kinds_.size() >= kMostKinds) {
+    for (TensorWords& words : words_) words.forget();
+    kinds_.clear();
+  }
+  words_[static_cast<std::size_t>(tensor->words)].remember(layout, impl, ndim, &kinds_);
+}
+
+bool Records::move_to(const TorchLayout& layout, const char* impl, TensorRecord* tensor) {
+  if (tensor->words < 0) return false;
+  TensorWords moved = words_[static_cast<std::size_t>(tensor->words)];
+  std::ptrdiff_t distance;
+  if (!moved.move_to(layout, impl, &distance)) return false;
+  if (distance % static_cast<std::ptrdiff_t>(itemsize(tensor->dtype)) != 0) return false;
+  words_[static_cast<std::size_t>(tensor->words)] = moved;
+  if (tensor->data != nullptr) tensor->data = static_cast<char*>(tensor->data) + distance;
+  return true;
 }
 
 SlotDtypes stored_as(const ParamRecord& param) {

@@ -57,11 +57,12 @@ struct GroupRecord {
   bool capturable = false;
   bool amp_fused = false;
 
-  // Read anew in every step.
+  // As they were last read.
   std::unique_ptr<GroupRule> rule;
   int state_mask = -1;        // -1 until the first step
   int options_device = kCpu;  // of the numbers that the kernel reads for itself, if there are any
   float ema_weight = 0;
+  std::uint32_t like = 0;  // the first group whose rule and weight are the same
 };
 
 // What is looked at of a parameter that takes the Python rule, so that it leaves it when it can.
@@ -92,14 +93,18 @@ class Records {
   }
 
   // Whether a TensorImpl is as it was when it was remembered; asks nobody.
-  bool is_same(const TensorRecord& tensor, const char* impl) const {
-    return words_[static_cast<std::size_t>(tensor.words)].are_those_of(impl);
+  bool is_same(std::int32_t words, const char* impl) const {
+    return words_[static_cast<std::size_t>(words)].are_those_of(impl);
   }
   void remember(const TorchLayout& layout, const char* impl, int ndim, TensorRecord* tensor);
+  // Whether a TensorImpl is another one of the same kind, in other memory: then it is recorded.
+  bool move_to(const TorchLayout& layout, const char* impl, TensorRecord* tensor);
 
  private:
   std::vector<std::int64_t> dims_;
-  std::vector<TensorWords> words_;  // those of a parameter follow each other
+  static constexpr std::size_t kMostKinds = 1 << 14;  // whose words are 4 MB
+  std::vector<TensorWords> words_;                    // those of a parameter follow each other
+  TensorKinds kinds_;
 };
 
 // How the tensors of a parameter are stored.

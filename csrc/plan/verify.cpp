@@ -73,7 +73,17 @@ bool Verification::fits(const ParamRecord& param, const TensorView& grad) const 
          can_combine({{param[Role::kParam].dtype, grad.dtype}, 2}) && is_aligned(grad);
 }
 
-bool Verification::is_free(const ParamRecord& param, const TensorView& grad) const {
+bool Verification::follow(ParamRecord* param, const TorchLayout& layout, const char* impl) {
+  TensorRecord& grad = (*param)[Role::kGrad];
+  if (!records_->move_to(layout, impl, &grad)) return false;
+  const auto begin = reinterpret_cast<std::uintptr_t>(grad.data);
+  const auto num_bytes = static_cast<std::uintptr_t>(param->numel) * itemsize(grad.dtype);
+  const bool is_free = overlaps_->is_free({begin, begin + num_bytes});
+  param->free_since = is_free ? overlaps_->generation() : 0;
+  return is_free;
+}
+
+bool Verification::is_free(const ParamRecord& param, const TensorView& grad) {
   const TensorRecord& before = param[Role::kGrad];
   if (param.free_since == overlaps_->generation() && before.data == grad.data &&
       before.dtype == grad.dtype) {
@@ -81,9 +91,7 @@ bool Verification::is_free(const ParamRecord& param, const TensorView& grad) con
   }
   const auto begin = reinterpret_cast<std::uintptr_t>(grad.data);
   const auto num_bytes = static_cast<std::uintptr_t>(param.numel) * itemsize(grad.dtype);
-  bool is_free = true;
-  overlaps_->for_each({begin, begin + num_bytes}, [&](std::size_t) { is_free = false; });
-  return is_free;
+  return overlaps_->is_free({begin, begin + num_bytes});
 }
 
 bool is_complete(const ParamRecord& param, Roles needed) {

@@ -12,8 +12,7 @@ namespace fusedopt {
 
 class Verification {
  public:
-  Verification(Records* records, const Overlaps* overlaps)
-      : records_(records), overlaps_(overlaps) {}
+  Verification(Records* records, Overlaps* overlaps) : records_(records), overlaps_(overlaps) {}
 
   // Whether the step count is read and written by the kernel, beside its parameter.
   bool counts_on_device(const ParamRecord& param, const TensorView& step) const;
@@ -32,12 +31,16 @@ class Verification {
   // Whether the kernels can take a gradient as far as its layout and dtype go.
   bool fits(const ParamRecord& param, const TensorView& grad) const;
 
+  // Whether a TensorImpl is a gradient of the kind that the last one was, in other memory, which nobody
+  // writes in this step: then it is recorded.
+  bool follow(ParamRecord* param, const TorchLayout& layout, const char* impl);
+
   // Whether a gradient that fits is written by nobody in this step.
-  bool is_free(const ParamRecord& param, const TensorView& grad) const;
+  bool is_free(const ParamRecord& param, const TensorView& grad);
 
  private:
   Records* records_;
-  const Overlaps* overlaps_;
+  Overlaps* overlaps_;
   bool moved_ = false;
 };
 

@@ -12,6 +12,7 @@
 
 #include "../device/kernel_state.h"
 #include "../multi_tensor/apply.h"
+#include "../multi_tensor/launch_plan.h"
 #include "overlaps.h"
 #include "record.h"
 
@@ -21,8 +22,21 @@ namespace fusedopt {
 struct ScalarToWrite {
   void* data;
   Dtype dtype;
+  bool is_second;
+  std::uint32_t update;  // whose scalars it is among, on
+  int device;            // that of the parameter
   double value;
-  int device;  // of the parameter
+};
+
+// What an update was prepared from.
+struct UpdateSource {
+  std::uint32_t group;
+  Scalars scalars;
+  bool is_counted = false;  // on the host, in
+  Dtype step_dtype = Dtype::kFloat32, second_dtype = Dtype::kFloat32;
+  SlotDtypes dtypes = {};
+  Where where = Where::kCpu;
+  int options_device = kCpu;
 };
 
 class Work {
@@ -53,12 +67,29 @@ class Work {
   // parameter was that rests there may be a gradient now.) Once everything has been added.
   void finish();
 
+  // The last step once more, if its parameters and all their tensors are the same: with the options
+  // of now, and counts that are one further. False if that is not all there is to it; then the work is
+  // to be listed anew.
+  bool repeat();
+  // Whether the work is a list that repeat() can go on with.
+  bool is_repeatable() const;
+  // `task`: its number among those of the device.
+  void* grad_of(int device, std::size_t task) const;
+  void set_grad(int device, std::size_t task, void* grad);
+
+  // What steps, in the order in which it was added.
+  const std::vector<std::size_t>& stepping() const { return stepping_; }
   // Those that need the Python side.
   const std::vector<std::size_t>& odd() const { return odd_; }
 
   // The kernels that have to be loaded first. Where one is refused, parameters are left.
   const NeededKernels& unknown_kernels() const { return unknown_kernels_; }
 
+  // Whether it is so little, all of it on the CPU, that other threads can wait for it as well as for
+  // a few lines of Python.
+  bool is_short() const;
+
+  void forget_scaling();
   void set_scaling(int device, const StepScaling& scaling) { step_on(device).scaling = scaling; }
   // Whether a scalar on the host depends on what only a GPU knows: whether it takes this step.
   bool awaits_device() const;
@@ -67,7 +98,7 @@ class Work {
   friend class Launch;
 
   // Updates of one group, by the scalars of the step, place and dtypes.
-  using UpdateKey = std::tuple<double, double, std::uint32_t>;
+  using UpdateKey = std::tuple<double, double, std::uint64_t>;
   struct PreparedUpdates {
     std::map<UpdateKey, std::uint32_t> index_of;
     UpdateKey last_key;
@@ -75,10 +106,12 @@ class Work {
   };
   static constexpr std::uint32_t kUndefined = ~0u, kRefused = ~1u;
 
-  bool advance(const ParamRecord& param, Scalars* scalars);
+  bool advance(const ParamRecord& param, UpdateSource* source);
+  void write_later(const ParamRecord& param, const UpdateSource& source, std::uint32_t update);
   void add_pointers(const ParamRecord& param, TensorTask* task);
-  std::uint32_t prepared_update(std::uint32_t group, const Scalars& scalars,
-                                const SlotDtypes& dtypes, int device, Where where);
+  std::uint32_t prepared_update(const UpdateSource& source, int device);
+  bool is_defined(const UpdateSource& source) const;
+  PreparedUpdate prepare(const UpdateSource& source) const;
   Step& step_on(int device);
   bool is_refused(const DeviceKernel& kernel, int device);
 
@@ -87,11 +120,15 @@ class Work {
   const Overlaps* const overlaps_;
   const StateOf state_of_;
 
-  std::vector<Step> steps_;  // the CPU first, then the GPUs
+  std::vector<Step> steps_;                         // the CPU first, then the GPUs
+  std::vector<std::vector<UpdateSource>> sources_;  // of their updates
+  LaunchPlan chunks_;                               // of the CPU's work
+  bool repeats_ = false;                            // it is what the last step did
   std::vector<ScalarToWrite> scalars_;
   std::vector<std::uint64_t*> roundings_;          // counts of random bits used, on the CPU
   std::vector<std::size_t> stepping_;              // what is here, and not among the odd ones
-  std::vector<PreparedUpdates> prepared_;          // by group
+  std::vector<PreparedUpdates> prepared_;          // by the group that it is like
+  std::vector<std::uint32_t> likes_;               // by group
   std::unordered_map<const void*, double> ahead_;  // steps in this work by shared step count
   std::vector<std::size_t> odd_, in_order_;
   NeededKernels unknown_kernels_;

@@ -4,24 +4,27 @@
 
 namespace fusedopt {
 
-void fetch(const Seen* block, std::size_t size, Roles roles) {
-  if (torch.layout.impl == 0) return;
-  const char* impls[kBlock * kNumRoles];
-  std::size_t count = 0;
-  const auto touch = [](const char* address) { (void)*const_cast<const volatile char*>(address); };
-  for (std::size_t i = 0; i < size; ++i) {
-    roles.for_each([&](Role role) {
-      PyObject* const tensor = block[i][role];
-      if (tensor == nullptr || !is_plain_tensor(tensor)) return;
-      const char* impl = impl_of(tensor);
-      if (impl != nullptr) impls[count++] = impl;
-    });
-  }
+namespace {
+
+void touch(const char* address) { (void)*const_cast<const volatile char*>(address); }
+
+}  // namespace
+
+void fetch_versions(const char* const* impls, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) {
+    const char* const counter = pointer_at(impls[i], torch.layout.version);
+    if (counter != nullptr) touch(counter);
+  }
+}
+
+void fetch_impls(const char* const* impls, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    if (impls[i] == nullptr) continue;
     for (std::size_t at = 0; at < kTensorImplBytes; at += 64) touch(impls[i] + at);
     touch(impls[i] + kTensorImplBytes - 1);
   }
   for (std::size_t i = 0; i < count; ++i) {
+    if (impls[i] == nullptr) continue;
     for (const std::size_t offset : {torch.layout.storage, torch.layout.version}) {
       const char* record = offset == 0 ? nullptr : pointer_at(impls[i], offset);
       if (record == nullptr) continue;
@@ -29,6 +32,19 @@ void fetch(const Seen* block, std::size_t size, Roles roles) {
       touch(record + 16);
     }
   }
+}
+
+void fetch(const Seen* block, std::size_t size, Roles roles) {
+  if (torch.layout.impl == 0) return;
+  const char* impls[kBlock * kNumRoles];
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < size; ++i) {
+    roles.for_each([&](Role role) {
+      PyObject* const tensor = block[i][role];
+      if (tensor != nullptr && is_plain_tensor(tensor)) impls[count++] = impl_of(tensor);
+    });
+  }
+  fetch_impls(impls, count);
 }
 
 }  // namespace fusedopt

@@ -1,4 +1,4 @@
-#include "../multi_tensor/grad_norm.h"
+#include "grad_norm.h"
 
 #include <unordered_map>
 #include <utility>
@@ -12,6 +12,17 @@
 #include "torch.h"
 
 namespace fusedopt {
+
+GradNorm norm_into(const TensorView& clip, std::int64_t num_chunks, double max_norm) {
+  GradNorm norm = {};
+  norm.max_norm = max_norm;
+  norm.clip = static_cast<double*>(clip.data);
+  norm.ticket = reinterpret_cast<std::uint32_t*>(norm.clip + StepScaling::kNumClip);
+  norm.partials = norm.clip + kClipHeader;
+  norm.num_partials = static_cast<std::uint32_t>(num_chunks);
+  return norm;
+}
+
 namespace {
 
 void measure(const std::vector<GradToMeasure>& grads, const GradNorm& norm, int device,
@@ -108,7 +119,6 @@ py::object ordinary_gradients(const py::list& params, Shardings* shardings) {
 py::object grad_norm_of(const py::list& tensors, const py::object& clip,
                         const py::object& loss_scale, double max_norm, bool skip_nonfinite,
                         int num_threads) {
-  constexpr std::int64_t kHeader = StepScaling::kNumClip + 1;
   TensorView space, scale;
   if (!view(clip.ptr(), &space) || space.dtype != Dtype::kFloat64) {
     throw py::value_error("clip must be a float64 tensor");
@@ -129,15 +139,10 @@ py::object grad_norm_of(const py::list& tensors, const py::object& clip,
   if (!unusual.empty()) return std::move(unusual);
   if (num_chunks == 0) return py::bool_(false);
   if (num_chunks > 0x7FFFFFFF) throw py::value_error("too many gradients for one norm");
-  if (numel(space) < kHeader + num_chunks) return py::int_(kHeader + num_chunks);
+  if (numel(space) < kClipHeader + num_chunks) return py::int_(kClipHeader + num_chunks);
 
-  GradNorm norm = {};
-  norm.max_norm = max_norm;
+  GradNorm norm = norm_into(space, num_chunks, max_norm);
   norm.skip_nonfinite = skip_nonfinite;
-  norm.clip = static_cast<double*>(space.data);
-  norm.ticket = reinterpret_cast<std::uint32_t*>(norm.clip + StepScaling::kNumClip);
-  norm.partials = norm.clip + kHeader;
-  norm.num_partials = static_cast<std::uint32_t>(num_chunks);
   if (!loss_scale.is_none()) {
     if (!view(loss_scale.ptr(), &scale) || scale.dtype != Dtype::kFloat32 ||
         scale.device != space.device) {

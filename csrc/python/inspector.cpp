@@ -88,9 +88,10 @@ Inspector::Verdict Inspector::check(const Seen& seen, const py::dict& state) {
     }
     return leave_to_python(seen);
   }
-  TensorView now{param[Role::kGrad].data, param[Role::kGrad].dtype};
   const bool is_grad_known =
-      param.free_since == overlaps_->generation() && is_same(grad, param[Role::kGrad]);
+      (param.free_since == overlaps_->generation() && is_same(grad, param[Role::kGrad])) ||
+      has_moved(seen, &param);
+  TensorView now{param[Role::kGrad].data, param[Role::kGrad].dtype};
   const bool is_dense = is_grad_known || view(grad, &now);
   const GroupRecord& group = records_->groups[param.group];
   const bool needs_state = rule_.has_step || group.state_mask != 0 || param.needs_state;
@@ -125,7 +126,14 @@ Inspector::Verdict Inspector::check(const Seen& seen, const py::dict& state) {
 bool Inspector::is_same(PyObject* tensor, const TensorRecord& record) const {
   if (record.words < 0) return false;
   tensor = local_of(tensor);
-  return is_plain_tensor(tensor) && records_->is_same(record, impl_of(tensor));
+  return is_plain_tensor(tensor) && records_->is_same(record.words, impl_of(tensor));
+}
+
+// Whether the gradient is another tensor of the kind that the last one was, which the step can take.
+bool Inspector::has_moved(const Seen& seen, ParamRecord* param) {
+  PyObject* const grad = local_of(seen[Role::kGrad]);
+  return !seen.is_copy && is_plain_tensor(grad) &&
+         verification_->follow(param, torch.layout, impl_of(grad));
 }
 
 bool Inspector::is_as_recorded(PyObject* tensor, Role role, std::size_t e, ParamRecord* param) {
@@ -156,10 +164,12 @@ bool Inspector::is_as_portrayed(const ParamRecord& param, PyObject* object, PyOb
 bool Inspector::is_usable(const Seen& seen, ParamRecord* param, const TensorView& grad) {
   if (!verification_->fits(*param, grad) || has_negative_bit(seen[Role::kGrad])) return false;
   // The copy may be where a tensor was that is in no step of late.
-  if (seen.is_copy || param->numel == 0) return true;
-  const TensorRecord& of_param = (*param)[Role::kParam];
-  if (grad.data == of_param.data) return grad.dtype == of_param.dtype;
-  if (!verification_->is_free(*param, grad)) return false;
+  if (seen.is_copy) return true;
+  if (param->numel != 0) {
+    const TensorRecord& of_param = (*param)[Role::kParam];
+    if (grad.data == of_param.data) return grad.dtype == of_param.dtype;
+    if (!verification_->is_free(*param, grad)) return false;
+  }
   TensorRecord& record = (*param)[Role::kGrad];
   record.data = grad.data;
   record.dtype = grad.dtype;

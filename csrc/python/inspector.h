@@ -40,6 +40,7 @@ class Inspector {
   bool inspect_shared();
   Verdict check(const Seen& seen, const py::dict& state);
   bool is_same(PyObject* tensor, const TensorRecord& record) const;
+  bool has_moved(const Seen& seen, ParamRecord* param);
   bool is_as_recorded(PyObject* tensor, Role role, std::size_t e, ParamRecord* param);
   bool is_as_portrayed(const ParamRecord& param, PyObject* object, PyObject* state);
   bool is_usable(const Seen& seen, ParamRecord* param, const TensorView& grad);

@@ -1,6 +1,8 @@
 // What Python, which has the samples, asks of torch_layout: see fusedopt/torch_layout.py.
 
+#include <new>
 #include <string>
+#include <utility>
 
 #include "../torch_layout.h"
 #include "module.h"
@@ -10,7 +12,7 @@ namespace fusedopt {
 namespace {
 
 // Samples: (tensor, address of its TensorImpl, of its StorageImpl, of its memory, bytes, negative,
-// version). Gradients: (leaf, its gradient, tensor like the leaf), by the addresses of TensorImpls.
+// version). Gradients: (leaf, its gradient, leaf without, no leaf), by the addresses of TensorImpls.
 void learn_layout_from(const py::list& samples, const py::list& gradients) {
   std::vector<LayoutSample> known;
   const auto pointer = [](const py::handle address) {
@@ -28,7 +30,7 @@ void learn_layout_from(const py::list& samples, const py::list& gradients) {
   std::vector<GradientSample> leaves;
   for (const py::handle sample : gradients) {
     const auto tuple = py::cast<py::tuple>(sample);
-    leaves.push_back({pointer(tuple[0]), pointer(tuple[1]), pointer(tuple[2])});
+    leaves.push_back({pointer(tuple[0]), pointer(tuple[1]), pointer(tuple[2]), pointer(tuple[3])});
   }
   learn_gradients(leaves, &torch.layout);
 }
@@ -62,19 +64,52 @@ void bump_versions_of(const py::list& tensors) {
   bump_versions(written);
 }
 
+// Tensors of one kind, by the addresses of their TensorImpls and StorageImpls.
+void learn_counts_from(const py::list& tensors, int ndim) {
+  std::vector<LayoutSample> known;
+  for (const py::handle sample : tensors) {
+    const auto [impl, storage] = sample.cast<std::pair<std::uintptr_t, std::uintptr_t>>();
+    known.push_back({});
+    known.back().impl = reinterpret_cast<const char*>(impl);
+    known.back().storage = reinterpret_cast<const char*>(storage);
+  }
+  learn_counts(known, ndim, &torch.layout);
+}
+
+// Leaves memory that has this byte everywhere to whoever asks for some next.
+void fill_free_memory(int byte) {
+  std::vector<void*> blocks;
+  for (std::size_t size = 64; size <= 512; size += 16) {
+    for (int i = 0; i < 16; ++i) {
+      auto* const block = static_cast<volatile char*>(::operator new(size));
+      for (std::size_t at = 0; at < size; ++at) block[at] = static_cast<char>(byte);
+      blocks.push_back(const_cast<char*>(block));
+    }
+  }
+  for (void* block : blocks) ::operator delete(block);
+}
+
 void trust_words() { torch.layout.trusts_words = torch.layout.knows_memory(); }
 
 // The words of a tensor as they were; equal to nobody's if they are not to be trusted.
 class RememberedTensor {
  public:
   explicit RememberedTensor(const py::object& tensor) {
-    words_.remember(torch.layout, impl_of(tensor.ptr()), tensor.attr("dim")().cast<int>());
+    words_.remember(torch.layout, impl_of(tensor.ptr()), tensor.attr("dim")().cast<int>(), &kinds_);
   }
   bool is_equal(const py::object& tensor) const {
     return words_.are_those_of(impl_of(tensor.ptr()));
   }
+  // By how much the memory of another tensor of this kind is further on, or None.
+  py::object distance_to(const py::object& tensor) const {
+    TensorWords words = words_;
+    std::ptrdiff_t distance;
+    if (!words.move_to(torch.layout, impl_of(tensor.ptr()), &distance)) return py::none();
+    return py::int_(distance);
+  }
 
  private:
+  TensorKinds kinds_;
   TensorWords words_;
 };
 
@@ -95,9 +130,12 @@ void export_layout(py::module_& module) {
   module.def("bump_versions", &bump_versions_of);
   module.def("forget_layout", &forget_layout);
   module.def("trust_words", &trust_words);
+  module.def("learn_counts", &learn_counts_from);
+  module.def("fill_free_memory", &fill_free_memory);
   py::class_<RememberedTensor>(module, "RememberedTensor")
       .def(py::init<const py::object&>())
-      .def("is_equal", &RememberedTensor::is_equal);
+      .def("is_equal", &RememberedTensor::is_equal)
+      .def("distance_to", &RememberedTensor::distance_to);
 }
 
 }  // namespace fusedopt

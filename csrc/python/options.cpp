@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <utility>
 
@@ -21,23 +23,43 @@ bool is_true(PyObject* value) {
 
 }  // namespace
 
+bool is_constant(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+      if (!is_constant(PyTuple_GET_ITEM(value, i))) return false;
+    }
+    return true;
+  }
+  return value == Py_None || PyBool_Check(value) || PyFloat_CheckExact(value) ||
+         PyLong_CheckExact(value) || PyUnicode_CheckExact(value);
+}
+
 Options::Options(PyObject* group, const std::string& owner, std::size_t number)
     : group_(group), owner_(owner), number_(number) {
   capturable_ = flag("capturable", false);
 }
 
-double Options::operator()(const char* name) const { return host_number(name, find(name)); }
+template <typename T>
+T Options::note(T value) const {
+  char bytes[sizeof(std::uint64_t)] = {};
+  static_assert(sizeof(value) <= sizeof(bytes));
+  std::memcpy(bytes, &value, sizeof(value));
+  read_.append(bytes, sizeof(bytes));
+  return value;
+}
+
+double Options::operator()(const char* name) const { return note(host_number(name, find(name))); }
 
 double Options::get(const char* name, double otherwise) const {
   PyObject* value = look_up(name);
-  return value == nullptr || value == Py_None ? otherwise : host_number(name, value);
+  return note(value == nullptr || value == Py_None ? otherwise : host_number(name, value));
 }
 
-bool Options::flag(const char* name) const { return is_true(find(name)); }
+bool Options::flag(const char* name) const { return note(is_true(find(name))); }
 
 bool Options::flag(const char* name, bool otherwise) const {
   PyObject* value = look_up(name);
-  return value == nullptr ? otherwise : is_true(value);
+  return note(value == nullptr ? otherwise : is_true(value));
 }
 
 Number Options::number(const char* name) const { return device_number(name, find(name)); }
@@ -52,7 +74,11 @@ Number Options::number(const char* name, int item) const {
 
 std::string Options::where() const { return owner_ + ", param group " + std::to_string(number_); }
 
-PyObject* Options::look_up(const char* name) const { return item_of(group_, interned(name)); }
+PyObject* Options::look_up(const char* name) const {
+  PyObject* const value = item_of(group_, interned(name));
+  is_constant_ = is_constant_ && (value == nullptr || fusedopt::is_constant(value));
+  return value;
+}
 
 PyObject* Options::find(const char* name) const {
   PyObject* value = look_up(name);
@@ -64,10 +90,10 @@ Number Options::device_number(const char* name, PyObject* value) const {
   TensorView now;
   if (!capturable_ || !view(value, &now) || now.device == kCpu || itemsize(now.dtype) < 4 ||
       numel(now) != 1 || (device_ != kCpu && device_ != now.device)) {
-    return {host_number(name, value)};
+    return {note(host_number(name, value))};
   }
   device_ = now.device;
-  return {kUnknownNumber, now.data, now.dtype == Dtype::kFloat64};
+  return {kUnknownNumber, note(now.data), note(now.dtype == Dtype::kFloat64)};
 }
 
 double Options::host_number(const char* name, PyObject* value) const {

@@ -20,6 +20,11 @@ class Options final : public OptionReader {
   // The device of the numbers that the kernel reads for itself, or kCpu if there are none.
   int device() const { return device_; }
 
+  // All that has been read so far, as one word each: of options that read the same, rules are the same.
+  const std::string& read() const { return read_; }
+  // Whether nothing that has been read can change while it stays in the dict.
+  bool is_constant() const { return is_constant_; }
+
   double operator()(const char* name) const override;
   double get(const char* name, double otherwise) const override;
 
@@ -35,6 +40,8 @@ class Options final : public OptionReader {
   PyObject* look_up(const char* name) const;  // null if it is not there
   PyObject* find(const char* name) const;
   Number device_number(const char* name, PyObject* value) const;
+  template <typename T>
+  T note(T value) const;
   double host_number(const char* name, PyObject* value) const;
   [[noreturn]] void fail(const char* name, const char* expected, PyObject* value) const;
 
@@ -43,6 +50,11 @@ class Options final : public OptionReader {
   std::size_t number_;
   bool capturable_ = false;
   mutable int device_ = kCpu;
+  mutable std::string read_;
+  mutable bool is_constant_ = true;
 };
+
+// Whether it is a number, a name, nothing, or a tuple of such.
+bool is_constant(PyObject* value);
 
 }  // namespace fusedopt

@@ -1,11 +1,13 @@
 #include "plan.h"
 
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 
 #include "../multi_tensor/tensor_lists.h"
 #include "../plan/launch.h"
 #include "device.h"
+#include "grad_norm.h"
 #include "module.h"
 
 namespace fusedopt {
@@ -41,23 +43,40 @@ py::tuple Plan::locate(std::size_t entry) const {
   return py::make_tuple(param.group, param.index, can_copy);
 }
 
+struct Plan::Running {
+  explicit Running(Plan* plan) : plan(plan) {
+    if (plan->running_) {
+      throw std::runtime_error(plan->owner_ + ": step() is running in another thread");
+    }
+    plan->running_ = true;
+    plan->has_stepped_ = plan->has_repeated_ = false;
+  }
+  ~Running() {
+    plan->running_ = false;
+    plan->inspector_.release();
+    plan->repetition_.release();
+  }
+  Plan* plan;
+};
+
 Outcome Plan::step(const py::object& groups, const py::object& state, int num_threads,
                    const py::object& grads, const py::object& scaling, const py::object& created,
                    const py::object& owner) {
-  if (running_) throw std::runtime_error(owner_ + ": step() is running in another thread");
-  struct Running {
-    explicit Running(Plan* plan) : plan(plan) { plan->running_ = true; }
-    ~Running() {
-      plan->running_ = false;
-      plan->inspector_.release();
-    }
-    Plan* plan;
-  } running(this);
-  has_stepped_ = false;
+  const Running running(this);
   const Outcome stale{false, true, {}};
   if (!PyList_CheckExact(groups.ptr()) || !is_plain_dict(state.ptr())) return stale;
 
   const auto list = py::reinterpret_borrow<py::list>(groups);
+  if (created.is_none() && grads.is_none() && repetition_.is_known()) {
+    const auto same = py::reinterpret_borrow<py::dict>(state);
+    if (repeat(list, same, scaling, [] { return true; })) {
+      has_repeated_ = true;
+      launch(num_threads, NewState(created, owner), work_.is_short());
+      return {true, false, {}};
+    }
+    repetition_.give_up();
+  }
+  repetition_.forget();  // the work is listed anew, be it that this comes to nothing
   const py::dict all = with_created(py::reinterpret_borrow<py::dict>(state), created);
   if (!look(list, all, grads)) return stale;
   if (verification_.has_moved()) {
@@ -74,13 +93,74 @@ Outcome Plan::step(const py::object& groups, const py::object& state, int num_th
   if (!work_.odd().empty()) return {false, false, work_.odd()};
   if (!read_scaling(scaling) || work_.awaits_device()) return stale;
   launch(num_threads, NewState(created, owner));
+  // Other threads may have exchanged the parameters meanwhile.
+  const bool is_known =
+      grads.is_none() && group_reader_.have_same_params(list, recogniser_, records_.groups);
+  if (is_known) repetition_.learn();
   return {true, false, {}};
+}
+
+// Whether this step is the last one once more: then it is all verified and listed. Between this and
+// the step no code of Python's runs.
+template <typename AndThen>
+bool Plan::repeat(const py::list& groups, const py::dict& state, const py::object& scaling,
+                  AndThen&& and_then) {
+  work_.forget_scaling();
+  if (!repetition_.is_ready() || !group_reader_.read(groups, rule_, owner_, &records_.groups) ||
+      !read_scaling(scaling)) {
+    return false;
+  }
+  const auto has_same_params = [&] {
+    return group_reader_.have_same_params(groups, recogniser_, records_.groups);
+  };
+  if (!has_same_params()) return false;  // those that are known may be gone
+  const bool releases = !work_.is_short();
+  if (releases) repetition_.hold_gradients();
+  if (!has_same_params() || !repetition_.look(state) || !work_.repeat() || work_.awaits_device() ||
+      !and_then()) {
+    return false;
+  }
+  repetition_.go_on();
+  if (releases) repetition_.hold_written();
+  repetition_.bump_versions();
+  return true;
+}
+
+bool Plan::repeat_clipped(const py::object& groups, const py::object& state, int num_threads,
+                          const py::object& clip, double max_norm) {
+  const Running running(this);
+  TensorView space;
+  if (!PyList_CheckExact(groups.ptr()) || !is_plain_dict(state.ptr()) || !work_.is_short() ||
+      repetition_.has_dtensors() || !view(clip.ptr(), &space) || space.device != kCpu) {
+    return false;
+  }
+  const auto measure = [&] {
+    const std::vector<GradToMeasure> grads = repetition_.gradients();
+    std::int64_t num_chunks = 0;
+    for (const GradToMeasure& grad : grads) num_chunks += grad.num_chunks();
+    if (num_chunks == 0 || numel(space) < kClipHeader + num_chunks) return false;
+    const GradNorm norm = norm_into(space, num_chunks, max_norm);
+    grad_norm_cpu(grads, norm, num_threads);
+    StepScaling scaling;
+    scaling.clip = norm.clip;
+    work_.set_scaling(kCpu, scaling);
+    return true;
+  };
+  const auto list = py::reinterpret_borrow<py::list>(groups);
+  has_repeated_ = repeat(list, py::reinterpret_borrow<py::dict>(state), py::none(), measure);
+  if (has_repeated_) {
+    launch(num_threads, NewState(py::none(), py::none()), true);
+  } else {
+    repetition_.give_up();
+  }
+  return has_repeated_;
 }
 
 // Recognises and verifies everything, and lists the work. False if the plan does not fit any more.
 bool Plan::look(const py::list& groups, const py::dict& state, const py::object& grads) {
   work_.clear();
-  return group_reader_.read(groups, rule_, owner_, recogniser_, &records_.groups) &&
+  return group_reader_.read(groups, rule_, owner_, &records_.groups) &&
+         group_reader_.have_same_params(groups, recogniser_, records_.groups) &&
          inspector_.inspect(state, grads);
 }
 
@@ -113,7 +193,8 @@ bool Plan::read_scaling(const py::object& scaling) {
 
 // What can fail comes first, then what is written from here. To Python it is one action: no code of
 // an interrupt or of a destructor runs between the new state, the update and the step counts.
-void Plan::launch(int num_threads, const NewState& new_state) {
+// `is_short`: it keeps the interpreter lock, so that nobody need hold what it reads.
+void Plan::launch(int num_threads, const NewState& new_state, bool is_short) {
   Launch launch(&work_);
   launch.prepare(owner_, [&](int device) -> Queue {
     return {current_stream(device), tickets_.at(device).second};
@@ -121,7 +202,8 @@ void Plan::launch(int num_threads, const NewState& new_state) {
   new_state.commit();
   has_stepped_ = true;
   try {
-    const py::gil_scoped_release release;
+    std::optional<py::gil_scoped_release> release;
+    if (!is_short) release.emplace();
     launch.run(num_threads);
   } catch (...) {
     if (!launch.has_written()) {
@@ -136,6 +218,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   for (const auto& [device, tickets] : tickets_) Py_VISIT(tickets.first.ptr());
   if (const int stop = recogniser_.traverse(visit, arg)) return stop;
   if (const int stop = group_reader_.traverse(visit, arg)) return stop;
+  if (const int stop = repetition_.traverse(visit, arg)) return stop;
   return inspector_.traverse(visit, arg);
 }
 
@@ -145,6 +228,7 @@ void Plan::clear() {
   const GroupReader group_reader = std::exchange(group_reader_, {});
   const auto tickets = std::exchange(tickets_, {});
   records_ = Records();
+  repetition_.forget();
 }
 
 namespace {
@@ -192,7 +276,9 @@ void export_plan(py::module_& module) {
       .def("add", &Plan::add)
       .def("finish", &Plan::finish)
       .def("step", &Plan::step)
+      .def("repeat_clipped", &Plan::repeat_clipped)
       .def_property_readonly("has_stepped", &Plan::has_stepped)
+      .def_property_readonly("has_repeated", &Plan::has_repeated)
       .def("locate", &Plan::locate);
 }
 

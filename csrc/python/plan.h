@@ -18,6 +18,7 @@
 #include "new_state.h"
 #include "recogniser.h"
 #include "recorder.h"
+#include "repetition.h"
 
 namespace fusedopt {
 
@@ -52,7 +53,14 @@ class Plan {
                const py::object& grads, const py::object& scaling, const py::object& created,
                const py::object& owner);
 
+  // The last step once more, if it is that, with gradients clipped to a norm which is measured first:
+  // see grad_norm.h for what `clip` is. Else false, and nothing was written but that.
+  bool repeat_clipped(const py::object& groups, const py::object& state, int num_threads,
+                      const py::object& clip, double max_norm);
+
   bool has_stepped() const { return has_stepped_; }
+  // Whether that took the list of work of the one before it.
+  bool has_repeated() const { return has_repeated_; }
   // Group and index, and whether the kernels can take it if its gradient is copied.
   py::tuple locate(std::size_t entry) const;
 
@@ -62,8 +70,13 @@ class Plan {
 
  private:
   bool look(const py::list& groups, const py::dict& state, const py::object& grads);
+  struct Running;
+  // Calls and_then() once all is verified; it may say no.
+  template <typename AndThen>
+  bool repeat(const py::list& groups, const py::dict& state, const py::object& scaling,
+              AndThen&& and_then);
   bool read_scaling(const py::object& scaling);
-  void launch(int num_threads, const NewState& new_state);
+  void launch(int num_threads, const NewState& new_state, bool is_short = false);
 
   const RuleEntry& rule_;
   const std::string owner_;  // for messages
@@ -75,9 +88,11 @@ class Plan {
   Recorder recorder_{&records_, &overlaps_, &verification_, &recogniser_};
   Work work_{rule_.has_step, &records_, &overlaps_, &kernel_state};
   Inspector inspector_{rule_, &records_, &overlaps_, &verification_, &recogniser_, &work_};
+  Repetition repetition_{&records_, &overlaps_, &verification_, &recogniser_, &work_};
   std::map<int, std::pair<py::object, std::uint32_t*>> tickets_;  // by device
   bool running_ = false;
   bool has_stepped_ = false;  // in the last call of step()
+  bool has_repeated_ = false;
 };
 
 }  // namespace fusedopt

@@ -10,15 +10,6 @@ bool is_same_name(PyObject* one, PyObject* other) {
          PyUnicode_Compare(one, other) == 0;
 }
 
-std::uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000 && !defined(PYPY_VERSION)
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-  static_cast<void>(dict);
-  return 0;
-#endif
-}
-
 // The number of its role, or -1.
 int role_of(const py::object& name, const StateNames& names) {
   int role = -1;
@@ -98,8 +89,39 @@ bool Recogniser::find_tensors(Seen* seen) {
     if (role >= 0) seen->tensors[static_cast<std::size_t>(role)] = value;
   }
   if (PyDict_Next(seen->state, &position, &key, &value)) return false;
-  if (version != 0) walked = {seen->state, version, seen->tensors};
+  walked = {seen->state, version, seen->tensors};
   return true;
+}
+
+bool Recogniser::is_as_walked(const py::dict& state) {
+  const std::uint64_t version = version_of(state.ptr());
+  if (version != 0 && version == walked_version_) return true;
+  walked_version_ = 0;
+  const auto is_same = [&](std::size_t e, PyObject* now) { return walked_[e].state == now; };
+  if (!for_each(state, is_same)) return false;
+  walked_version_ = version;
+  return true;
+}
+
+bool Recogniser::is_as_walked(std::size_t e) const {
+  const Walked& walked = walked_[e];
+  if (walked.version != 0) return walked.version == version_of(walked.state);
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (const auto& [name, role] : layouts_[static_cast<std::size_t>(layout_of_[e])].keys) {
+    if (!PyDict_Next(walked.state, &position, &key, &value) || key != name.ptr()) return false;
+    if (role >= 0 && walked.tensors[static_cast<std::size_t>(role)] != value) return false;
+  }
+  return !PyDict_Next(walked.state, &position, &key, &value);
+}
+
+bool Recogniser::has_known_spec(PyObject* spec, std::size_t e) const {
+  if (spec == nullptr) return false;
+  if (spec == specs_[e].ptr()) return true;
+  for (const py::object& same : same_specs_[e]) {
+    if (spec == same.ptr()) return true;
+  }
+  return false;
 }
 
 bool Recogniser::is_sharded_like(PyObject* tensor, std::size_t e) {

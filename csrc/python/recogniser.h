@@ -59,6 +59,19 @@ class Recogniser {
   // Finds the tensors of its state. False if that has not the keys that were learned.
   bool find_tensors(Seen* seen);
 
+  // Whether the state, and then that of a parameter, hold what they did when they were last walked.
+  // These run no code of Python's.
+  bool is_as_walked(const py::dict& state);
+  bool is_as_walked(std::size_t e) const;
+  // What was found there.
+  PyObject* walked(std::size_t e, Role role) const {
+    return role == Role::kParam ? params_[e]
+                                : walked_[e].tensors[static_cast<std::size_t>(position(role))];
+  }
+
+  // Whether a DTensor has a spec that is known to be of the same elements as the parameter.
+  bool has_known_spec(PyObject* spec, std::size_t e) const;
+
   // Whether the process holds the same elements of both: then shards can be updated one by one.
   bool is_placed_like(PyObject* tensor, std::size_t e) {
     return specs_[e] ? is_sharded_like(tensor, e) : is_plain_tensor(tensor);
@@ -73,12 +86,11 @@ class Recogniser {
     std::vector<std::pair<py::object, int>> keys;
   };
 
-  // What a state dict held when it was last walked. The version of a dict changes with each change,
-  // and no two dicts have had the same; younger Pythons have none.
+  // What a state dict held when it was last walked.
   struct Walked {
     PyObject* state = nullptr;
     std::uint64_t version = 0;
-    std::array<PyObject*, kNumRoles> tensors;
+    std::array<PyObject*, kNumRoles> tensors = {};
   };
 
   bool is_sharded_like(PyObject* tensor, std::size_t e);
@@ -91,6 +103,7 @@ class Recogniser {
   std::vector<std::int32_t> layout_of_;  // a parameter's, or -1
   std::vector<Layout> layouts_;
   std::vector<Walked> walked_;  // by parameter
+  std::uint64_t walked_version_ = 0;
   std::unordered_map<std::string, std::int32_t> layout_index_;
   std::vector<std::int64_t> state_order_;  // parameters in the order of the state, or -1
   std::vector<std::size_t> stateless_;     // the other parameters

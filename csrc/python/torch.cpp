@@ -197,12 +197,7 @@ FoundGradients found_gradients() {
 
 void bump_versions(const std::vector<PyObject*>& written) {
   if (torch.layout.knows_version()) {
-    for (PyObject* tensor : written) {
-      const char* const counter = pointer_at(impl_of(tensor), torch.layout.version);
-      if (counter == nullptr) continue;  // made in inference mode
-      auto* const count = const_cast<char*>(counter) + torch.layout.count;
-      __atomic_fetch_add(reinterpret_cast<std::uint32_t*>(count), 1, __ATOMIC_RELAXED);
-    }
+    for (PyObject* tensor : written) bump_version(impl_of(tensor));
     return;
   }
   py::list list(written.size());

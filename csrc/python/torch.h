@@ -23,6 +23,17 @@ PyObject* interned(const char* name);
 // What a dict has under a key, or null. Borrowed.
 PyObject* item_of(PyObject* dict, PyObject* key);
 
+// The version of a dict changes with each change, and no two dicts have had the same. Younger Pythons
+// have none: 0.
+inline std::uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000 && !defined(PYPY_VERSION)
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  static_cast<void>(dict);
+  return 0;
+#endif
+}
+
 // An attribute that objects of a class keep at a fixed place, if they do.
 struct FixedAttribute {
   const char* name;
@@ -30,6 +41,8 @@ struct FixedAttribute {
 
   void find(PyTypeObject* type);
   py::object of(PyObject* object) const;
+  // The same without any code of Python's. Null where that is not known.
+  PyObject* peek(PyObject* object) const { return at(object); }
   // Borrowed from the object, which must hold it.
   PyObject* held_by(PyObject* object) const {
     PyObject* const value = at(object);
@@ -89,14 +102,20 @@ bool is_same_sharding(py::handle one, py::handle other);
 // The TensorImpl of a plain tensor; only if the layout knows where that is.
 inline const char* impl_of(PyObject* tensor) { return pointer_at(tensor, torch.layout.impl); }
 
-// The object of the gradient of a tensor, only if the layout knows where that is. Null if there
-// is none: no gradient, or one that no Python code has seen yet. Borrowed from the tensor, which may
-// get another one as soon as other code runs.
-inline PyObject* known_gradient(PyObject* tensor) {
+// The gradient of a tensor, and the object of a TensorImpl; only if the layout knows where these are.
+// Null if there is none: no gradient, or one that no Python code has seen yet. Borrowed from the
+// tensor, which may get another one as soon as other code runs.
+inline const char* gradient_impl(PyObject* tensor) {
   const char* const autograd = pointer_at(impl_of(tensor), torch.layout.autograd);
   const char* const grad = autograd == nullptr ? nullptr : pointer_at(autograd, torch.layout.grad);
-  if (grad == nullptr) return nullptr;
-  return reinterpret_cast<PyObject*>(const_cast<char*>(pointer_at(grad, torch.layout.object)));
+  return grad == torch.layout.no_gradient ? nullptr : grad;
+}
+inline PyObject* object_of(const char* impl) {
+  return reinterpret_cast<PyObject*>(const_cast<char*>(pointer_at(impl, torch.layout.object)));
+}
+inline PyObject* known_gradient(PyObject* tensor) {
+  const char* const grad = gradient_impl(tensor);
+  return grad == nullptr ? nullptr : object_of(grad);
 }
 
 // For which tensors that is what `grad` gives: no mode sees it, and nobody has put code of his own
@@ -136,6 +155,13 @@ bool view(PyObject* object, TensorView* out);
 // Of a tensor that is plain, or whose shard is.
 bool has_negative_bit(PyObject* tensor);
 
+// Tells autograd that a tensor is written, by its TensorImpl; only if the layout knows the version.
+inline void bump_version(const char* impl) {
+  const char* const counter = pointer_at(impl, torch.layout.version);
+  if (counter == nullptr) return;  // made in inference mode
+  auto* const count = const_cast<char*>(counter) + torch.layout.count;
+  __atomic_fetch_add(reinterpret_cast<std::uint32_t*>(count), 1, __ATOMIC_RELAXED);
+}
 // Tells autograd that these tensors are written.
 void bump_versions(const std::vector<PyObject*>& written);
 
