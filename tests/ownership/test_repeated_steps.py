@@ -17,7 +17,8 @@ from conftest import require_kernels
 import fusedopt
 from fusedopt import torch_layout
 
-SHAPES = [(64,), (3, 5), (), (0,), (2, 3, 4, 5, 6), (4, 4), (64,)]
+SHAPES = [(64,), (3, 5), (), (0,), (2, 3, 4, 5, 6), (4, 4), (64,), (5,)]
+REST = [7]  # have no gradient until something has moved
 
 
 class Run(NamedTuple):
@@ -138,8 +139,9 @@ MOVES: dict[str, Callable[[Run], Any]] = {
 
 
 def set_grads(run: Run) -> None:
-    for p in run.params:
-        p.grad = gradient_like(p)
+    for i, p in enumerate(run.params):
+        if i not in REST:
+            p.grad = gradient_like(p)
 
 
 def the_parameter_and_back(run: Run) -> None:
@@ -237,6 +239,27 @@ def test_what_moves_between_steps(module, case, move):
 @richest
 def test_other_gradients(module, case, move, new_each):
     assert_same_without(module, case, move, new_each)
+
+
+@pytest.mark.parametrize("resting", [[39], [0, 15, 31, 39], [*range(16, 40)], [*range(1, 40)]])
+def test_tensors_move_while_others_rest(module, resting):
+    """Wherever those are among many; each of the tensors of one that steps is looked at."""
+    params = [leaf(torch.randn(4)) for _ in range(40)]
+    opt = fusedopt.Adam(params)
+    for moved in sorted({*range(40)} - {*resting})[:: max(1, 10 - len(resting))]:
+        for name in ["exp_avg", "step", None]:
+            for i, p in enumerate(params):
+                p.grad = None if i in resting else torch.randn(4)
+            for _ in range(3):
+                opt.step()
+            assert seam.has_repeated(opt)
+            tensor = params[moved] if name is None else opt.state[params[moved]][name]
+            before = tensor.detach()
+            tensor.data = before.clone()
+            old = bits(before)
+            opt.step()
+            assert bits(before) == old, "the memory that it was in before is written"
+            assert bits(tensor) != old
 
 
 def test_gradients_go_in_another_thread():
