@@ -8,6 +8,10 @@ namespace {
 
 void touch(const char* address) { (void)*const_cast<const volatile char*>(address); }
 
+const char* part_of(const char* impl, std::size_t offset) {
+  return offset == 0 ? nullptr : pointer_at(impl, offset);
+}
+
 }  // namespace
 
 void fetch_versions(const char* const* impls, std::size_t count) {
@@ -25,12 +29,12 @@ void fetch_impls(const char* const* impls, std::size_t count) {
   }
   for (std::size_t i = 0; i < count; ++i) {
     if (impls[i] == nullptr) continue;
-    for (const std::size_t offset : {torch.layout.storage, torch.layout.version}) {
-      const char* record = offset == 0 ? nullptr : pointer_at(impls[i], offset);
-      if (record == nullptr) continue;
-      touch(record);
-      touch(record + 16);
-    }
+    const char* const storage = part_of(impls[i], torch.layout.storage);
+    const char* const version = part_of(impls[i], torch.layout.version);
+    // Both may lie across two lines. (Without the second one of storages, 1,000 small tensors of Adam
+    // that are in no near cache take 0.86 us each instead of 0.75.)
+    if (storage != nullptr) touch(storage), touch(storage + kStorageImplBytes - 1);
+    if (version != nullptr) touch(version), touch(version + kVersionCounterBytes - 1);
   }
 }
 
