@@ -103,6 +103,16 @@ richest_of_every_class = pytest.mark.parametrize("case", RICHEST_OF.values(), id
 richest_by_options = pytest.mark.parametrize("case", RICHEST, ids=str)
 richest_and_stateless = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
 counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+# Every kind of class natively, and one on the other backends, for tests of what neither changes.
+each_class_or_backend = pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        *(("native", case) for case in RICHEST),
+        *((backend, RICHEST_OF["AdamW"]) for backend in ("python", "kernels")),
+    ],
+    indirect=["backend"],
+    ids=lambda value: getattr(value, "name", None),
+)
 
 # (rtol, atol) against an exact run of a few steps on values around 1.
 TOLERANCE = {
