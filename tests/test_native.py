@@ -25,7 +25,7 @@ from cases import (
     assert_near,
     bits,
     draw,
-    every_case,
+    every_case_or_dtype,
     every_dtype,
     leaf,
     richest,
@@ -68,8 +68,7 @@ def test_thread_count_does_not_matter(case, dtype, step_threads):
     assert all(result == results[0] for result in results)
 
 
-@every_case
-@every_dtype
+@every_case_or_dtype
 def test_together_or_one_by_one(case, dtype):
     values, grads = draw([(5,), (400_000,), (), (17, 33), (64,)], 2, dtype)
     together, opt = train(case.ours, values, grads)
@@ -80,8 +79,7 @@ def test_together_or_one_by_one(case, dtype):
             assert bits(opt.state[p][key]) == bits(value), key
 
 
-@every_case
-@every_dtype
+@every_case_or_dtype
 def test_an_element_does_not_depend_on_its_place(case, dtype):
     """In a vector, in a tail, in another thread's share: the arithmetic is the same."""
     value, first, second = (torch.randn(()).add(3 * (i > 0)).to(dtype) for i in range(3))

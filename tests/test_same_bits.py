@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, RICHEST, Case, bits, gradient_like, leaf, states
+from cases import DTYPES, LOOPS, RICHEST, Case, bits, gradient_like, leaf, states
 from conftest import SEED
-from stored import LOOPS, WAYS
+from stored import WAYS
 from test_native import script
 from torch import Tensor
 
