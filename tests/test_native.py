@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import math
 import os
 import subprocess
@@ -110,16 +109,6 @@ def digests():
                 digest.update(bits(tensor.masked_fill(tensor.isnan(), math.nan))[-1])
             found[f"{case} {dtype}"] = digest.hexdigest()
     return found
-
-
-def test_instruction_sets_agree_bit_for_bit():
-    code = "import json, test_native; print(json.dumps(test_native.digests()))"
-    supported = {"DEFAULT": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
-    levels = ("baseline", "avx2", "avx512")[:supported]
-    found = {isa: json.loads(script(code, FUSEDOPT_CPU_ISA=isa)) for isa in levels}
-    for isa in levels[1:]:
-        differ = [key for key, value in found[isa].items() if value != found["baseline"][key]]
-        assert not differ, isa
 
 
 @pytest.mark.parametrize(
@@ -232,10 +221,10 @@ def test_aliases_while_threads_are_quick():
     script(
         """
 import torch
-from cases import RICHEST
+from cases import RICHEST_OF
 from layouts import test_shared_tensors
 torch.set_num_threads(2)
-for case in RICHEST:
+for case in (RICHEST_OF["Adam"], RICHEST_OF["SGD"]):
     test_shared_tensors.test_two_parameters_in_one_storage(case, None)
     test_shared_tensors.test_gradient_that_is_another_parameter(case, None)
 """,
