@@ -32,11 +32,12 @@ on_host: build
 	  cmake -S csrc -B build/on_host -G Ninja -DFUSEDOPT_KERNELS_ON_HOST=ON \
 	    -DPython_EXECUTABLE='$(abspath $(PY))' >/dev/null && ninja -C build/on_host --quiet; }
 
-# By pytest-xdist in as many processes as there are cores, up to 8, all tests of a file in one. WORKERS=0:
-# in one process.
+# By pytest-xdist in as many processes as there are cores, up to 8, all tests of a file in one, and not the
+# files of few tests last: some of those take longest. WORKERS=0: in one process.
 WORKERS ?= $(shell $(PY) -c 'import os, xdist; print(min(os.cpu_count(), 8))' 2>/dev/null)
 test: on_host build/nvrtc/tried
-	$(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),--dist=loadfile -n $(WORKERS)) $(ARGS)
+	$(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),--dist=loadfile \
+	  --no-loadscope-reorder -n $(WORKERS)) $(ARGS)
 
 # All tests of the GPU's kernels on their compiled code, and the machine code of each for every GPU: an
 # hour on one core. Tensors of 2^32 elements are too many for this; in float64 a power that the kernel

@@ -8,6 +8,7 @@ import inspect
 import math
 import random
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ COMPLEX_CASES = [case for case in CASES if not set(case.options) & set(EXTRAS)]
 RICHEST_OF = {name: Case(name, table.richest) for name, table in TABLES.items()}
 RICHEST = [case for case in RICHEST_OF.values() if case.table.like is None]
 COUNTING = [case for case in RICHEST if case.table.counts_steps]
+# A case for each rule, and for each number and meaning of state tensors: for each loop.
+LOOPS = [
+    *RICHEST_OF.values(),
+    Case("SGD", {"lr": 0.1}),
+    Case("AdamW", {"lr": 0.1}),
+    Case("RMSprop", {"lr": 0.05}),
+    Case("RMSprop", {"lr": 0.05, "momentum": 0.9}),
+    Case("RMSprop", {"lr": 0.05, "centered": True, "alpha": 0.9}),
+]
 # One for each class that can do without any state.
 STATELESS = [
     Case(name, {"lr": 0.1})
@@ -98,11 +108,28 @@ every_name = pytest.mark.parametrize("name", NAMES)
 every_sparse = pytest.mark.parametrize("name", SPARSE)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_loop = pytest.mark.parametrize("case", LOOPS, ids=str)
+# Every case in float32, and every loop in the other dtypes: what an option does is in the rule.
+every_case_or_dtype = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*product(CASES, [torch.float32]), *product(LOOPS, DTYPES[1:])],
+    ids=str,
+)
 richest = pytest.mark.parametrize("case", RICHEST, ids=lambda case: case.name)
 richest_of_every_class = pytest.mark.parametrize("case", RICHEST_OF.values(), ids=str)
 richest_by_options = pytest.mark.parametrize("case", RICHEST, ids=str)
 richest_and_stateless = pytest.mark.parametrize("case", [*RICHEST, *STATELESS], ids=str)
 counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+# Every kind of class natively, and one on the other backends, for tests of what neither changes.
+each_class_or_backend = pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        *(("native", case) for case in RICHEST),
+        *((backend, RICHEST_OF["AdamW"]) for backend in ("python", "kernels")),
+    ],
+    indirect=["backend"],
+    ids=lambda value: getattr(value, "name", None),
+)
 
 # (rtol, atol) against an exact run of a few steps on values around 1.
 TOLERANCE = {

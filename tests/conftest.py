@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import gc
 import importlib.util
 import os
 import random
@@ -59,6 +60,12 @@ os.environ["FUSEDOPT_TEST_SEED"] = str(SEED)  # one for all processes of pytest-
 
 def pytest_report_header() -> str:
     return f"fusedopt: {fusedopt.backend.status()}; random inputs: FUSEDOPT_TEST_SEED={SEED}"
+
+
+def pytest_collection_finish() -> None:
+    """What 40,000 tests consist of is never garbage: looking through it takes half a second, which
+    each test that collects garbage would wait for."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

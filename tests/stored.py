@@ -11,31 +11,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cases import (
-    RICHEST_OF,
-    SCALARS,
-    TABLES,
-    Case,
-    bits,
-    leaf,
-)
+from cases import SCALARS, TABLES, bits, leaf
 from conftest import SEED
 from seam import formats
 from torch import nn
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 INF, NAN = math.inf, math.nan
-# A case for each rule, and for each number and meaning of state tensors: for each loop.
-LOOPS = [
-    *RICHEST_OF.values(),
-    Case("SGD", {"lr": 0.1}),
-    Case("AdamW", {"lr": 0.1}),
-    Case("RMSprop", {"lr": 0.05}),
-    Case("RMSprop", {"lr": 0.05, "momentum": 0.9}),
-    Case("RMSprop", {"lr": 0.05, "centered": True, "alpha": 0.9}),
-]
-every_loop = pytest.mark.parametrize("case", LOOPS, ids=str)
-
 # Tensors below 4,096 elements have no codes. The last scales of these are of 64, 1 and 3 elements.
 SIZES = [(), (5,), (0, 3), (4096,), (4097,), (67, 65)]
 UNSIGNED = {key for table in TABLES.values() for key in table.unsigned}

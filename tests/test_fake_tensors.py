@@ -13,6 +13,7 @@ from cases import (
     SCALARS,
     TABLES,
     Case,
+    each_class_or_backend,
     every_case,
     every_name,
     richest_by_options,
@@ -64,7 +65,7 @@ def assert_fake(opt, steps):
                     assert value.shape == param.shape
 
 
-@richest_by_options
+@each_class_or_backend
 @pytest.mark.parametrize(
     ("options", "made", "stepped"),
     [

@@ -4,7 +4,6 @@ CPU path. What is left for a GPU to prove: alignment of its loads, streams, grap
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import random
@@ -23,6 +22,7 @@ from cases import (
     Case,
     bits,
     every_case,
+    every_case_or_dtype,
     every_dtype,
     every_name,
     richest,
@@ -32,7 +32,6 @@ from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from seam import grad_norm
-from test_native import script
 
 import fusedopt
 
@@ -315,7 +314,8 @@ def test_as_many_tensors_as_a_table_holds(slots, shared, kind, kernels):
         return num_tables([(1, 0 if shared else i) for i in range(n)], pointers, update_bytes)
 
     limit = next(n for n in range(100, 1100) if tables(n + 1) > 1)
-    for number in (limit, limit + 1, 2 * limit + 1):
+    # So many groups take long.
+    for number in (limit, limit + 1, 2 * limit + 1) if shared else (limit, limit + 1):
 
         def run(on_kernels, number=number):
             params = list(values_of(number * 3, dtype).view(-1, 3))
@@ -491,8 +491,7 @@ def all_tickets(opt):
     return torch.cat([tickets.view(torch.int32) for tickets in seam.tickets(opt)])
 
 
-@every_case
-@every_dtype
+@every_case_or_dtype
 def test_steps_that_the_kernel_counts(case, dtype, kernels):
     """capturable=True ends as capturable=False does; with late gradients, empty tensors, and many
     blocks that all read the count of one tensor."""
@@ -585,8 +584,7 @@ def test_options_on_the_device_change_between_steps(name, kind, dtype, kernels):
 # Scaling --------------------------------------------------------------------------------------
 
 
-@every_case
-@every_dtype
+@every_case_or_dtype
 def test_scaling_clipping_and_skipping(case, dtype, kernels):
     """In one run: a step, a skipped one, one whose norm is not finite, one that is not clipped."""
 
@@ -769,22 +767,14 @@ def test_threads_do_not_change_a_clipped_step(dtype, kernels, step_threads):
 def norms():
     """Of ordinary and special gradients; the same in every process."""
     torch.manual_seed(20)
-    found = []
+    found = {}
     for dtype, special in product(DTYPES, (False, True)):
         for n in NORM_SIZES:
             grad = values_of(n, dtype, special)
             grad = grad.masked_fill(~grad.isfinite(), 1e-3) if n % 2 else grad
-            found.append(measured([grad, grad[: n // 2]], 1.0)[0][-1].hex())
+            norm = measured([grad, grad[: n // 2]], 1.0)[0][-1].hex()
+            found[f"{dtype}, {special}, {n}"] = norm
     return found
-
-
-def test_norms_of_instruction_sets_agree_bit_for_bit(kernels):
-    code = "import json, test_kernels; print(json.dumps(test_kernels.norms()))"
-    supported = {"DEFAULT": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
-    levels = ("baseline", "avx2", "avx512")[:supported]
-    found = [json.loads(script(code, FUSEDOPT_CPU_ISA=isa)) for isa in levels]
-    with running(kernels):
-        assert found == [norms()] * len(levels)
 
 
 # More than 2^32 -------------------------------------------------------------------------------

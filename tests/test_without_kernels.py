@@ -11,6 +11,7 @@ import torch
 from cases import (
     CASES,
     NAMES,
+    RICHEST,
     RICHEST_OF,
     STATELESS,
     TABLES,
@@ -348,7 +349,7 @@ def _(opt, params):
 
 @pytest.mark.parametrize(
     ("case", "guards"),
-    [*((case, True) for case in (*RICHEST_OF.values(), *STATELESS)), (RICHEST_OF["Adam"], False)],
+    [*((case, True) for case in (*RICHEST, *STATELESS)), (RICHEST_OF["Adam"], False)],
     ids=str,
 )
 def test_a_step_sees_what_has_changed(case, guards, python, monkeypatch):

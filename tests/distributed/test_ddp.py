@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import richest
+from cases import each_class_or_backend
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import (
@@ -43,7 +43,7 @@ def assert_like_stock(case, start, train, **options):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @pytest.mark.parametrize("bucket_view", [False, True])
 def test_is_stock_and_one_process(case, bucket_view, backend, device="cpu"):
     """With gradient_as_bucket_view, gradients are views into a buffer of all of them."""
@@ -62,7 +62,7 @@ def test_is_stock_and_one_process(case, bucket_view, backend, device="cpu"):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_channels_last(case, backend):
     start = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Tanh(), nn.Conv2d(4, 2, 2)).double()
     start = start.to(memory_format=torch.channels_last)
@@ -90,7 +90,7 @@ class TwoHeads(nn.Module):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_unused_parameters(case, set_to_none, backend):
     """A head that only one rank uses, one that all use in turn, one that none does."""
@@ -108,7 +108,7 @@ def test_unused_parameters(case, set_to_none, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_accumulation_without_sync(case, backend):
     start, batches = net(), draw_batches(6)
 
@@ -130,7 +130,7 @@ def test_accumulation_without_sync(case, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_resuming(case, tmp_path, backend):
     """What rank 0 saves goes on on all ranks, in a new model; from stock, to stock, and ours."""
     start, batches = net(), draw_batches(5)
@@ -156,7 +156,7 @@ def test_resuming(case, tmp_path, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_clipping(case, backend, device="cpu"):
     """All ranks have all gradients: each measures the whole norm without asking the others."""
     start, batches = net(device), draw_batches(4, device)
@@ -181,7 +181,7 @@ def test_clipping(case, backend, device="cpu"):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @pytest.mark.parametrize("amp_fused", [False, True])
 def test_grad_scaler(case, amp_fused, backend, device="cpu"):
     """An overflow on one rank is one on all after the gradients are summed."""

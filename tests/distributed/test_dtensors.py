@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import RICHEST, bits, gradient_like, leaf, richest
+from cases import RICHEST, bits, each_class_or_backend, gradient_like, leaf, richest
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -129,7 +129,7 @@ def test_dtypes_and_strides(dtype, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_parameters_that_come_and_go(case, backend):
     """Parameters are written, or exchanged as FSDP2 does when a model is moved; gradients come late
     or not at all."""
@@ -227,7 +227,7 @@ WHERE = ("group 0", "parameter 1 'b'", "(1, 3)", "Shard(dim=0)")
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @steps
 def test_bad_gradients(case, steps, backend):
     for options in ({}, {"max_grad_norm": 1e9}):
@@ -240,7 +240,7 @@ def test_bad_gradients(case, steps, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @steps
 def test_ordinary_gradients_of_dtensors_and_the_reverse(case, steps, backend):
     run = Run(case, steps)
@@ -262,7 +262,7 @@ def test_ordinary_gradients_of_dtensors_and_the_reverse(case, steps, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @steps
 def test_partial_parameters(case, steps, backend):
     run = Run(case, 0)
@@ -290,7 +290,7 @@ def _misplaced(value):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_misplaced_state(case, backend):
     run = Run(case, 2)
     key = case.table.required
@@ -303,7 +303,7 @@ def test_misplaced_state(case, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_loading_misplaced_state(case, backend):
     """Is found when it is loaded."""
     run = Run(case, 2)
@@ -321,7 +321,7 @@ def test_loading_misplaced_state(case, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_attach_with_a_gradient_on_another_mesh(case, backend):
     """The backward raises, and the parameter and its state are as they were."""
     on = world_mesh("cpu")

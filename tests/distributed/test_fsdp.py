@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import product
 
 import pytest
 import seam
@@ -15,6 +16,7 @@ from cases import (
     RICHEST_OF,
     TOLERANCE,
     bits,
+    each_class_or_backend,
     every_name,
     richest,
     those_with,
@@ -52,15 +54,28 @@ import fusedopt
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
 # Every layout, and every optimizer, but not all of them crossed.
+LAYOUTS_AND_CASES = [
+    (layout, case)
+    for layout in LAYOUTS.values()
+    for case in RICHEST
+    if layout.name == "fsdp_3" or case.name == "AdamW"
+]
 layouts_and_cases = pytest.mark.parametrize(
-    ("layout", "case"),
+    ("layout", "case"), LAYOUTS_AND_CASES, ids=lambda value: value.name
+)
+# And every backend: the layout is nothing to what steps a shard.
+layouts_cases_and_backends = pytest.mark.parametrize(
+    ("backend", "layout", "case"),
     [
-        (layout, case)
-        for layout in LAYOUTS.values()
-        for case in RICHEST
-        if layout.name == "fsdp_3" or case.name == "AdamW"
+        *(("native", *pair) for pair in LAYOUTS_AND_CASES),
+        *product(
+            ("python", "kernels"),
+            (LAYOUTS["fsdp_3"], LAYOUTS["mixed"]),
+            (RICHEST_OF["AdamW"],),
+        ),
     ],
-    ids=lambda value: value.name,
+    indirect=["backend"],
+    ids=lambda value: getattr(value, "name", None),
 )
 
 
@@ -89,7 +104,7 @@ def test_is_stock_but_native_and_local(layout, case, native):
 
 @on_ranks()
 @layouts
-@richest
+@pytest.mark.parametrize("case", [RICHEST_OF["SGD"]], ids=lambda case: case.name)
 def test_is_one_process(layout, case, native, device="cpu"):
     start, batches = net(device), draw_batches(3, device)
     model = layout.spread(start, device)
@@ -101,6 +116,7 @@ def test_is_one_process(layout, case, native, device="cpu"):
 
 @on_ranks(2)
 @every_name
+@pytest.mark.parametrize("backend", ["python", "native"], indirect=True)
 def test_all_options(name, backend):
     start, batches = net(), draw_batches(3)
     for case in CASES:
@@ -153,7 +169,7 @@ def test_shards_change_no_bit(layout, dtype, backend):
 
 
 @on_ranks()
-@richest
+@each_class_or_backend
 @pytest.mark.parametrize("size", [2, 3])
 def test_mixed_precision_policy(case, size, backend, device="cpu"):
     """float32 parameters, bfloat16 in between. Both optimizers get the same gradients: bfloat16
@@ -182,10 +198,14 @@ def test_mixed_precision_policy(case, size, backend, device="cpu"):
 
 @on_ranks()
 @pytest.mark.parametrize(
-    ("layout", "case"),
-    [(LAYOUTS["sharded_tensor_parallel"], RICHEST_OF["AdamW"])]
-    + [(LAYOUTS["fsdp_3"], c) for c in RICHEST],
-    ids=lambda value: value.name,
+    ("backend", "layout", "case"),
+    [
+        ("native", LAYOUTS["sharded_tensor_parallel"], RICHEST_OF["AdamW"]),
+        *(("native", LAYOUTS["fsdp_3"], case) for case in RICHEST),
+        *((backend, LAYOUTS["fsdp_3"], RICHEST_OF["AdamW"]) for backend in ("python", "kernels")),
+    ],
+    indirect=["backend"],
+    ids=lambda value: getattr(value, "name", None),
 )
 @pytest.mark.parametrize("amp_fused", [False, True])
 def test_grad_scaler(layout, case, amp_fused, backend, device="cpu"):
@@ -232,7 +252,7 @@ def clipped(model, opt, batches, clip=None):
 
 
 @on_ranks()
-@layouts_and_cases
+@layouts_cases_and_backends
 def test_clipping(layout, case, backend, device="cpu"):
     """The norm is that of one process, which torch itself cannot tell of several meshes."""
     start, batches = net(device), draw_batches(2, device)
@@ -298,7 +318,7 @@ def test_flags_that_stock_refuses(layout, case, native, device="cpu"):
 
 
 @on_ranks(3)
-@richest
+@each_class_or_backend
 def test_a_loop_with_everything(case, backend):
     """A frozen layer, one without gradients at times, groups that are added and scheduled,
     accumulation, closures, a model that moves."""
@@ -338,7 +358,7 @@ def test_a_loop_with_everything(case, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_cpu_offload(case, backend, device="cpu"):
     """On GPUs, the shards are in host memory while the mesh is one of GPUs."""
     policy = CPUOffloadPolicy(pin_memory=device != "cpu")
@@ -354,7 +374,7 @@ def test_cpu_offload(case, backend, device="cpu"):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_flat_parameters(case, use_orig_params, backend, device="cpu"):
     """FullyShardedDataParallel: pieces of one flat parameter, some of no elements."""
@@ -373,7 +393,7 @@ def test_flat_parameters(case, use_orig_params, backend, device="cpu"):
 
 
 @on_ranks(3)
-@richest
+@each_class_or_backend
 def test_conversion_within_a_run(case, backend):
     """From stock to ours and back, in place, with sharded state."""
     start, batches = net(), draw_batches(6)
@@ -393,7 +413,7 @@ def test_conversion_within_a_run(case, backend):
 
 
 @on_ranks()
-@layouts_and_cases
+@layouts_cases_and_backends
 def test_attach(layout, case, backend, device="cpu"):
     """Each parameter is updated when its gradient has been reduced, and the gradient freed."""
     start, batches = net(device), draw_batches(3, device)

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import RICHEST_OF, richest
+from cases import RICHEST_OF, each_class_or_backend
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -83,7 +83,7 @@ MISSING = [
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 @pytest.mark.parametrize("missing", MISSING, ids=str)
 def test_gradients_that_are_missing_on_a_rank(case, missing, backend):
     """Of two process groups. A rank without any gradient takes part, too."""
@@ -121,7 +121,7 @@ def test_frozen_parameters(frozen, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_plain_tensors_beside_them(case, backend):
     params, grads = shards()
     plain = nn.Parameter(torch.randn(5, dtype=torch.float64))
@@ -152,7 +152,7 @@ def test_replicated_parameters_that_differ(backend):
 
 
 @on_ranks(4)
-@richest
+@each_class_or_backend
 def test_meshes_within_meshes(case, backend):
     """Parameters on both dimensions, on one of them, replicated, and on none."""
     on = square_mesh("cpu")
@@ -176,7 +176,7 @@ def test_meshes_within_meshes(case, backend):
 
 
 @on_ranks(2)
-@richest
+@each_class_or_backend
 def test_ranks_that_hold_nothing(case, backend):
     """(1, 3) in two shards: the second is empty."""
     on, other = two_meshes()

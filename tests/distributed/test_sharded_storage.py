@@ -67,13 +67,14 @@ def row(value):
 
 @on_ranks()
 @pytest.mark.parametrize(
-    ("layout", "way"),
-    # Every layout and every way, but not all of them crossed.
+    ("backend", "layout", "way"),
+    # Every layout, every way and every backend, but not all of them crossed.
     [
-        (LAYOUTS[name], way)
-        for name, way in product(LAYOUT_NAMES, WAYS)
-        if name == "fsdp_3" or "split" in way
+        (backend, LAYOUTS[name], way)
+        for backend, name, way in product(("python", "native", "kernels"), LAYOUT_NAMES, WAYS)
+        if name == "fsdp_3" or ("split" in way and backend == "native")
     ],
+    indirect=["backend"],
     ids=str,
 )
 def test_shards_change_no_bit(layout, way, backend):

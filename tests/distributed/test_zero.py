@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import richest
+from cases import each_class_or_backend
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, assert_ranks_agree, draw_batches, fit, net, share
@@ -54,7 +54,7 @@ def assert_same_state(saved, stock):
 @on_ranks()
 @pytest.mark.parametrize("size", [2, 3])
 @views
-@richest
+@each_class_or_backend
 def test_is_stock_and_one_process(size, bucket_view, case, backend, device="cpu"):
     start, batches = net(device), draw_batches(5, device)
     stock = case.stock(groups(start))
@@ -78,7 +78,7 @@ def test_is_stock_and_one_process(size, bucket_view, case, backend, device="cpu"
 
 @on_ranks(2)
 @views
-@richest
+@each_class_or_backend
 def test_resuming(bucket_view, case, tmp_path, backend):
     """A consolidated checkpoint goes on in ZeroRedundancyOptimizer over ours or stock's, and as
     that of an ordinary optimizer; and such a one goes on in ZeroRedundancyOptimizer."""

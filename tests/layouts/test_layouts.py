@@ -9,17 +9,17 @@ from itertools import product
 import pytest
 import torch
 from cases import (
-    CASES,
-    COMPLEX_CASES,
-    DTYPES,
+    EXTRAS,
     GRAD_LAYOUTS,
     LAYOUTS,
+    LOOPS,
     SCALARS,
     assert_near,
     assert_trained_alike,
     bits,
     draw,
-    every_case,
+    every_dtype,
+    every_loop,
     gradient_like,
     leaf,
     richest,
@@ -39,14 +39,14 @@ def placed(layout, values):
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        *product(CASES, [torch.float32, torch.bfloat16]),
-        *product(COMPLEX_CASES, [torch.complex64]),
+        *product(LOOPS, [torch.float32, torch.bfloat16]),
+        *product([c for c in LOOPS if not {*c.options} & {*EXTRAS}], [torch.complex64]),
     ],
     ids=str,
 )
 def test_every_layout_with_every_gradient_layout(case, dtype, backend):
     """All pairs are parameters of one optimizer. Each has two shapes of five, others for each case:
-    a layout and a shape do not depend on the options, and all of them take long."""
+    all of them take long."""
     shapes = [(3, 4, 5, 2), (4, 1, 3, 5), (1, 1, 1, 1), (2, 0, 3, 1), (2, 17, 3, 3)]
     params, around, truth, what = [], [], [], []
     for (p_name, p_layout), (g_name, g_layout), shape in (
@@ -103,8 +103,8 @@ def _room(counts):
     return sum(math.ceil((count + 5) / 16) * 16 for count in counts) + 64
 
 
-@every_case
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_loop
+@every_dtype
 def test_every_count_at_every_misalignment(case, dtype, backend):
     """Against one long parameter, with sentinels around each short one, and around its state,
     whose alignment differs from the parameter's."""

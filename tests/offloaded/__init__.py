@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
+import time
 
 import seam
 import torch
@@ -143,6 +145,15 @@ def batches(count=4, dtype=torch.float64):
 
 def loss(model, inputs):
     return model(inputs).square().mean()
+
+
+def collected(is_gone):
+    """Whether it goes with the garbage. A worker holds the optimizer until its step is done."""
+    until = time.monotonic() + 20
+    while not is_gone() and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.01)
+    return is_gone()
 
 
 def step(model, opt, inputs):

@@ -17,7 +17,17 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim import lr_scheduler
 
 import fusedopt
-from offloaded import ADAMW, assert_same, batches, both, faulty_links, loss, network, offload
+from offloaded import (
+    ADAMW,
+    assert_same,
+    batches,
+    both,
+    collected,
+    faulty_links,
+    loss,
+    network,
+    offload,
+)
 
 
 class Reluctant:
@@ -255,8 +265,7 @@ def test_a_model_that_outlives_its_optimizer(native, monkeypatch):
     gc.collect()
     outputs = [each(inputs[1]) for each in (model, twin)]
     assert same_bits(*outputs)
-    gc.collect()
-    assert alive() is None
+    assert collected(lambda: alive() is None)
     assert [*map(bits, model.parameters())] == [*map(bits, twin.parameters())]
 
 

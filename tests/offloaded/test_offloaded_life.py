@@ -22,7 +22,18 @@ from test_processes import needs_fork
 from test_threads import at_once
 
 import fusedopt
-from offloaded import ADAMW, assert_same, batches, both, faulty_links, loss, network, offload, step
+from offloaded import (
+    ADAMW,
+    assert_same,
+    batches,
+    both,
+    collected,
+    faulty_links,
+    loss,
+    network,
+    offload,
+    step,
+)
 from offloaded.test_offloaded_steps import WAYS
 
 
@@ -207,11 +218,8 @@ def test_nothing_outlives_the_model(way, native, monkeypatch):
     workers = threads()
     del model, opt, scheduler, _
     links.clear()
-    gc.collect()
-    for worker in workers:
-        worker.join(20)
-    gc.collect()
-    assert not any(ref() for ref in alive) and not any(worker.is_alive() for worker in workers)
+    assert collected(lambda: not any(worker.is_alive() for worker in workers))
+    assert collected(lambda: not any(ref() for ref in alive))
 
 
 def test_the_optimizer_may_be_dropped_and_another_made(native, monkeypatch):

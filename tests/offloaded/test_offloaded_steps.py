@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from cases import every_case, richest
+from cases import each_class_or_backend, every_case
 
 from offloaded import assert_same, batches, both, faulty_links, network, step
 
@@ -53,7 +53,7 @@ def test_the_bits_of_the_ordinary_optimizer(case, backend, monkeypatch):
     ],
     ids=str,
 )
-@richest
+@each_class_or_backend
 def test_ways_and_options(way, options, case, backend, monkeypatch):
     faulty_links(monkeypatch)
     here, there = both(case, network(torch.bfloat16), **way, **options)

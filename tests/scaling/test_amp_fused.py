@@ -13,8 +13,7 @@ from cases import (
     assert_near,
     assert_trained_alike,
     draw,
-    every_case,
-    every_dtype,
+    every_case_or_dtype,
     leaf,
     richest,
     snapshot,
@@ -92,8 +91,7 @@ def scaled_step(opt, params, grads, scale, found_inf):
     del opt.grad_scale, opt.found_inf
 
 
-@every_dtype
-@every_case
+@every_case_or_dtype
 def test_unscaling_by_a_power_of_two_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 3, dtype)
     grads[1][0] = None

@@ -14,8 +14,7 @@ from cases import (
     assert_trained_alike,
     bits,
     draw,
-    every_case,
-    every_dtype,
+    every_case_or_dtype,
     gradient_like,
     leaf,
     richest,
@@ -43,8 +42,7 @@ def clipped_and_stepped(opt, params, grads, max_norms):
         opt.step()
 
 
-@every_dtype
-@every_case
+@every_case_or_dtype
 def test_clipping_is_that_of_torch(case, dtype, backend):
     if dtype.itemsize == 2 and "l1" in case.options:
         # Rounding may change the sign of a parameter, and so its gradient by 2 * l1.
@@ -151,8 +149,7 @@ def test_clipping_of_sparse_gradients(case, backend):
         assert_near(p, q)
 
 
-@every_dtype
-@every_case
+@every_case_or_dtype
 def test_a_norm_below_the_limit_changes_no_bit(case, dtype, backend):
     values, grads = draw(SHAPES, 3, dtype)
     plain, without = train(case.ours, values, grads)

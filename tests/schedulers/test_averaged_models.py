@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_near, bits, richest
+from cases import assert_near, bits, each_class_or_backend, richest
 from torch import nn
 from torch.optim import swa_utils
 
@@ -28,7 +28,7 @@ def with_batch_norm():
     return nn.Sequential(*layers).double()
 
 
-@richest
+@each_class_or_backend
 @pytest.mark.parametrize("average", AVERAGES)
 def test_averaged_models(case, average, batches, backend):
     """The recipe: anneal, then average at a constant lr, then update_bn. In the middle all goes

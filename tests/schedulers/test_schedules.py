@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from cases import bits, richest
+from cases import RICHEST_OF, bits, each_class_or_backend, richest
 from torch import nn
 from torch.optim import lr_scheduler as sched
 from torch.optim import swa_utils
@@ -42,7 +42,7 @@ def test_every_class_of_torch_is_here(model):
     assert known - covered == {sched.LRScheduler, sched._LRScheduler}
 
 
-@richest
+@each_class_or_backend
 @every_lr
 @every_schedule
 def test_trajectories(case, schedule, lr_type, model, batches, backend):
@@ -59,7 +59,10 @@ def test_trajectories(case, schedule, lr_type, model, batches, backend):
         assert all(g["lr"] is lr for g, lr in zip(ours.opt.param_groups, lrs, strict=True))
 
 
-@richest
+# With momentum, with betas, and with a decay of its own instead.
+@pytest.mark.parametrize(
+    "case", [RICHEST_OF[name] for name in ("SGD", "AdamW", "Adagrad")], ids=lambda case: case.name
+)
 @every_schedule
 @pytest.mark.parametrize("way", ["ours to ours", "stock to ours", "ours to stock"])
 def test_resuming_in_the_middle(case, schedule, way, model, batches):

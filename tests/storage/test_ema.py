@@ -10,6 +10,7 @@ from cases import (
     assert_near,
     bits,
     draw,
+    every_loop,
     leaf,
     richest,
     snapshot,
@@ -24,7 +25,6 @@ from stored import (
     WAYS,
     assert_bits,
     every_kind,
-    every_loop,
 )
 
 import fusedopt

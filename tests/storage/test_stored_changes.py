@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import os
-import subprocess
-import sys
-from contextlib import redirect_stdout
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -26,7 +20,6 @@ from cases import (
     step_through,
     train,
 )
-from conftest import SEED
 from stored import (
     BF16,
     F32,
@@ -250,47 +243,3 @@ def test_threads_do_not_matter(way, native, step_threads):
         torch.manual_seed(7)
         ends.append(train(fusedopt.Adam, values, grads, **WAYS[way][0])[1])
     assert_same_outcome(*ends)
-
-
-INSTRUCTION_SETS = """
-import hashlib, torch, fusedopt
-from cases import RICHEST, bits
-torch.manual_seed({seed})
-digest = hashlib.sha256()
-for options, dtype in (
-    ({{"master_weights": "split", "state_dtype": "8bit", "ema": 0.9}}, torch.bfloat16),
-    ({{"rounding": "stochastic", "state_dtype": torch.float16}}, torch.bfloat16),
-    ({{"master_weights": "fp32", "state_dtype": "8bit"}}, torch.float16),
-):
-    for case in RICHEST:
-        params = [torch.randn(n).to(dtype).requires_grad_() for n in (5, 4099, 9001)]
-        opt = case.ours(params, **options)
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn(p.shape).to(dtype)
-            opt.step()
-        for p in params:
-            for value in (p, *opt.state[p].values()):
-                digest.update(bits(value)[3])
-print(digest.hexdigest())
-"""
-
-
-def test_instruction_sets_agree(native):
-    supported = {"DEFAULT": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
-    paths = [str(Path(fusedopt.__file__).parents[1]), str(Path(__file__).parents[1])]
-    code = INSTRUCTION_SETS.format(seed=SEED)
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FUSEDOPT_CPU_ISA": isa},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for isa in ("baseline", "avx2", "avx512")[: supported - 1]
-    ]
-    with redirect_stdout(io.StringIO()) as here:  # with the widest set
-        exec(code, {})
-    for process in running:
-        assert process.communicate()[0] == here.getvalue()
-    assert len(here.getvalue()) == 65

@@ -10,6 +10,7 @@ from cases import (
     SCALARS,
     bits,
     draw,
+    every_loop,
     leaf,
     richest,
     step_through,
@@ -24,7 +25,6 @@ from stored import (
     SLOTS,
     WAYS,
     every_kind,
-    every_loop,
     every_way,
     flat,
     is_code,
@@ -35,8 +35,11 @@ from stored import (
 
 # Bit for bit the same as without options, which torch would compute.
 pytestmark = pytest.mark.usefixtures("only_by_the_rule")
+# The kernels have the bits of the native step: test_stored_together.py.
+cpu_backends = pytest.mark.parametrize("backend", ["python", "native"], indirect=True)
 
 
+@cpu_backends
 @every_loop
 @every_way
 def test_a_step_is_the_rule_on_numbers(case, way, dtype, backend):
@@ -70,6 +73,7 @@ def test_state_dtype_against_float64(case, wide, backend):
                     theirs.data.copy_(ours.detach())
 
 
+@cpu_backends
 @richest
 @every_kind
 @pytest.mark.parametrize("layout", LAYOUTS)
