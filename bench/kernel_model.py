@@ -6,8 +6,8 @@ Compiles kernels with NVRTC (``make test`` puts three into build/nvrtc; or set F
 prints registers, how many blocks of 256 threads they leave room for on a multiprocessor, and
 barriers. Where ``nvdisasm`` is (CUDA's, or nvidia-nvdisasm of PyPI), also of each loop that reads
 memory: the loads and stores of a turn, its instructions, and the bytes that all threads of a
-multiprocessor load in a turn. Counted is all that the loop has but for calls, which rare numbers
-take: of loops with several ways in them that is too much. What a GPU makes of it, no model says.
+multiprocessor load in a turn. Of several ways through a loop the shortest is counted that moves
+all: what rare numbers take is longer. What a GPU makes of it, no model says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ THREADS = 256
 # Of a multiprocessor: registers, and blocks of so many threads, where it has not 2,048.
 REGISTERS, MOST_BLOCKS = 65_536, {75: 4, 86: 6, 89: 6, 120: 6}
 
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ +)?([A-Z0-9.]+)([^;]*);")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+ +)?([A-Z0-9.]+)([^;]*);")
 LABEL = re.compile(r"^(\.L_\S+):")
 WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
 BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
@@ -69,30 +68,44 @@ def loops_of(text: str) -> list[Loop]:
     """Those that read memory and have no other in them."""
     operations: list[str] = []
     labels: dict[str, int] = {}
-    jumps: list[tuple[int, str]] = []
-    blocks = [0]  # where instructions begin that come one after the other
+    jumps: dict[int, tuple[str, bool]] = {}  # whether it may go on, too
     for line in text.splitlines():
         if label := LABEL.match(line.strip()):
             labels[label[1]] = len(operations)
-            blocks.append(len(operations))
         elif found := INSTRUCTION.search(line):
-            operations.append(found[1])
-            if found[1].startswith("BRA") and (to := re.search(r"\.L_\w+", found[2])):
-                jumps.append((len(operations) - 1, to[0]))
-                blocks.append(len(operations))
-    # Roots and quotients of rare numbers are called.
-    rare: set[int] = set()
-    for begin, end in pairwise([*blocks, len(operations)]):
-        if any(operation.startswith("CALL") for operation in operations[begin:end]):
-            rare.update(range(begin, end))
-    spans = sorted((labels[to], at + 1) for at, to in jumps if labels.get(to, at + 1) <= at)
+            if found[2].startswith("BRA") and (to := re.search(r"\.L_\w+", found[3])):
+                on_condition = bool(found[1]) or re.match(r"\s*!?U?P\d", found[3]) is not None
+                jumps[len(operations)] = to[0], on_condition
+            operations.append(found[2])
+    spans = sorted(
+        (labels[to], at + 1) for at, (to, _) in jumps.items() if labels.get(to, at + 1) <= at
+    )
     inner = [
         (begin, end)
         for begin, end in spans
         if not any((begin, end) != (b, e) and begin <= b and e <= end for b, e in spans)
     ]
-    loops = [Loop([operations[i] for i in range(*span) if i not in rare]) for span in inner]
+    ways = {at: (labels[to], may) for at, (to, may) in jumps.items() if to in labels}
+    turns = [shortest_turn(operations, *span, ways) for span in inner]
+    loops = [Loop([operations[at] for at in turn]) for turn in turns]
     return [loop for loop in loops if loop.moved("LDG")]
+
+
+def shortest_turn(
+    operations: list[str], begin: int, end: int, jumps: dict[int, tuple[int, bool]]
+) -> list[int]:
+    """Of a loop, whose last instruction jumps back, of those that move all and call nothing: roots
+    and quotients of rare numbers are called."""
+    kept, called = ("LDG", "STG"), "CALL"
+    best: dict[int, tuple[int, list[int]]] = {end - 1: (0, [end - 1])}
+    for at in range(end - 2, begin - 1, -1):
+        to, may_go_on = jumps.get(at, (at + 1, False))
+        after = [best[next] for next in {to, *([at + 1] if may_go_on else [])} if at < next in best]
+        if after:
+            worth, turn = max(after, key=lambda it: (it[0], -len(it[1])))
+            worth += operations[at].startswith(kept) - 1000 * operations[at].startswith(called)
+            best[at] = worth, [at, *turn]
+    return best[begin][1] if begin in best else []
 
 
 def disassembled(code: bytes) -> str | None:

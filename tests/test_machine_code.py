@@ -117,13 +117,21 @@ LOOP = """
         /*0030*/              @!P0 BRA `(.L_x_2) ;
         /*0040*/                   CALL.REL.NOINC `($a_rare_root) ;
 .L_x_2:
-        /*0050*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;
-        /*0060*/               @P1 BRA P2, `(.L_x_1) ;
-        /*0070*/                   EXIT ;
+        /*0050*/               @P2 BRA `(.L_x_3) ;
+        /*0060*/                   MUFU.RSQ R0, R9 ;
+        /*0070*/                   BRA `(.L_x_3) ;
+.L_x_3:
+        /*0080*/               @P3 BRA `(.L_x_4) ;
+        /*0090*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;
+.L_x_4:
+        /*00a0*/               @P1 BRA P2, `(.L_x_1) ;
+        /*00b0*/                   EXIT ;
 """
 
 
 def test_a_loop_of_machine_code():
+    """Without what is called, and the root that most turns go around, but with all stores."""
     (loop,) = kernel_model.loops_of(LOOP)
-    assert [name.split(".")[0] for name in loop.operations] == ["LDG", "LDG", "BRA", "STG", "BRA"]
+    names = [name.split(".")[0] for name in loop.operations]
+    assert names == ["LDG", "LDG", "BRA", "BRA", "BRA", "STG", "BRA"]
     assert (loop.moved("LDG"), loop.moved("STG")) == ([16, 16], [16])
