@@ -130,6 +130,20 @@ def test_square_root():
     assert_same(apply("sqrt.rn.f32 {out}, {0};", "%f %f", "f32 f32", a), expected)
 
 
+@pytest.mark.parametrize(("name", "exact"), [("sqrt", np.sqrt), ("rcp", np.reciprocal)])
+def test_approximations(name, exact):
+    """Within 2^-23 of the result, on both sides of it, and seldom it."""
+    a = np.random.default_rng(random.randrange(2**31)).uniform(0.1, 10, 64).astype("f4")
+    found = apply(f"{name}.approx.ftz.f32 {{out}}, {{0}};", "%f %f", "f32 f32", a)
+    error = found.astype("f8") / exact(a.astype("f8")) - 1
+    assert (np.abs(error) <= 2.0**-23).all()
+    assert (error > 2.0**-25).mean() > 0.1 and (error < -(2.0**-25)).mean() > 0.1
+    special = [0.0, 1e-40, INF, NAN, -1.0]
+    found = apply(f"{name}.approx.ftz.f32 {{out}}, {{0}};", "%f %f", "f32 f32", special)
+    expected = [0.0, 0.0, INF, NAN, NAN] if name == "sqrt" else [INF, INF, 0.0, NAN, found[-1]]
+    assert_same(found, expected)
+
+
 def test_fused_multiply_and_add_is_exact():
     exponents = np.random.default_rng(SEED).integers(-300, 300, (3, 50))
     a, b, c = (
@@ -154,6 +168,15 @@ def test_extremes(name, pick):
     found = apply(f"{name}.f32 {{out}}, {{0}}, {{1}};", "%f %f %f", "f32 f32 f32", a, b)
     zero = -0.0 if pick is min else 0.0
     assert_same(found, [pick(1, 2), 1, NAN, zero, zero, pick(INF, -INF)])
+
+
+def test_what_keeps_a_nan_and_a_sign():
+    a, b = [1, NAN, 3, -0.0, -INF, -NAN], [2, 1, NAN, 0.0, 5, 4]
+    found = apply("max.NaN.f32 {out}, {0}, {1};", "%f %f %f", "f32 f32 f32", a, b)
+    assert_same(found, [2, NAN, NAN, 0.0, 5, NAN])
+    found = apply("copysign.f32 {out}, {0}, {1};", "%f %f %f", "f32 f32 f32", a, b)
+    assert (np.signbit(found) == np.signbit(a)).all()
+    assert_same(np.abs(found), np.abs(b).astype("f4"))
 
 
 # Bits -----------------------------------------------------------------------------------------

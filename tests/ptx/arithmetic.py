@@ -13,6 +13,7 @@ __all__ = ["INSTRUCTIONS"]
 FLOATS = {"add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}"}
 FLOATS |= {"fma": "values.fma({0}, {1}, {2})", "sqrt": "np.sqrt({0})"}
 FLOATS |= {"rcp": "F{bits}(1) / {0}", "mad": "values.fma({0}, {1}, {2})"}
+ROUGH = {"rcp": "np.reciprocal", "sqrt": "np.sqrt"}
 
 
 @instruction(*FLOATS)
@@ -21,6 +22,8 @@ def arithmetic(writer: Writer, item: Instruction) -> None:
         return _INTEGERS[item.name](writer, item)
     if item.words == ["rcp", "approx", "ftz", "f64"]:
         return simple(writer, item, "values.reciprocal_approximation({0})")
+    if item.words[1:] == ["approx", "ftz", "f32"] and item.name in ROUGH:
+        return simple(writer, item, f"values.approximation({ROUGH[item.name]}, {{0}})")
     found = modifiers(item, "rn")
     if not found or item.type == "f16":  # without .rn two of them may become one
         raise Unsupported(f"arithmetic that is not rounded to nearest: {item.text}")
@@ -66,8 +69,10 @@ def rem(writer: Writer, item: Instruction) -> None:
 
 @instruction("min", "max")
 def extreme(writer: Writer, item: Instruction) -> None:
-    modifiers(item)
     name = {"min": "minimum", "max": "maximum"}[item.name]
+    if modifiers(item, "NaN"):
+        assert item.words == ["max", "NaN", "f32"]
+        name = "maximum_or_nan"
     simple(writer, item, f"{'values' if item.type[0] == 'f' else 'np'}.{name}({{0}}, {{1}})")
 
 
@@ -85,6 +90,15 @@ def sign(writer: Writer, item: Instruction) -> None:
         )
     else:
         simple(writer, item, "-{0}" if item.name == "neg" else "np.abs({0})")
+
+
+@instruction("copysign")
+def copysign(writer: Writer, item: Instruction) -> None:
+    """The sign of the first on the second."""
+    modifiers(item)
+    top = 1 << BITS[item.type] - 1
+    kind = f"U{BITS[item.type]}"
+    simple(writer, item, f"{{0}} & {kind}({top}) | {{1}} & {kind}({top - 1})", "u")
 
 
 # Bits -----------------------------------------------------------------------------------------

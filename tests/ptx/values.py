@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,26 @@ def reciprocal_approximation(a: Array) -> Array:
     """Of the upper half of a double: rcp.approx.ftz.f64. A GPU may differ in its last bit."""
     upper = np.uint64(0xFFFFFFFF00000000)
     a = (np.asarray(a).view(np.uint64) & upper).view(np.float64)
-    a = np.where(np.abs(a) < np.finfo(np.float64).tiny, np.copysign(0.0, a), a)
-    found = 1.0 / a
-    found = np.where(np.abs(found) < np.finfo(np.float64).tiny, np.copysign(0.0, found), found)
+    found = _without_subnormal(1.0 / _without_subnormal(a))
     return (found.view(np.uint64) & upper).view(np.float64)
+
+
+def approximation(function: Callable[[Array], Array], a: Array) -> Array:
+    """sqrt.approx.ftz.f32 or rcp.approx.ftz.f32: as far off as they may be, 2^-23 of the result, up
+    or down as the bits of a have it. A kernel must not depend on what a GPU makes of them."""
+    a = np.asarray(a)
+    raw = a.view(np.uint32)
+    up = (raw ^ raw >> np.uint32(3) ^ raw >> np.uint32(11)) & np.uint32(1)
+    exact = function(_without_subnormal(a).astype(np.float64))
+    most = np.abs(exact) * 2.0**-23
+    found = (exact + np.where(up, most, -most)).astype(np.float32)
+    nearer = np.nextafter(found, exact.astype(np.float32))
+    found = np.where(np.abs(found.astype(np.float64) - exact) > most, nearer, found)
+    return _without_subnormal(np.where(np.isinf(exact), exact.astype(np.float32), found))
+
+
+def _without_subnormal(a: Array) -> Array:
+    return np.where(np.abs(a) < np.finfo(a.dtype).tiny, np.copysign(a.dtype.type(0), a), a)
 
 
 def minimum(a: Array, b: Array) -> Array:
@@ -66,6 +83,10 @@ def minimum(a: Array, b: Array) -> Array:
 def maximum(a: Array, b: Array) -> Array:
     zeros = (a == 0) & (b == 0)
     return np.where(zeros, np.where(np.signbit(a), b, a), np.fmax(a, b))
+
+
+def maximum_or_nan(a: Array, b: Array) -> Array:
+    return np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), maximum(a, b))
 
 
 def saturated(a: Array) -> Array:
