@@ -64,6 +64,6 @@ def test_what_depends_on_cuda_is_in_few_places():
     on_host = {"device_kernel.cpp", "prepare_gpu.h"}  # what the kernels are for the tests
     assert with_cuda <= {
         *(f"multi_tensor/{name}" for name in kernels | on_host),
-        *("device/gpu.h", "python/device.cpp"),
+        *("device/gpu.h", "python/device.cpp", "storage/instructions.h"),
         *("update_rules/host_device.h", "update_rules/number.h"),
     }

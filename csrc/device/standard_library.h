@@ -18,7 +18,9 @@ enum class byte : unsigned char {};
 
 static_assert(sizeof(int64_t) == 8 && sizeof(uintptr_t) == sizeof(void*), "Linux, 64 bits");
 
+using ::copysign;
 using ::fabs;
+using ::fmax;
 using ::isinf;
 using ::memcpy;
 using ::pow;

@@ -11,13 +11,14 @@
 
 namespace fusedopt {
 
-DeviceKernel::DeviceKernel(std::string name, const std::string& header, const std::string& call)
+DeviceKernel::DeviceKernel(std::string name, const std::string& header, const std::string& call,
+                           int min_blocks)
     : name(std::move(name)) {
   program = header +
             "extern \"C\" __global__ void\n"
-            "__launch_bounds__(fusedopt::kBlockThreads, fusedopt::kMinBlocks)\n" +
-            this->name + "(const __grid_constant__ fusedopt::LaunchTable table) {\n  " + call +
-            "(table);\n}\n";
+            "__launch_bounds__(fusedopt::kBlockThreads, " +
+            std::to_string(min_blocks) + ")\n" + this->name +
+            "(const __grid_constant__ fusedopt::LaunchTable table) {\n  " + call + "(table);\n}\n";
 }
 
 namespace {
@@ -72,7 +73,7 @@ std::vector<const DeviceKernel*> stored_kernels() {
 const DeviceKernel& grad_norm_kernel() {
   static const DeviceKernel kernel = [] {
     DeviceKernel made("fusedopt_grad_norm", "#include \"multi_tensor/grad_norm_on_device.h\"\n",
-                      "fusedopt::grad_norm_on_device");
+                      "fusedopt::grad_norm_on_device", kMinBlocks);
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
     made.on_host = grad_norm_on_host;
 #endif

@@ -12,7 +12,9 @@
 namespace fusedopt {
 
 struct DeviceKernel {
-  DeviceKernel(std::string name, const std::string& header, const std::string& call);
+  // `min_blocks` must fit a multiprocessor.
+  DeviceKernel(std::string name, const std::string& header, const std::string& call,
+               int min_blocks);
 
   std::string name;     // of its function
   std::string program;  // which includes headers of csrc/

@@ -30,8 +30,8 @@ inline std::string as_identifier(const std::string& type) {
 }
 
 template <typename Rule, typename Update>
-DeviceKernel kernel_of(const std::string& suffix, const std::string& call,
-                       const std::string& types) {
+DeviceKernel kernel_of(const std::string& suffix, const std::string& call, const std::string& types,
+                       int min_blocks) {
   const std::string rule = type_name<Rule>(), update = type_name<Update>();
   std::string file = rule.substr(rule.rfind("::") + 2);
   for (char& c : file) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
@@ -39,7 +39,7 @@ DeviceKernel kernel_of(const std::string& suffix, const std::string& call,
                       "#include \"multi_tensor/update_on_device.h\"\n"
                       "#include \"update_rules/" +
                           file + ".h\"\n",
-                      "fusedopt::" + call + "<" + types + rule + ", " + update + ">");
+                      "fusedopt::" + call + "<" + types + rule + ", " + update + ">", min_blocks);
   kernel.num_scalars = kNumScalars<Rule>;
   return kernel;
 }
@@ -47,7 +47,7 @@ DeviceKernel kernel_of(const std::string& suffix, const std::string& call,
 template <typename T, typename Rule, typename Update>
 const DeviceKernel& update_kernel() {
   static const DeviceKernel kernel = [] {
-    auto made = kernel_of<Rule, Update>("", "update_on_device", type_name<T>() + ", ");
+    auto made = kernel_of<Rule, Update>("", "update_on_device", type_name<T>() + ", ", kMinBlocks);
     made.num_slots = 2 + Update::kNumStates;
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
     made.on_host = update_on_host<T, Rule, Update>;
@@ -57,14 +57,18 @@ const DeviceKernel& update_kernel() {
   return kernel;
 }
 
-// One for each way in which values are stored: what it does not need is not in it. Of Adam with a split
-// master and 8-bit state the loop is 1,298 instructions for eight elements in place of 3,715, with four
-// blocks a multiprocessor as before (64 registers; NVRTC 13.0, sm_90, bench/kernel_model.py).
+// Blocks of a kernel for stored values that fit a multiprocessor, which is to say 80 registers: NVRTC 12.1
+// takes 84 to 93 for AMSGrad in 8 bits. With 64 for four blocks NAdam spills (NVRTC 13.0, sm_80).
+constexpr int kMinStoredBlocks = 3;
+
+// One for each way in which values are stored: what it does not need is not in it. The loop of Adam with a
+// split master and 8-bit state had 3,715 instructions for eight elements with all ways in it, and 1,298 with
+// its own, with four blocks a multiprocessor as before (64 registers; NVRTC 13.0, sm_90).
 template <typename Rule, typename Update>
 const DeviceKernel& stored_kernel(const SlotDtypes& dtypes) {
   const auto& plain = update_kernel<float, Rule, Update>();
   return stored_kernel(plain, dtypes, [&](const std::string& suffix) {
-    auto made = kernel_of<Rule, Update>(suffix, "stored_update_on_device", "");
+    auto made = kernel_of<Rule, Update>(suffix, "stored_update_on_device", "", kMinStoredBlocks);
     made.num_slots = kMaxPointers;
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
     made.on_host = stored_update_on_host<Rule, Update>;

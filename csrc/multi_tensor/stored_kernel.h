@@ -5,14 +5,13 @@
 
 #include "../storage/blockwise8.h"
 #include "../storage/philox.h"
-#include "../storage/split_master.h"
-#include "../storage/stochastic.h"
 #include "apply_kernel.h"
 #include "slot_dtypes.h"
+#include "stored_codes.h"
+#include "stored_lanes.h"
 
 namespace fusedopt {
 
-constexpr int kLaneElements = 8;
 constexpr int kScaleLanes = kScaleElements / kLaneElements;
 
 template <typename Update>
@@ -116,102 +115,61 @@ FUSEDOPT_HD void count_block(const LaunchTable& table, std::uint32_t block,
   if (is_rounding) static_cast<std::uint64_t*>(pointers[kRounding])[1] = task.rounding[1] + 1;
 }
 
-// Up to eight neighbouring elements of type Element, from the first element of the block on.
-template <typename Element>
-FUSEDOPT_HD void load_lane(const void* from, std::uint32_t first, int n, bool vector,
-                           Element (&to)[kLaneElements]) {
-  const auto* const elements = static_cast<const Element*>(from) + first;
-  if (vector) {
-    constexpr int kBytes = sizeof(to) < 16 ? sizeof(to) : 16;
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < static_cast<int>(sizeof(to)) / kBytes; ++i) {
-      const auto bytes = load_bytes<kBytes>(reinterpret_cast<const char*>(elements) + i * kBytes);
-      std::memcpy(reinterpret_cast<char*>(to) + i * kBytes, &bytes, kBytes);
-    }
-    return;
-  }
-  FUSEDOPT_UNROLL
-  for (int i = 0; i < kLaneElements; ++i) to[i] = i < n ? elements[i] : Element();
-}
-
-template <typename Element>
-FUSEDOPT_HD void store_lane(void* to, std::uint32_t first, int n, bool vector,
-                            const Element (&from)[kLaneElements]) {
-  auto* const elements = static_cast<Element*>(to) + first;
-  if (vector) {
-    constexpr int kBytes = sizeof(from) < 16 ? sizeof(from) : 16;
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < static_cast<int>(sizeof(from)) / kBytes; ++i) {
-      Bytes<kBytes> bytes;
-      std::memcpy(&bytes, reinterpret_cast<const char*>(from) + i * kBytes, kBytes);
-      store_bytes(reinterpret_cast<char*>(elements) + i * kBytes, bytes);
-    }
-    return;
-  }
-  FUSEDOPT_UNROLL
-  for (int i = 0; i < kLaneElements; ++i) {
-    if (i < n) elements[i] = from[i];
-  }
-}
-
-FUSEDOPT_HD void load_floats(Dtype dtype, const void* from, std::uint32_t first, int n, bool vector,
-                             float (&to)[kLaneElements]) {
-  if (dtype == Dtype::kFloat32) return load_lane(from, first, n, vector, to);
-  std::uint16_t bits[kLaneElements];
-  load_lane(from, first, n, vector, bits);
-  FUSEDOPT_UNROLL
-  for (int i = 0; i < kLaneElements; ++i) {
-    to[i] = dtype == Dtype::kBFloat16 ? half_to_float(bits[i], BFloat16())
-                                      : half_to_float(bits[i], Float16());
-  }
-}
-
-FUSEDOPT_HD std::uint16_t half_of(Dtype dtype, float value) {
-  const std::uint32_t bits = dtype == Dtype::kBFloat16 ? pack_halves(value, value, BFloat16())
-                                                       : pack_halves(value, value, Float16());
-  return static_cast<std::uint16_t>(bits);
-}
-
-FUSEDOPT_HD void store_floats(Dtype dtype, void* to, std::uint32_t first, int n, bool vector,
-                              const float (&from)[kLaneElements]) {
-  if (dtype == Dtype::kFloat32) return store_lane(to, first, n, vector, from);
-  std::uint16_t bits[kLaneElements];
-  FUSEDOPT_UNROLL
-  for (int i = 0; i < kLaneElements; ++i) bits[i] = half_of(dtype, from[i]);
-  store_lane(to, first, n, vector, bits);
-}
-
 // One lane's elements on their way through the update.
 template <typename Update>
 struct Lane {
   std::uint32_t first;
   int n;  // 0 beyond the end
   bool vector;
-  float values[StoredTask<Update>::kSlots][kLaneElements];
+  LaneValues values[StoredTask<Update>::kSlots];
   std::uint32_t largest[kMaxStates];  // magnitude of each state
 };
 
+template <typename Element, typename Update>
+FUSEDOPT_HD LaneBytes<Element> load_lane(const StoredTask<Update>& task, int pointer,
+                                         const Lane<Update>& lane) {
+  return load_lane<Element>(task.pointers[pointer], lane.first, lane.n, lane.vector);
+}
+
+template <typename Element, typename Update>
+FUSEDOPT_HD void store_lane(const StoredTask<Update>& task, int pointer, const Lane<Update>& lane,
+                            const LaneBytes<Element>& bytes) {
+  store_lane<Element>(task.pointers[pointer], lane.first, lane.n, lane.vector, bytes);
+}
+
+template <typename Update>
+FUSEDOPT_HD void load_floats(const StoredTask<Update>& task, int pointer, const Lane<Update>& lane,
+                             LaneValues& to) {
+  load_floats(task.dtype(pointer), task.pointers[pointer], lane.first, lane.n, lane.vector, to);
+}
+
+template <typename Update>
+FUSEDOPT_HD void store_floats(const StoredTask<Update>& task, int pointer, const Lane<Update>& lane,
+                              const LaneValues& from) {
+  store_floats(task.dtype(pointer), task.pointers[pointer], lane.first, lane.n, lane.vector, from);
+}
+
 template <typename Update>
 FUSEDOPT_HD void load_param(const StoredTask<Update>& task, Lane<Update>* lane) {
-  float (&param)[kLaneElements] = lane->values[0];
+  LaneValues& param = lane->values[0];
   if (task.dtypes().master == Dtype::kInt16) {
-    std::uint16_t high[kLaneElements], low[kLaneElements];
-    load_lane(task.pointers[0], lane->first, lane->n, lane->vector, high);
-    load_lane(task.pointers[kMaster], lane->first, lane->n, lane->vector, low);
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) param[i] = join_master(high[i], low[i]);
-    return;
+    const auto high = load_lane<std::uint16_t>(task, 0, *lane);
+    return join_masters(high, load_lane<std::uint16_t>(task, kMaster, *lane), param);
   }
-  load_floats(task.dtype(0), task.pointers[0], lane->first, lane->n, lane->vector, param);
+  load_floats(task, 0, *lane, param);
   if (task.dtypes().master == kNone) return;
-  float master[kLaneElements];
-  load_lane(task.pointers[kMaster], lane->first, lane->n, lane->vector, master);
+  LaneValues master, seen;
+  unpack<float>(load_lane<float>(task, kMaster, *lane), master);
+  const Dtype dtype = task.dtype(0);
+  const LaneBytes<std::uint16_t> rounded = halves_of(dtype, master);
+  if (dtype == Dtype::kBFloat16) {
+    unpack<BFloat16>(rounded, seen);
+  } else {
+    unpack<Float16>(rounded, seen);
+  }
   FUSEDOPT_UNROLL
   for (int i = 0; i < kLaneElements; ++i) {
-    const std::uint16_t rounded = half_of(task.dtype(0), master[i]);
-    const float seen = task.dtype(0) == Dtype::kBFloat16 ? half_to_float(rounded, BFloat16())
-                                                         : half_to_float(rounded, Float16());
-    param[i] = bits_from_float(seen) == bits_from_float(param[i]) ? master[i] : param[i];
+    param[i] = bits_from_float(seen[i]) == bits_from_float(param[i]) ? master[i] : param[i];
   }
 }
 
@@ -223,30 +181,20 @@ FUSEDOPT_HD Random8 random_of(const StoredTask<Update>& task, const Lane<Update>
 
 template <typename Update>
 FUSEDOPT_HD void store_param(const StoredTask<Update>& task, const Lane<Update>& lane) {
-  const float (&param)[kLaneElements] = lane.values[0];
+  const LaneValues& param = lane.values[0];
   const SlotDtypes dtypes = task.dtypes();
   if (dtypes.master == Dtype::kInt16) {
-    std::uint16_t high[kLaneElements], low[kLaneElements];
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) split_master(param[i], &high[i], &low[i]);
-    store_lane(task.pointers[0], lane.first, lane.n, lane.vector, high);
-    store_lane(task.pointers[kMaster], lane.first, lane.n, lane.vector, low);
-    return;
+    LaneBytes<std::uint16_t> high, low;
+    split_masters(param, &high, &low);
+    store_lane<std::uint16_t>(task, 0, lane, high);
+    return store_lane<std::uint16_t>(task, kMaster, lane, low);
   }
-  if (dtypes.master != kNone) {
-    store_lane(task.pointers[kMaster], lane.first, lane.n, lane.vector, param);
-  }
+  if (dtypes.master != kNone) store_floats(task, kMaster, lane, param);
   if (dtypes.stochastic) {
     const Random8 random = random_of(task, lane, task.rounding[0], task.rounding[1]);
-    std::uint16_t bits[kLaneElements];
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) {
-      bits[i] = round_stochastically(param[i], random[i]).bits;
-    }
-    store_lane(task.pointers[0], lane.first, lane.n, lane.vector, bits);
-    return;
+    return store_lane<std::uint16_t>(task, 0, lane, rounded_stochastically(param, random));
   }
-  store_floats(task.dtype(0), task.pointers[0], lane.first, lane.n, lane.vector, param);
+  store_floats(task, 0, lane, param);
 }
 
 template <typename Update>
@@ -256,41 +204,28 @@ FUSEDOPT_HD float* scale_of(const StoredTask<Update>& task, const Lane<Update>& 
 
 template <typename Update>
 FUSEDOPT_HD void load_state(const StoredTask<Update>& task, int state, Lane<Update>* lane) {
-  const Dtype dtype = task.dtype(2 + state);
-  const void* const from = task.pointers[2 + state];
-  float (&to)[kLaneElements] = lane->values[2 + state];
-  if (is_float(dtype)) return load_floats(dtype, from, lane->first, lane->n, lane->vector, to);
-  const float scale = lane->n > 0 ? *scale_of(task, *lane, state) : 0.0f;
-  std::uint8_t codes[kLaneElements];
-  load_lane(from, lane->first, lane->n, lane->vector, codes);
-  FUSEDOPT_UNROLL
-  for (int i = 0; i < kLaneElements; ++i) {
-    to[i] = dtype == Dtype::kInt8 ? decode_signed(static_cast<std::int8_t>(codes[i]), scale)
-                                  : decode_unsigned(codes[i], scale);
-  }
+  const int pointer = 2 + state;
+  const Dtype dtype = task.dtype(pointer);
+  if (is_float(dtype)) return load_floats(task, pointer, *lane, lane->values[pointer]);
+  float scale = 0;
+  if (lane->n > 0) scale = float_from_bits(load_bytes<4>(scale_of(task, *lane, state)).words[0]);
+  decode_lane(load_lane<std::uint8_t>(task, pointer, *lane), dtype, scale, lane->values[pointer]);
 }
 
 template <typename Update>
 FUSEDOPT_HD void store_state(const StoredTask<Update>& task, int state, const Lane<Update>& lane) {
-  const Dtype dtype = task.dtype(2 + state);
-  void* const to = task.pointers[2 + state];
-  const float (&from)[kLaneElements] = lane.values[2 + state];
-  if (is_float(dtype)) return store_floats(dtype, to, lane.first, lane.n, lane.vector, from);
-  const float largest = float_from_bits(lane.largest[state]);
-  if (lane.n > 0 && lane.first % kScaleElements == 0) *scale_of(task, lane, state) = largest;
-  const Scale scale(largest);
-  std::uint8_t codes[kLaneElements];
-  if (dtype == Dtype::kInt8) {
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) {
-      codes[i] = static_cast<std::uint8_t>(encode_signed(from[i], scale));
-    }
-  } else {
-    const Random8 random = random_of(task, lane, kCodeKey + state, task.step);
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) codes[i] = encode_unsigned(from[i], scale, random[i]);
+  const int pointer = 2 + state;
+  const LaneValues& from = lane.values[pointer];
+  if (is_float(task.dtype(pointer))) return store_floats(task, pointer, lane, from);
+  const float scale = float_from_bits(lane.largest[state]);
+  if (lane.n > 0 && lane.first % kScaleElements == 0) {
+    store_bytes(scale_of(task, lane, state), Bytes<4>{{lane.largest[state]}});
   }
-  store_lane(to, lane.first, lane.n, lane.vector, codes);
+  const LaneCodes codes =
+      task.dtype(pointer) == Dtype::kInt8
+          ? encode_lane(from, scale)
+          : encode_lane(from, scale, random_of(task, lane, kCodeKey + state, task.step));
+  store_lane<std::uint8_t>(task, pointer, lane, codes);
 }
 
 // Up to where a lane can go by itself: the update, and the largest magnitudes among its elements.
@@ -303,20 +238,24 @@ FUSEDOPT_HD void load_and_update(const StoredTask<Update>& task, std::uint32_t f
   lane->n = static_cast<int>(kWhole || left >= kLaneElements ? kLaneElements : left);
   lane->vector = kWhole || (task.aligned && lane->n == kLaneElements);
   load_param(task, lane);
-  load_floats(task.dtype(1), task.pointers[1], first, lane->n, lane->vector, lane->values[1]);
+  load_floats(task, 1, *lane, lane->values[1]);
   (load_state(task, S, lane), ...);
-  FUSEDOPT_UNROLL
-  for (int i = 0; i < kLaneElements; ++i) {
-    task.update(lane->values[0][i], lane->values[1][i], lane->values[2 + S][i]...);
+  const auto run = [&](const Update& update) {
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kLaneElements; ++i) {
+      update(lane->values[0][i], lane->values[1][i], lane->values[2 + S][i]...);
+    }
+  };
+  if (!kWhole || task.update.has_penalty()) {
+    run(task.update);
+  } else {  // 11 instructions per element less for Adam
+    Update update = task.update;
+    update.drop_penalty();
+    run(update);
   }
   FUSEDOPT_UNROLL
   for (int s = 0; s < Update::kNumStates; ++s) {
-    lane->largest[s] = 0;
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) {
-      const std::uint32_t bits = i < lane->n ? magnitude_bits(lane->values[2 + s][i]) : 0u;
-      lane->largest[s] = bits > lane->largest[s] ? bits : lane->largest[s];
-    }
+    lane->largest[s] = largest_magnitude(lane->values[2 + s], lane->n);
   }
 }
 
@@ -327,14 +266,13 @@ FUSEDOPT_HD void store(const StoredTask<Update>& task, const Lane<Update>& lane)
   FUSEDOPT_UNROLL
   for (int s = 0; s < Update::kNumStates; ++s) store_state(task, s, lane);
   if (task.dtypes().ema == kNone) return;
-  float ema[kLaneElements];
-  const Dtype dtype = task.dtypes().ema;
-  load_floats(dtype, task.pointers[kEma], lane.first, lane.n, lane.vector, ema);
+  LaneValues ema;
+  load_floats(task, kEma, lane, ema);
   FUSEDOPT_UNROLL
   for (int i = 0; i < kLaneElements; ++i) {
     ema[i] = ema[i] + task.ema_weight * (lane.values[0][i] - ema[i]);
   }
-  store_floats(dtype, task.pointers[kEma], lane.first, lane.n, lane.vector, ema);
+  store_floats(task, kEma, lane, ema);
 }
 
 #if defined(__CUDACC__)

@@ -45,8 +45,8 @@ struct Scale {
   }
 };
 
-FUSEDOPT_HD float decode_signed(std::int8_t code, float scale) {
-  const float root = static_cast<float>(code) * (1.0f / 127);
+FUSEDOPT_HD float decode_signed(float code, float scale) {
+  const float root = code * (1.0f / 127);
   return root * std::fabs(root) * scale;
 }
 
@@ -55,8 +55,8 @@ FUSEDOPT_HD std::int8_t encode_signed(float value, const Scale& scale) {
   return static_cast<std::int8_t>(value < 0.0f ? -code : code);
 }
 
-FUSEDOPT_HD float decode_unsigned(std::uint8_t code, float scale) {
-  const float root = static_cast<float>(code) * (1.0f / 255), square = root * root;
+FUSEDOPT_HD float decode_unsigned(float code, float scale) {
+  const float root = code * (1.0f / 255), square = root * root;
   return square * square * scale;
 }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../update_rules/host_device.h"
+#include "instructions.h"
 #include "isa.h"
 #include "lanes.h"
 
@@ -29,8 +30,8 @@ FUSEDOPT_HD Random8 philox(std::uint64_t key, std::uint64_t step, std::uint64_t 
   auto c0 = static_cast<std::uint32_t>(block), c1 = static_cast<std::uint32_t>(block >> 32);
   auto c2 = static_cast<std::uint32_t>(step), c3 = static_cast<std::uint32_t>(step >> 32);
   for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * c0;
-    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * c2;
+    const std::uint64_t product0 = wide_product(0xD2511F53u, c0);
+    const std::uint64_t product1 = wide_product(0xCD9E8D57u, c2);
     c0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ key0;
     c1 = static_cast<std::uint32_t>(product1);
     c2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ key1;

@@ -137,3 +137,38 @@ def test_stored_and_counted_by_the_kernel(name, compiled):
         return steps(getattr(fusedopt, name)(params, lr=0.1, **more), params)
 
     compare(compiled, run)
+
+
+CODES = {
+    "SGD": {"momentum": 0.5},
+    "Adagrad": {},
+}  # whose state after one step is the gradient, or its square
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_that_are_a_close_call(name, compiled):
+    """The kernels' roots are rough, as far off as they may be: codes are those of exact roots."""
+
+    def run(_):
+        (param,) = params_of([8192 + 3], F32)
+        count = param.numel()
+        code, near = torch.randint(1, 127, (count,)), torch.randint(-60, 60, (count,)) * 2.0**-23
+        if name == "SGD":  # between two codes, where it is rounded
+            shares = ((code + 0.5) / 127) ** 2
+        else:  # where adding noise comes to a code, and where the noise begins to count
+            carry = 1 - stored.noise(0x66757365646F7074, 1, count) / 65536
+            bounds = torch.stack(
+                [carry, carry, torch.zeros(count), *[torch.full((count,), 2.0**-12)] * 2]
+            )
+            bounds[-1] *= -1
+            shares = (
+                (2 * code + bounds[torch.randint(5, (count,)), torch.arange(count)]) / 255
+            ) ** 2
+        shares[::64] = 1.0
+        scales = torch.rand(-(-count // 64)).repeat_interleave(64)[:count] + 1e-6
+        param.grad = shares * (1 + near) * scales * torch.randn(count).sign()
+        opt = getattr(fusedopt, name)([param], lr=0.0, state_dtype="8bit", **CODES[name])
+        opt.step()
+        return opt
+
+    compare(compiled, run)
