@@ -156,6 +156,55 @@ ChunkKernel split_kernel() {
   }
 }
 
+// State in 8 bits: codes are multiplied out, and scales found, while the roots and quotients of the
+// elements before them are being drawn. By itself, for one thread of an EPYC 9004, in cache, ns per
+// element (AdamW, bfloat16 parameters, 2026-11): AVX-512 1.55 to 1.35, AVX2 1.75 to 1.58. With the codes
+// in vectors (storage/blockwise8_lanes.h) it takes 0.34 MB of module.
+template <Isa isa, typename Update, std::size_t... S>
+FUSEDOPT_HD void update_codes(const PreparedUpdate& prepared, const Update& update,
+                              const Span& span, float** arrays, float (*buffers)[kStoredElements],
+                              std::index_sequence<S...> states) {
+  const SlotDtypes& dtypes = prepared.stored.dtypes;
+  const bool has_codes[] = {!is_float(dtypes.slots[2 + S])...};
+  ((arrays[2 + S] =
+        has_codes[S] ? buffers[2 + S] : load_state<isa>(dtypes, span, S, buffers[2 + S])),
+   ...);
+  for (int begin = 0; begin < span.n; begin += kScaleElements) {
+    const Span block{span.pointers, span.at + begin, kScaleElements};
+    float* const state[kMaxStates] = {arrays[2 + S] + begin...};
+    ((has_codes[S] ? decode_block<isa>(dtypes, block, S, state[S]) : void()), ...);
+    update_elements<isa>(update, kScaleElements, arrays[0] + begin, arrays[1] + begin, state,
+                         states);
+    ((has_codes[S] ? store_scale(block, S, state[S]) : void()), ...);
+  }
+}
+
+template <Isa isa, typename Update>
+void coded_kernel(const PreparedUpdate& prepared, void* const* slots, std::int64_t begin,
+                  std::int64_t count) {
+  constexpr std::make_index_sequence<Update::kNumStates> states;
+  with_coefficients<Update>(prepared, [&](const Update& update) __attribute__((always_inline)) {
+    stored_loop<isa>(prepared, slots, begin, count,
+                     [&](const Span& span, float** arrays, auto* buffers)
+                         __attribute__((always_inline)) {
+                           if (span.n % kScaleElements != 0) {
+                             return update_span<isa>(prepared, span, arrays, buffers);
+                           }
+                           update_codes<isa>(prepared, update, span, arrays, buffers, states);
+                         });
+  });
+}
+
+// The loop for codes. The baseline spends its time in their roots: one of its own gains nothing there.
+template <Isa isa, typename Update>
+ChunkKernel codes_kernel() {
+  if constexpr (isa == Isa::baseline || Update::kNumStates == 0) {
+    return stored_kernel<isa>;
+  } else {
+    return coded_kernel<isa, Update>;
+  }
+}
+
 template <Isa isa, typename Update>
 void scale_grads(PreparedUpdate* prepared, double factor) {
   Update update = coefficients<Update>(*prepared);
@@ -187,6 +236,7 @@ PreparedUpdate prepare_cpu(const Rule& rule, const Scalars& scalars, const Store
     rule.template prepare<float>(scalars, [&](const auto& update) {
       using Update = std::decay_t<decltype(update)>;
       use(dtypes.is_split_bfloat16()     ? split_kernel<isa, Update>()
+          : dtypes.has_codes()           ? codes_kernel<isa, Update>()
           : !dtypes.is_plain()           ? stored_kernel<isa>
           : dtypes.all(Dtype::kFloat32)  ? plain_kernel<isa, float>
           : dtypes.all(Dtype::kBFloat16) ? half_kernel<isa, BFloat16, false, Update>

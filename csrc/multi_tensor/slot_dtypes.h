@@ -63,6 +63,13 @@ struct SlotDtypes {
     return floats && master == kNone && ema == kNone && !stochastic;
   }
 
+  // Some state is in 8 bits.
+  bool has_codes() const {
+    bool floats = true;
+    for (int s = 2; s < num_slots; ++s) floats &= is_float(slots[s]);
+    return !floats;
+  }
+
   // All in bfloat16, with an exact master, and nothing else.
   bool is_split_bfloat16() const {
     return all(Dtype::kBFloat16) && master == Dtype::kInt16 && ema == kNone && !stochastic;

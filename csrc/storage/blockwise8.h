@@ -60,6 +60,9 @@ FUSEDOPT_HD float decode_unsigned(float code, float scale) {
   return square * square * scale;
 }
 
+FUSEDOPT_HD float decode(std::int8_t code, float scale) { return decode_signed(code, scale); }
+FUSEDOPT_HD float decode(std::uint8_t code, float scale) { return decode_unsigned(code, scale); }
+
 // The code before it is rounded.
 FUSEDOPT_HD float exact_unsigned(float value, const Scale& scale) {
   return 255.0f * std::sqrt(std::sqrt(scale.ratio(value)));

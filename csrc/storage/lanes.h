@@ -38,6 +38,7 @@ FUSEDOPT_HD Lanes all_lanes(std::uint64_t value) {
 FUSEDOPT_HD Lanes load_lanes(const void* from) { return _mm512_loadu_si512(from); }
 FUSEDOPT_HD void store_lanes(Lanes lanes, void* to) { _mm512_storeu_si512(to, lanes); }
 FUSEDOPT_HD FloatLanes as_floats(Lanes bits) { return _mm512_castsi512_ps(bits); }
+FUSEDOPT_HD Lanes as_bits(FloatLanes floats) { return _mm512_castps_si512(floats); }
 FUSEDOPT_HD bool any_nan(FloatLanes a, FloatLanes b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0;
 }
@@ -80,6 +81,37 @@ FUSEDOPT_HD Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
 }
 FUSEDOPT_HD Lanes pairs(Lanes lower, Lanes upper) {
   return _mm512_mask_shuffle_epi32(lower, 0xAAAA, upper, _MM_PERM_CCAA);
+}
+FUSEDOPT_HD FloatLanes without_sign(FloatLanes floats) { return _mm512_abs_ps(floats); }
+FUSEDOPT_HD FloatLanes with_sign_of(FloatLanes floats, FloatLanes other) {
+  const Lanes sign = _mm512_and_si512(as_bits(other), _mm512_set1_epi32(INT32_MIN));
+  return as_floats(_mm512_or_si512(as_bits(floats), sign));
+}
+FUSEDOPT_HD FloatLanes nearest_whole(FloatLanes floats) {
+  return _mm512_roundscale_ps(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FUSEDOPT_HD FloatLanes where_less(FloatLanes a, FloatLanes b, FloatLanes then,
+                                  FloatLanes otherwise) {
+  return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), then);
+}
+// At least 1 where a float is above zero.
+FUSEDOPT_HD Lanes one_where_positive(FloatLanes floats, Lanes values) {
+  const __mmask16 positive = _mm512_cmp_ps_mask(floats, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return _mm512_mask_max_epi32(values, positive, values, _mm512_set1_epi32(1));
+}
+// Neighbours of fewer bits as 32-bit integers.
+FUSEDOPT_HD Lanes load_widened(const std::int8_t* from) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FUSEDOPT_HD Lanes load_widened(const std::uint8_t* from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FUSEDOPT_HD Lanes load_widened(const std::uint16_t* from) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+FUSEDOPT_HD Lanes quarters_in_order(Lanes bytes) {
+  return _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
 }
 #else
 #define FUSEDOPT_LANES(op) _mm256_##op
@@ -136,6 +168,35 @@ FUSEDOPT_HD Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
 }
 FUSEDOPT_HD Lanes pairs(Lanes lower, Lanes upper) {
   return _mm256_blend_epi32(lower, _mm256_shuffle_epi32(upper, 0xA0), 0xAA);
+}
+FUSEDOPT_HD FloatLanes without_sign(FloatLanes floats) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), floats);
+}
+FUSEDOPT_HD FloatLanes with_sign_of(FloatLanes floats, FloatLanes other) {
+  return _mm256_or_ps(floats, _mm256_and_ps(other, _mm256_set1_ps(-0.0f)));
+}
+FUSEDOPT_HD FloatLanes nearest_whole(FloatLanes floats) {
+  return _mm256_round_ps(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FUSEDOPT_HD FloatLanes where_less(FloatLanes a, FloatLanes b, FloatLanes then,
+                                  FloatLanes otherwise) {
+  return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+FUSEDOPT_HD Lanes one_where_positive(FloatLanes floats, Lanes values) {
+  const Lanes positive = as_bits(_mm256_cmp_ps(floats, _mm256_setzero_ps(), _CMP_GT_OQ));
+  return _mm256_max_epi32(values, _mm256_srli_epi32(positive, 31));
+}
+FUSEDOPT_HD Lanes load_widened(const std::int8_t* from) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+FUSEDOPT_HD Lanes load_widened(const std::uint8_t* from) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+FUSEDOPT_HD Lanes load_widened(const std::uint16_t* from) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FUSEDOPT_HD Lanes quarters_in_order(Lanes bytes) {
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 #endif
 

@@ -87,6 +87,35 @@ def test_codes_are_the_same_everywhere(dtype, kernels):
             assert_bits(scale, found[0][1], f"{count} scales")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_codes_at_their_borders(dtype, kernels):
+    """Values a few bits from those with another code, where a root that is not exact would show: of
+    all codes, where rounding at random turns, and where what is near to a code no longer stays."""
+    count, largest = 64 * 400, torch.iinfo(dtype).max
+    codes = torch.randint(1, largest + 1, (count,)).double()
+    border = codes - 0.5
+    if dtype == torch.uint8:
+        turns = codes - noise(0x66757365646F7074, 1, count) / 65536
+        keeps = codes + torch.where(torch.rand(count) < 0.5, -1, 1) * 2.0**-12
+        border = torch.where(torch.rand(count) < 0.5, turns, keeps)
+    power = 2 if dtype == torch.int8 else 4
+    scale = 2.0 ** torch.empty(count // 64, 1, dtype=torch.float64).uniform_(-40, 100)
+    values = (border / largest).view(-1, 64) ** power * scale
+    values[:, :1] = scale
+    # The sum of squares is what has codes if they have no sign.
+    root = values if dtype == torch.int8 else values.sqrt()
+    away = torch.randint(-3, 4, root.shape, dtype=torch.int32)
+    away[:, 0] = 0
+    near = (root.float().view(torch.int32) + away).view(F32)
+    values = near.view(-1) * torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    found = []
+    for module in (fusedopt.backend.native, kernels, None):
+        with mock.patch.object(fusedopt.backend, "native", module):
+            found.append(coded(values, dtype)[0])
+    assert_bits(found[1], found[0], "the GPU's kernels")
+    assert_bits(found[2], found[0], "the Python rules")
+
+
 def test_roots_between_two_codes(native):
     """A root that is off by one bit gives another code for these numbers, as MKL's did."""
     for value, scale in ROOTS:
