@@ -74,8 +74,8 @@ class Members:
         grads, hidden = [*map(attrgetter("grad"), params)], self.hidden_grads()
         return [None if e in hidden else g for e, g in enumerate(grads)] if hidden else grads
 
-    def hidden_grads(self) -> dict[int, Tensor | None]:
-        """What a native step sees instead of some gradients, by the number of the parameter."""
+    def hidden_grads(self) -> dict[int, Any]:
+        """None for each parameter that has no part in the step, by its number."""
         if not self.absent:
             return {}
         params = (param for group in self.groups for param in group["params"])

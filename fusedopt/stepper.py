@@ -18,7 +18,7 @@ from .record import Members, Record, is_plain_dict, plain_groups
 from .rule import STORAGE_OPTIONS
 from .scaling import Scaling
 from .together import Together
-from .work import Work
+from .work import Gradients, Work
 
 
 class _NoPlan(NamedTuple):
@@ -92,13 +92,13 @@ class Stepper:
         plan: Any,
         members: Members,
         scales: Scaling | None,
-        grads: dict[int, Tensor | None] | None = None,
+        grads: Gradients | None = None,
     ) -> Any:
         """One native call for all groups.
 
         Returns an Outcome of the native module. When the step is done, what was created is part of
         the state. Otherwise nothing was written, and the plan is stale, or some of its entries are
-        odd: not as the native side takes them. ``grads``: instead of some; None leaves them out.
+        odd: not as the native side takes them. ``grads``: instead of some; see Gradients.
         """
         if plan is None:
             return _NoPlan()
@@ -278,19 +278,17 @@ def _odd(plan: Any, outcome: Any, members: Members) -> list[Record]:
     return [Record(members, *plan.locate(entry)[:2]) for entry in outcome.odd]
 
 
-def _left_to_python(
-    plan: Any, members: Members, outcome: Any, grads: dict[int, Tensor | None]
-) -> list[Record]:
+def _left_to_python(plan: Any, members: Members, outcome: Any, grads: Gradients) -> list[Record]:
     """Which of the odd entries of a plan take the Python rule, in the order of the groups. Adds to
-    ``grads`` what the kernels see instead of their gradients: None, or for the other entries a
-    copy. A copy that they do not take either is given up."""
+    ``grads`` what the kernels see instead of their gradients: that they are among these, or for the
+    other entries a copy. A copy that they do not take either is given up."""
     python = []
     for entry in outcome.odd:
         g, i, native = plan.locate(entry)
         record = Record(members, g, i)
-        can_copy = native and entry not in grads
-        grads[entry] = record.grad_in_layout() if can_copy else None
-        if grads[entry] is None:
+        copy = record.grad_in_layout() if native and entry not in grads else None
+        grads[entry] = ... if copy is None else copy
+        if copy is None:
             python.append(record)
     return sorted(python, key=lambda record: (record.g, record.i))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from .scaling import Scaling
 from .state import last_count
 
 Place = tuple[int, int]  # group and index of a parameter
+
+# What a native step sees instead of some gradients, by the number of the parameter: a copy, None
+# for a parameter that has no part in the step, or ... for one that is stepped in Python.
+Gradients = dict[int, "Tensor | EllipsisType | None"]
 
 
 class Alike(NamedTuple):

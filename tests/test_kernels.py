@@ -439,7 +439,6 @@ def test_any_list_updates_every_element_once(name, chosen, kernels):
         group_sizes += [together] * (repeat // together) + [repeat % together] * (
             repeat % together > 0
         )
-    group_of = [g for g, n in enumerate(group_sizes) for _ in range(n)]
     pick = random.Random(number)
     missing = [[pick.random() < late for _ in sizes] for _ in range(3)]
 
@@ -459,10 +458,11 @@ def test_any_list_updates_every_element_once(name, chosen, kernels):
                 p.grad = None if without[i] else ones[: sizes[i]]
                 order += [i] if not without[i] and not steps[i] else []
             there = [i for i in (order if stateful else range(len(sizes))) if not without[i]]
+            # Groups have equal options, and so one update of each count.
             tensors = [
                 (
                     chunks_of(sizes[i], capturable),
-                    (group_of[i], min(steps[i], 1) if capturable else steps[i] * stateful),
+                    min(steps[i], 1) if capturable else steps[i] * stateful,
                 )
                 for i in there
             ]

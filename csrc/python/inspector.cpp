@@ -59,8 +59,9 @@ bool Inspector::inspect_block(Seen* block, std::size_t size, const py::dict& sta
     for (std::size_t i = 0; i < size; ++i) {
       const py::int_ key(block[i].entry);
       if (PyObject* other = item_of(grads.ptr(), key.ptr())) {
-        block[i][Role::kGrad] = other;
-        block[i].is_copy = true;
+        block[i].in_python = other == Py_Ellipsis;
+        block[i][Role::kGrad] = block[i].in_python ? Py_None : other;
+        block[i].is_copy = block[i][Role::kGrad] != Py_None;
       }
     }
   }
@@ -78,7 +79,7 @@ Inspector::Verdict Inspector::check(const Seen& seen, const py::dict& state) {
   ParamRecord& param = records_->params[seen.entry];
   PyObject* const grad = seen[Role::kGrad];
   if (grad == Py_None) {
-    if (seen.is_copy) work_->add_python(seen.entry);
+    if (seen.in_python) work_->add_python(seen.entry);
     return Verdict::kFine;
   }
   if (param.python && !param.for_memory) {

@@ -14,7 +14,8 @@ struct Seen {
   std::size_t entry = 0;  // which parameter
   PyObject* state = nullptr;
   std::array<PyObject*, kNumRoles> tensors = {};
-  bool is_copy = false;  // the gradient, made for this step
+  bool is_copy = false;    // the gradient, made for this step
+  bool in_python = false;  // its step is
 
   PyObject*& operator[](Role role) { return tensors[static_cast<std::size_t>(position(role))]; }
   PyObject* operator[](Role role) const {

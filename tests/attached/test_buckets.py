@@ -158,3 +158,36 @@ def test_nor_beside_what_needs_more_than_a_native_call(steps, backend):
         of[0].grad = by_hand.clone()
         each.step()
     assert snapshot(opt) == snapshot(ordinary)
+
+
+@richest
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_gradient_where_a_parameter_was_that_has_no_part(case, waits, backend):
+    """Its memory may belong to somebody else by now; it is neither stepped nor looked at, be it
+    that a gradient waits at it."""
+    params = parameters(3)
+    places = {}
+
+    def put_elsewhere(param):
+        if param in places:
+            param.grad = places[param].copy_(param.grad)
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(put_elsewhere)
+    opt = attach(case, params)
+    for _ in range(3):
+        gradient_of(params).backward()
+    absent, other, _ = params
+    places[other] = absent.data
+    absent.data = absent.data.clone()
+    if waits:
+        absent.grad = torch.ones_like(absent)
+
+    def all_of(param):
+        return [bits(param), {k: bits(v) for k, v in opt.state.get(param, {}).items()}]
+
+    before, of_other = all_of(absent), all_of(other)
+    for _ in range(3):
+        gradient_of(params[1:]).backward()
+        assert all_of(absent) == before
+        assert all_of(other) != of_other
