@@ -359,3 +359,54 @@ def test_switching_backends_within_a_run(case, monkeypatch):
     step_through(case.exact(exact), exact, grads)
     for p, q in zip(params, exact, strict=True):
         assert_near(p, q)
+
+
+GRADIENTS_EXCHANGED = """
+import gc, linecache, sys, threading, time
+import torch, fusedopt
+torch.set_num_threads(1)
+big = 16 << 20  # takes longer than the thread sleeps, and is memory of its own
+params = [torch.nn.Parameter(torch.zeros(n)) for n in (big, *[64] * 12)]
+opt = fusedopt.SGD(params, lr=0.5)
+spares, old, go = [torch.ones(big) for _ in range(8)], [], threading.Event()
+
+def backward():
+    opt.zero_grad()
+    torch.stack([p.sum() for p in params[1:]]).sum().backward()
+    params[0].grad = torch.ones(big)
+
+def exchange(phase, info):
+    frame = sys._getframe(1)
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    if phase == "start" and spares and "= plan.step(" in line:
+        old.append(params[0].grad)
+        params[0].grad = spares.pop()
+        go.set()
+
+def drop():
+    go.wait()
+    time.sleep(0.001)
+    params[0].grad = None
+
+for _ in range(4):
+    backward()
+    opt.step()
+thread = threading.Thread(target=drop)
+thread.start()
+backward()
+gc.callbacks.append(exchange)
+gc.set_threshold(1)
+opt.step()
+gc.set_threshold(0)
+gc.callbacks.clear()
+assert old or sys.version_info >= (3, 12), "nothing was exchanged within the native call"
+go.set()
+thread.join()
+assert (params[0] == -2.5).all()
+"""
+
+
+def test_gradients_exchanged_while_others_are_asked_for():
+    """By the garbage collector, between the first gradient and those that no Python code has seen;
+    a thread drops it while the step reads it."""
+    script(GRADIENTS_EXCHANGED)

@@ -143,7 +143,7 @@ bool Work::repeat() {
 bool Work::is_short() const {
   constexpr std::int64_t kShortElements = 4 * kSerialElements;
   const auto is_idle = [](const Step& step) { return step.tasks.empty(); };
-  return std::all_of(steps_.begin() + 1, steps_.end(), is_idle) &&
+  return !steps_.empty() && std::all_of(steps_.begin() + 1, steps_.end(), is_idle) &&
          chunks_.num_elements() <= kShortElements;
 }
 

@@ -48,13 +48,15 @@ bool GroupReader::have_same_params(const py::list& groups, const Recogniser& rec
 
 bool GroupReader::read(const py::list& groups, const RuleEntry& rule, const std::string& owner,
                        std::vector<GroupRecord>* records) {
-  if (groups.size() != records->size()) return false;
   bool has_changed = false;
   for (std::size_t g = 0; g < records->size(); ++g) {
+    if (groups.size() <= g) return false;
     PyObject* const dict = PyList_GET_ITEM(groups.ptr(), g);
     if (!PyDict_CheckExact(dict)) return false;
     if (read_[g].is_constant && is_unchanged(dict, read_[g])) continue;
     has_changed = true;
+    // A number can be an object that runs code when it is read.
+    const auto held = py::reinterpret_borrow<py::object>(dict);
     read_[g] = Read();
     if (!read_group(dict, rule, owner, g, &(*records)[g])) return false;
   }
@@ -83,7 +85,7 @@ bool GroupReader::read_group(PyObject* dict, const RuleEntry& rule, const std::s
     record->options_device = options.device();
     for (const auto& [name, expected] : storage_[g]) {
       PyObject* const found = item_of(dict, name.ptr());
-      const py::handle now = found == nullptr ? py::handle(Py_None) : py::handle(found);
+      const auto now = py::reinterpret_borrow<py::object>(found == nullptr ? Py_None : found);
       if (expected.is(now)) continue;
       if (!expected.equal(now)) return false;
       has_constants = has_constants && is_constant(now.ptr());

@@ -30,7 +30,7 @@ class Inspector {
   bool inspect(const py::dict& state, const py::object& grads);
 
   // Lets go of what is held while a step runs: the gradients, and what is written.
-  void release() { held_.clear(); }
+  void release() { release_all(&held_); }
   int traverse(visitproc visit, void* arg) const;
 
  private:

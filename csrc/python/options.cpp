@@ -48,41 +48,45 @@ T Options::note(T value) const {
   return value;
 }
 
-double Options::operator()(const char* name) const { return note(host_number(name, find(name))); }
+double Options::operator()(const char* name) const {
+  return note(host_number(name, find(name).ptr()));
+}
 
 double Options::get(const char* name, double otherwise) const {
-  PyObject* value = look_up(name);
-  return note(value == nullptr || value == Py_None ? otherwise : host_number(name, value));
+  const py::object value = look_up(name);
+  return note(!value || value.is_none() ? otherwise : host_number(name, value.ptr()));
 }
 
-bool Options::flag(const char* name) const { return note(is_true(find(name))); }
+bool Options::flag(const char* name) const { return note(is_true(find(name).ptr())); }
 
 bool Options::flag(const char* name, bool otherwise) const {
-  PyObject* value = look_up(name);
-  return note(value == nullptr ? otherwise : is_true(value));
+  const py::object value = look_up(name);
+  return note(value ? is_true(value.ptr()) : otherwise);
 }
 
-Number Options::number(const char* name) const { return device_number(name, find(name)); }
+Number Options::number(const char* name) const { return device_number(name, find(name).ptr()); }
 
 Number Options::number(const char* name, int item) const {
-  PyObject* pair = find(name);
-  if (!PySequence_Check(pair) || PySequence_Size(pair) != 2) fail(name, "a pair of numbers", pair);
-  const auto value = py::reinterpret_steal<py::object>(PySequence_GetItem(pair, item));
-  if (!value) fail(name, "a pair of numbers", pair);
+  const py::object pair = find(name);
+  if (!PySequence_Check(pair.ptr()) || PySequence_Size(pair.ptr()) != 2) {
+    fail(name, "a pair of numbers", pair.ptr());
+  }
+  const auto value = py::reinterpret_steal<py::object>(PySequence_GetItem(pair.ptr(), item));
+  if (!value) fail(name, "a pair of numbers", pair.ptr());
   return device_number(name, value.ptr());
 }
 
 std::string Options::where() const { return owner_ + ", param group " + std::to_string(number_); }
 
-PyObject* Options::look_up(const char* name) const {
+py::object Options::look_up(const char* name) const {
   PyObject* const value = item_of(group_, interned(name));
   is_constant_ = is_constant_ && (value == nullptr || fusedopt::is_constant(value));
-  return value;
+  return py::reinterpret_borrow<py::object>(value);
 }
 
-PyObject* Options::find(const char* name) const {
-  PyObject* value = look_up(name);
-  if (value == nullptr) throw py::key_error(where() + " has no '" + name + "'");
+py::object Options::find(const char* name) const {
+  py::object value = look_up(name);
+  if (!value) throw py::key_error(where() + " has no '" + name + "'");
   return value;
 }
 

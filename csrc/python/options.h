@@ -37,8 +37,9 @@ class Options final : public OptionReader {
 
  private:
   std::string where() const;
-  PyObject* look_up(const char* name) const;  // null if it is not there
-  PyObject* find(const char* name) const;
+  // Held, for what reads it may run code that replaces it. Null if it is not there.
+  pybind11::object look_up(const char* name) const;
+  pybind11::object find(const char* name) const;
   Number device_number(const char* name, PyObject* value) const;
   template <typename T>
   T note(T value) const;

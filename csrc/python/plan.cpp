@@ -52,9 +52,9 @@ struct Plan::Running {
     plan->has_stepped_ = plan->has_repeated_ = false;
   }
   ~Running() {
-    plan->running_ = false;
     plan->inspector_.release();
     plan->repetition_.release();
+    plan->running_ = false;
   }
   Plan* plan;
 };
@@ -115,13 +115,13 @@ bool Plan::repeat(const py::list& groups, const py::dict& state, const py::objec
   };
   if (!has_same_params()) return false;  // those that are known may be gone
   const bool releases = !work_.is_short();
-  if (releases) repetition_.hold_gradients();
+  if (releases) repetition_.ask_for_gradients();
   if (!has_same_params() || !repetition_.look(state) || !work_.repeat() || work_.awaits_device() ||
       !and_then()) {
     return false;
   }
+  if (releases && !repetition_.hold_all()) return false;
   repetition_.go_on();
-  if (releases) repetition_.hold_written();
   repetition_.bump_versions();
   return true;
 }
@@ -129,6 +129,7 @@ bool Plan::repeat(const py::list& groups, const py::dict& state, const py::objec
 bool Plan::repeat_clipped(const py::object& groups, const py::object& state, int num_threads,
                           const py::object& clip, double max_norm) {
   const Running running(this);
+  if (!repetition_.is_known()) return false;
   TensorView space;
   if (!PyList_CheckExact(groups.ptr()) || !is_plain_dict(state.ptr()) || !work_.is_short() ||
       repetition_.has_dtensors() || !view(clip.ptr(), &space) || space.device != kCpu) {
@@ -227,6 +228,7 @@ void Plan::clear() {
   const Recogniser recogniser = std::exchange(recogniser_, {});
   const GroupReader group_reader = std::exchange(group_reader_, {});
   const auto tickets = std::exchange(tickets_, {});
+  work_.clear();
   records_ = Records();
   repetition_.forget();
 }

@@ -90,6 +90,7 @@ bool Recogniser::find_tensors(Seen* seen) {
   }
   if (PyDict_Next(seen->state, &position, &key, &value)) return false;
   walked = {seen->state, version, seen->tensors};
+  walked_version_ = 0;  // that of the whole may have been of other ones
   return true;
 }
 

@@ -49,20 +49,20 @@ void Repetition::learn() {
   in_order_.resize(entries_.size());
   for (std::uint32_t i = 0; i < entries_.size(); ++i) in_order_[entries_[i].e] = i;
   has_dtensors_ = std::any_of(entries_.begin(), entries_.end(),
-                              [](const Entry& entry) { return is_dtensor(entry.param); });
+                              [](const Entry& entry) { return entry.is_dtensor; });
 }
 
 // Its tensors, be it none, come behind those of the one before it.
 Repetition::Entry Repetition::next_entry(std::size_t e) const {
   const auto tensors = static_cast<std::uint32_t>(tensors_.size());
   const auto shards = static_cast<std::uint32_t>(shards_.size());
-  return {e, recogniser_->walked(e, Role::kParam), tensors, shards};
+  PyObject* const param = recogniser_->walked(e, Role::kParam);
+  return {e, param, is_dtensor(param), tensors, shards};
 }
 
 bool Repetition::learn_resting(std::size_t e) {
   entries_.push_back(next_entry(e));
-  PyObject* const param = entries_.back().param;
-  return is_plain_tensor(param) || is_dtensor(param);
+  return entries_.back().is_dtensor || is_plain_tensor(entries_.back().param);
 }
 
 bool Repetition::learn_stepping(std::size_t e, std::uint32_t task) {
@@ -99,13 +99,13 @@ bool Repetition::learn_tensor(PyObject* tensor, Role role, Entry* entry) {
 }
 
 bool Repetition::is_ready() {
-  if (entries_.empty()) return false;
+  if (entries_.empty() || !torch.layout.knows_version()) return false;
   find_slots();
   found_gradients_ = found_gradients();
-  return found_gradients_.of_plain && (shards_.empty() || found_gradients_.of_dtensors);
+  return found_gradients_.of_plain && (!has_dtensors_ || found_gradients_.of_dtensors);
 }
 
-void Repetition::hold_gradients() {
+void Repetition::ask_for_gradients() {
   for (const Entry& entry : entries_) {
     held_.push_back(py::reinterpret_borrow<py::object>(entry.param));
   }
@@ -114,13 +114,23 @@ void Repetition::hold_gradients() {
   }
 }
 
-void Repetition::hold_written() {
+bool Repetition::hold_all() {
+  for (const Entry& entry : entries_) {
+    if (entry.grad_words < 0) continue;
+    PyObject* const grad = object_of(gradient_impl(entry.param));
+    if (grad == nullptr) return false;  // another one since they were asked for
+    held_.push_back(py::reinterpret_borrow<py::object>(grad));
+    if (entry.is_dtensor) {
+      held_.push_back(py::reinterpret_borrow<py::object>(torch.local_tensor.peek(grad)));
+    }
+  }
   for (const Known& known : tensors_) {
     held_.push_back(py::reinterpret_borrow<py::object>(known.tensor));
   }
   for (const Shard& shard : shards_) {
     held_.push_back(py::reinterpret_borrow<py::object>(shard.tensor));
   }
+  return true;
 }
 
 // As the Inspector does, each pass over a block waits for memory once.
@@ -165,15 +175,16 @@ bool Repetition::look_at_gradients(const Entry* begin, const Entry* end) {
   const char *impls[kBlock], *locals[kBlock];
   const auto count = static_cast<std::size_t>(end - begin);
   for (std::size_t i = 0; i < count; ++i) {
-    if (!is_plain_tensor(begin[i].param) && !is_dtensor(begin[i].param)) return false;
-    impls[i] = gradient_impl(begin[i].param);
+    PyObject* const param = begin[i].param;
+    if (!(begin[i].is_dtensor ? is_dtensor(param) : is_plain_tensor(param))) return false;
+    impls[i] = gradient_impl(param);
     if ((impls[i] != nullptr) != (begin[i].grad_words >= 0)) return false;
   }
   for (std::size_t i = 0; i < count; ++i) {
     locals[i] = impls[i];
     if (impls[i] == nullptr) continue;
     PyObject* grad = object_of(impls[i]);  // null: nobody in Python has seen it
-    if (is_dtensor(begin[i].param)) {
+    if (begin[i].is_dtensor) {
       if (grad == nullptr || !is_dtensor(grad)) return false;
       if (!recogniser_->has_known_spec(torch.spec.peek(grad), begin[i].e)) return false;
       grad = torch.local_tensor.peek(grad);

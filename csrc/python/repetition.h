@@ -39,11 +39,12 @@ class Repetition {
   // Whether it can be asked for. Runs code of Python's, as what holds the gradients does: both come
   // before it.
   bool is_ready();
-  // Holds the gradients, and once it was all found to be the same, what is written: for a step that
-  // releases the interpreter lock. The parameters have to be those that are known.
-  void hold_gradients();
-  void hold_written();
-  void release() { held_.clear(); }
+  // For a step that releases the interpreter lock. Asks for all gradients, so that each is an object
+  // that can be held; the parameters have to be those that are known.
+  void ask_for_gradients();
+  // Holds what was found to be the same, which is read and written. False if it is not to be held.
+  bool hold_all();
+  void release() { release_all(&held_); }
 
   // Whether all of it is the same. Runs no code of Python's, so that it stays so until some does.
   bool look(const py::dict& state);
@@ -69,6 +70,7 @@ class Repetition {
   struct Entry {
     std::size_t e;
     PyObject* param;
+    bool is_dtensor;
     std::uint32_t tensors, shards;  // where they begin
     std::uint32_t num_tensors = 0, num_shards = 0;
     std::int32_t grad_words = -1;  // below 0: it has no gradient

@@ -72,6 +72,14 @@ struct Torch {
 };
 extern Torch torch;
 
+// What a destructor runs may look at the vector, as the garbage collector does: it is empty by then.
+inline void release_all(std::vector<py::object>* held) {
+  std::vector<py::object> gone;
+  gone.swap(*held);
+  gone.clear();
+  if (held->empty()) held->swap(gone);  // its memory
+}
+
 // A dict whose entries are what the C interface sees; a subclass may keep them elsewhere.
 inline bool is_plain_dict(PyObject* object) {
   return PyDict_CheckExact(object) ||
