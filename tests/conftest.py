@@ -34,6 +34,7 @@ if "FUSEDOPT_CACHE_DIR" not in os.environ:
 import seam
 
 import fusedopt
+from fusedopt import torch_layout
 
 TIMM = Path(__file__).parents[1] / "build" / "timm"
 
@@ -198,6 +199,17 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         monkeypatch.setattr(fusedopt.backend, "native", None)
     return request.param
+
+
+@pytest.fixture(params=["native", "kernels"])
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module that steps, once with its own loops and once with the kernels on the host.
+    Whatever a test makes it forget, it knows again afterwards."""
+    require_native()
+    if request.param == "kernels":
+        monkeypatch.setattr(fusedopt.backend, "native", require_kernels())
+    yield fusedopt.backend.native
+    assert torch_layout.prove(fusedopt.backend.native) is None
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import math
 import pickle
 import random
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -53,6 +54,14 @@ _STORED = [
     Setup(f"{way}, {str(dtype)[6:]}", (dtype,), options)
     for way, (options, dtypes) in WAYS.items()
     for dtype in dtypes
+]
+# Several ways at once; only for digests().
+COMBINED = [
+    Setup(
+        "split, 8-bit, ema", (BF16,), {"master_weights": "split", "state_dtype": "8bit", "ema": 0.9}
+    ),
+    Setup("stochastic, float16", (BF16,), {"rounding": "stochastic", "state_dtype": F16}),
+    Setup("whole master, 8-bit", (F16,), {"master_weights": "fp32", "state_dtype": "8bit"}),
 ]
 SETUPS = [
     *_PLAIN,
@@ -175,7 +184,7 @@ def test_in_one_process(case, setup, step_threads):
 def digests() -> dict[str, str]:
     """One for each case and setup, the same in every process with the same seed."""
     found = {}
-    for case, setup in CROSSED:
+    for case, setup in (*CROSSED, *product(RICHEST, COMBINED)):
         run = begin(case, setup, ((4_099,), (67, 65), (), (65,)))
         found[f"{case}, {setup}"] = hashlib.sha256(pickle.dumps(go_on(run))).hexdigest()
     return found

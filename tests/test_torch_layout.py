@@ -8,23 +8,11 @@ import pytest
 import seam
 import torch
 from cases import bits, every_name, gradient_like, leaf, richest, snapshot
-from conftest import require_kernels
 
 import fusedopt
 from fusedopt import torch_layout
 
 KNOWN = ("memory", "negative")  # what read_layout() says
-
-
-@pytest.fixture(params=["native", "kernels"])
-def module(request, monkeypatch):
-    """Whatever a test makes it forget, it knows again afterwards."""
-    if request.param == "kernels":
-        monkeypatch.setattr(fusedopt.backend, "native", require_kernels())
-    elif fusedopt.backend.native is None:
-        pytest.skip("no native module")
-    yield fusedopt.backend.native
-    assert torch_layout.prove(fusedopt.backend.native) is None
 
 
 def memory(tensor):

@@ -115,9 +115,11 @@ bool Plan::repeat(const py::list& groups, const py::dict& state, const py::objec
   };
   if (!has_same_params()) return false;  // those that are known may be gone
   const bool releases = !work_.is_short();
-  if (releases) repetition_.ask_for_gradients();
-  if (!has_same_params() || !repetition_.look(state) || !work_.repeat() || work_.awaits_device() ||
-      !and_then()) {
+  if (releases) {
+    repetition_.ask_for_gradients();
+    if (!has_same_params()) return false;
+  }
+  if (!repetition_.look(state) || !work_.repeat() || work_.awaits_device() || !and_then()) {
     return false;
   }
   if (releases && !repetition_.hold_all()) return false;

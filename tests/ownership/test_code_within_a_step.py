@@ -11,18 +11,11 @@ import pytest
 import seam
 import torch
 from cases import leaf
-from conftest import require_kernels
 from torch.overrides import TorchFunctionMode
 
 import fusedopt
 
-
-@pytest.fixture(params=["native", "kernels"], autouse=True)
-def module(request, monkeypatch):
-    if request.param == "kernels":
-        monkeypatch.setattr(fusedopt.backend, "native", require_kernels())
-    elif fusedopt.backend.native is None:
-        pytest.skip("no native module")
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def repeating(count: int = 6, **options: Any) -> tuple[list[torch.Tensor], Any]:

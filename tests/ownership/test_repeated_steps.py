@@ -12,7 +12,6 @@ import pytest
 import seam
 import torch
 from cases import bits, gradient_like, leaf, richest, snapshot
-from conftest import require_kernels
 
 import fusedopt
 from fusedopt import torch_layout
@@ -176,16 +175,6 @@ GRADS: dict[str, Callable[[Run], Any]] = {
 def inference_grad() -> torch.Tensor:
     with torch.inference_mode():
         return torch.full((64,), 0.5)
-
-
-@pytest.fixture(params=["native", "kernels"])
-def module(request, monkeypatch):
-    if request.param == "kernels":
-        monkeypatch.setattr(fusedopt.backend, "native", require_kernels())
-    elif fusedopt.backend.native is None:
-        pytest.skip("no native module")
-    yield fusedopt.backend.native
-    assert torch_layout.prove(fusedopt.backend.native) is None
 
 
 def outcome(case: Any, move: Callable[[Run], Any], new_each: bool, seed: int) -> Any:
