@@ -40,7 +40,7 @@ def _update(
     exp_avg = exp_avg.lerp(grad, lerp_weight(1 - beta1, grad))
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
     step_size = lr / (1 - beta1**step)
-    largest = tuple(torch.maximum(seen, exp_avg_sq) for seen in max_exp_avg_sq)
+    largest = tuple(seen.maximum(exp_avg_sq) for seen in max_exp_avg_sq)
     (second_moment,) = largest or (exp_avg_sq,)
     denom = second_moment.sqrt() / (1 - beta2**step) ** 0.5 + eps
     return param - step_size * exp_avg / denom, exp_avg, exp_avg_sq, *largest

@@ -35,7 +35,7 @@ def _update(
     lr, (beta1, beta2) = number(group["lr"]), group["betas"]
     grad = penalized_grad(group, grad, param)
     exp_avg = exp_avg.lerp(grad, 1 - beta1)
-    exp_inf = torch.maximum(beta2 * exp_inf, grad.abs() + group["eps"])
+    exp_inf = (beta2 * exp_inf).maximum(grad.abs() + group["eps"])
     return param - lr / (1 - beta1**step) * exp_avg / exp_inf, exp_avg, exp_inf
 
 

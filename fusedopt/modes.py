@@ -112,7 +112,12 @@ def _is_fused(rule: Rule, options: frozenset[str], group: Group, kind: Kind, hav
         return False  # amsgrad: it drops a NaN that the others keep
     if kind.dtype in HALVES and (kind.is_scaled or kind.device in ("cpu", "mps")):
         return False  # scaled gradients may have no place in half precision once they are unscaled
-    operator = f"_fused_{rule.name}{'w' if group.get('decoupled_weight_decay') else ''}_"
     lr = group["lr"]
     is_on_device = isinstance(lr, Tensor) and not lr.is_cpu
+    operator = fused_operator(rule, group)
     return have.has_kernel(operator, "tensor_lr" if is_on_device else "default", kind.device)
+
+
+def fused_operator(rule: Rule, group: Group) -> str:
+    """The name that torch's operator has, where there is one."""
+    return f"_fused_{rule.name}{'w' if group.get('decoupled_weight_decay') else ''}_"

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import dtensor, formats, memory, stock_step, tensor_kinds
-from .later import CannotWait, Later, in_pieces
+from . import dtensor, formats, host_step, memory, stock_step, tensor_kinds
 from .modes import Mode
 from .record import Record
 from .rule import Group, numbers_as_scalars
@@ -29,33 +28,25 @@ def take(record: Record, factor: Tensor | None) -> None:
         _take_of_ordinary(record, record.group, factor)
 
 
-# Elements that are computed together: on the CPU what stays in its cache, elsewhere what takes
-# little more memory than the largest parameter.
-_PIECE, _PART = 1 << 18, 1 << 24
+# Elements that are computed together on a device, in little more memory than the largest
+# parameter has.
+_PART = 1 << 24
 
 
 def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
     """Updates ordinary parameters. On the CPU the calls that write are returned."""
-    columns, on_cpu = bucket.columns, bucket.kind.device == "cpu"
-    sizes = map(Tensor.numel, columns.params)
-    if bucket.mode is not Mode.RULE:
-        function, grads = stock_step.implementation(bucket), _scaled(bucket, columns.grads)
-        if not on_cpu:
-            stock_step.take_together(bucket, function, grads, slice(None))
-            return []
-        later = Later()
-        pieces = [slice(None)] if bucket.mode is Mode.FUSED else in_pieces(sizes, _PIECE)
-        try:
-            for part in pieces:
-                stock_step.take_together(bucket, function, grads[part], part, later)
-                later.next_piece()
-            return later.calls
-        except CannotWait:  # another torch: the rule does the same
-            pass
+    columns, mode = bucket.columns, bucket.mode
+    if bucket.kind.device == "cpu":
+        if mode is Mode.FUSED:
+            return stock_step.fused_calls(bucket, _scaled(bucket, columns.grads))
+        if bucket.is_plain():
+            return host_step.calls(bucket, _scaled(bucket, columns.grads))
+        return [_new_values(bucket, slice(None))]
+    if mode is not Mode.RULE:
+        stock_step.take_together(bucket, _scaled(bucket, columns.grads))
+        return []
     new_values = _new_plain_values if bucket.is_plain() else _new_values
-    if on_cpu:
-        return [new_values(bucket, slice(None))]
-    for part in in_pieces(sizes, _PART):
+    for part in host_step.in_pieces(map(Tensor.numel, columns.params), _PART):
         new_values(bucket, part)()
     return []
 

@@ -8,19 +8,18 @@ import functools
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import formats, tensor_kinds
+from . import formats, modes, tensor_kinds
 from .modes import Mode, own_options
 from .problem import Problem
 from .rule import STEP, Group
 
 if TYPE_CHECKING:
-    from .later import Later
     from .record import Record
     from .work import Bucket
 
@@ -135,57 +134,66 @@ def with_numbers(group: Group, param: Tensor) -> Group:
 
 def implementation(bucket: Bucket) -> functools.partial[Any]:
     """The function of torch's that steps them, but for its lists of tensors."""
-    optimizer, counts_on_device = bucket.members.optimizer, bucket.kind.counts_on_device
+    optimizer, mode = bucket.members.optimizer, bucket.mode
     step: Any = inspect.unwrap(optimizer._stock.step)  # type: ignore[union-attr]
     function = step.__globals__[step.__module__.rpartition(".")[2]]
-    options = _options(function, bucket.record(0).group, optimizer.defaults, bucket.mode)
-    if "capturable" in options:
-        options["capturable"] = counts_on_device
-    return functools.partial(function, **options)
+    names = _parameters(function)
+    own = {"foreach": mode is Mode.FOREACH, "fused": mode is Mode.FUSED}
+    own |= {"capturable": bucket.kind.counts_on_device, "differentiable": False}
+    own = {name: value for name, value in own.items() if name in names}
+    own |= dict.fromkeys(names & {"has_complex"}, False)
+    options = _options(names - own.keys(), bucket.record(0).group, optimizer.defaults)
+    return functools.partial(function, **options, **own)
 
 
-def take_together(
-    bucket: Bucket,
-    function: functools.partial[Any],
-    grads: list[Tensor],
-    part: slice,
-    later: Later | None = None,
-) -> None:
-    """Steps some parameters of one group, with all their state, by its ``implementation``; or
-    leaves that to later calls.
-
-    Raises:
-        CannotWait: the implementation computes what cannot be left to them.
-    """
-    record, mode, columns = bucket.record(0), bucket.mode, bucket.columns[part]
-    rule, params, device = record.rule, columns.params, record.param.device
-    slots = [columns.state(slot.name) if slot.name in record.keys else [] for slot in rule.slots]
-    counts = columns.state(STEP.name) if rule.counts_steps else []
+def take_together(bucket: Bucket, grads: list[Tensor]) -> None:
+    """Steps parameters of one group on a device, with all their state, by its
+    ``implementation``."""
+    mode, columns, rule = bucket.mode, bucket.columns, bucket.members.rule
+    params, device = columns.params, bucket.record(0).param.device
+    slots = _slots(bucket)
+    counts = kept = columns.state(STEP.name) if rule.counts_steps else []
     numbers = [columns.state(scalar.name) for scalar in rule.scalars if scalar is not STEP]
-    kept = counts
     if mode is Mode.FUSED:
-        # torch does not count this.
-        written = functools.partial(
-            torch._C._increment_version, [*params, *itertools.chain(*slots)]
-        )
-        written() if later is None else later.calls.append(written)
+        torch._C._increment_version([*params, *itertools.chain(*slots)])  # which torch does not
         if counts and counts[0].device != device:
             # Its kernels take the counts from the device; ours stay where they are.
             values = torch.tensor(
                 [count.item() for count in counts], dtype=torch.float32, device="cpu"
             )
             counts = [*values.to(device, non_blocking=True).unbind()]
-    elif later is not None and counts:
-        counts, *numbers = later.copies(columns, (*rule.scalar_by_name,))
     lists = [params, grads, *slots, *numbers, *([counts] if rule.counts_steps else [])]
-    call = functools.partial(function, *lists)
-    call() if later is None else later.take(call)
+    implementation(bucket)(*lists)
     if mode is Mode.FUSED and counts is not kept:
         torch._foreach_add_(kept, 1)
 
 
-def _options(function: Any, group: Group, defaults: Group, mode: Mode) -> dict[str, Any]:
-    """Those that one of torch's functions takes, as it takes them: flags, and numbers."""
+def fused_calls(bucket: Bucket, grads: list[Tensor]) -> list[functools.partial[Any]]:
+    """What steps parameters on the CPU by the operator that torch's implementation calls, one C
+    function each."""
+    columns, rule, slots = bucket.columns, bucket.members.rule, _slots(bucket)
+    group = bucket.record(0).group
+    operator = getattr(torch, modes.fused_operator(rule, group))
+    options = _options(_required(operator.__name__), group, bucket.members.optimizer.defaults)
+    options |= dict.fromkeys(_required(operator.__name__) & {"is_first_step"}, False)
+    counts = [columns.state(STEP.name)] if rule.counts_steps else []
+    one = torch.ones((), device="cpu")
+    return [
+        # torch does not count this.
+        functools.partial(torch._C._increment_version, [*columns.params, *itertools.chain(*slots)]),
+        *(functools.partial(torch._foreach_add_, column, one) for column in counts),
+        functools.partial(operator, columns.params, grads, *slots, *counts, **options),
+    ]
+
+
+def _slots(bucket: Bucket) -> list[list[Tensor]]:
+    """The columns of state tensors, empty ones where the group keeps none."""
+    columns, keys = bucket.columns, bucket.record(0).keys
+    return [columns.state(s.name) if s.name in keys else [] for s in bucket.members.rule.slots]
+
+
+def _options(names: Set[str], group: Group, defaults: Group) -> dict[str, Any]:
+    """Of those names that are options, as torch's functions take them: flags, and numbers."""
     values = {name: group[name] for name in defaults if name in group}
     flags = {name for name, default in defaults.items() if isinstance(default, bool)}
     if "betas" in values:
@@ -197,11 +205,14 @@ def _options(function: Any, group: Group, defaults: Group, mode: Mode) -> dict[s
         # What is on a device stays there.
         return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
 
-    options = {"foreach": mode is Mode.FOREACH, "fused": mode is Mode.FUSED}
-    options |= {"differentiable": False, "has_complex": False}
-    of_group = _parameters(function) - options.keys()
-    options |= {name: plain(name, v) for name, v in values.items() if name in of_group}
-    return {name: value for name, value in options.items() if name in _parameters(function)}
+    return {name: plain(name, value) for name, value in values.items() if name in names}
+
+
+@functools.cache
+def _required(operator: str) -> frozenset[str]:
+    """The options that an operator must be given."""
+    arguments = getattr(torch.ops.aten, operator).default._schema.arguments
+    return frozenset(a.name for a in arguments if a.kwarg_only and not a.has_default_value())
 
 
 @functools.cache

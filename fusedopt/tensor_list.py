@@ -3,7 +3,6 @@ for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Union
 
 import torch
@@ -57,16 +56,11 @@ class TensorList:
     def clamp(self, *, max: float) -> TensorList:
         return TensorList(torch._foreach_clamp_max(self.tensors, max))
 
+    def maximum(self, other: TensorList) -> TensorList:
+        return TensorList(torch._foreach_maximum(self.tensors, other.tensors))
+
     def detach(self) -> TensorList:
         return self
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is torch.maximum and not kwargs:
-            return cls(torch._foreach_maximum(*map(_plain, args)))
-        return NotImplemented
 
 
 def _plain(operand: Any) -> Any:

@@ -48,7 +48,7 @@ MAKERS = {
     torch.stack,
     torch.clone,
     torch.where,
-    torch.maximum,
+    Tensor.maximum,
     Tensor.clone,
     Tensor.to,
     Tensor.copy_,

@@ -1,0 +1,161 @@
+"""Ordinary parameters on the CPU together: calls of torch's operators that step them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from . import stock_step
+from .modes import Mode
+from .rule import numbers_as_scalars
+from .tensor_list import TensorList
+from .traced import CannotTraceError, Program
+
+if TYPE_CHECKING:
+    from .work import Bucket
+
+Calls = list["functools.partial[Any]"]
+
+# Elements up to which copying a tensor into one with others costs less than a call of each operator
+# for it, and those that are computed together, so that intermediate values stay in the cache.
+_SMALL, _PIECE = 1 << 12, 1 << 16
+
+_GRAD = 1  # the place of the gradients among the lists; they are not written
+
+
+def calls(bucket: Bucket, grads: list[Tensor]) -> Calls:
+    """What writes the step of parameters, of the dtype that is computed with, and of their state:
+    one C function each. All that can fail is done."""
+    columns, first = bucket.columns, bucket.record(0)
+    like = columns.like((*first.rule.scalar_by_name,))
+    own = [columns.params, grads, *map(columns.state, first.keys)]
+    found: Calls = []
+    for at in sorted({*like}):
+        those = [i for i, of in enumerate(like) if of == at]
+        lists = own if len(those) == len(like) else [[column[i] for i in those] for column in own]
+        if bucket.mode is not Mode.RULE:
+            by_torch = _ByTorch(bucket, at)
+            try:
+                found += _updates(by_torch, lists, bucket.kind.is_aligned)
+                found += _numbers(bucket, those, by_torch.numbers)
+                continue
+            except CannotTraceError:  # another torch: the rule does the same
+                pass
+        by_rule = _ByRule(bucket, at)
+        found += _updates(by_rule, lists, bucket.kind.is_aligned)
+        found += _numbers(bucket, those, by_rule.numbers)
+    return found
+
+
+class _ByTorch:
+    """An update of parameters with equal numbers by torch's implementation over lists."""
+
+    def __init__(self, bucket: Bucket, at: int) -> None:
+        self._function = stock_step.implementation(bucket)
+        self._bucket, self._at = bucket, at
+        self.numbers: dict[str, Tensor] = {}
+
+    def __call__(self, lists: list[list[Tensor]]) -> None:
+        record, rule = self._bucket.record(self._at), self._bucket.members.rule
+        self.numbers = {s.name: record.entries[s.name].clone() for s in rule.scalars}
+        kept = dict(zip(("param", "grad", *record.keys), lists, strict=True))
+        numbers = [[self.numbers[s.name]] for s in (*rule.scalars[1:], *rule.scalars[:1])]
+        slots = [kept.get(slot.name, []) for slot in rule.slots]
+        self._function(kept["param"], kept["grad"], *slots, *numbers)
+
+
+class _ByRule:
+    """An update of parameters with equal numbers by the rule."""
+
+    def __init__(self, bucket: Bucket, at: int) -> None:
+        record = bucket.record(at)
+        self._rule, self._group = record.rule, numbers_as_scalars(record.group)
+        kept, self._scalars = record.next_scalars(self._group)
+        names = [scalar.name for scalar in record.rule.scalars]
+        self.numbers = dict(zip(names, kept, strict=True))
+
+    def __call__(self, lists: list[list[Tensor]]) -> None:
+        update: Any = self._rule.update
+        values = update(self._group, *self._scalars, *map(TensorList, lists))
+        for tensors, new in zip([lists[0], *lists[2:]], values, strict=True):
+            torch._foreach_copy_(tensors, new.tensors)
+
+
+def _numbers(bucket: Bucket, those: list[int], numbers: dict[str, Tensor]) -> Iterator[Any]:
+    for name, value in numbers.items():
+        column = bucket.columns.at(those).state(name)
+        yield functools.partial(torch._foreach_copy_, column, [value] * len(column))
+
+
+def _updates(update: _ByTorch | _ByRule, lists: list[list[Tensor]], is_aligned: bool) -> Calls:
+    """``is_aligned``: tensors of a parameter have one order in memory, without gaps."""
+    sizes = [*map(Tensor.numel, lists[0])]
+    small = [i for i, size in enumerate(sizes) if size <= _SMALL]
+    found: Calls = []
+    for piece in in_pieces([sizes[i] for i in small], _PIECE):
+        parts = [[column[i] for i in small[piece]] for column in lists]
+        flat = [*map(_flat_copy, parts)]
+        update([[tensor] for tensor in flat])
+        for at, part in enumerate(parts):
+            if at != _GRAD:
+                new = _unflatten_dense_tensors(flat[at], part)
+                found.append(functools.partial(torch._foreach_copy_, part, [*new]))
+    if len(small) < len(sizes):
+        program = Program(update, len(lists), lists[0][0].dtype)
+        scratch = _Scratch(program.num_intermediates, lists[0][0].dtype)
+        for i, size in enumerate(sizes):
+            if size > _SMALL:
+                found += _large(program, scratch, [column[i] for column in lists], is_aligned)
+    return found
+
+
+def _flat_copy(tensors: list[Tensor]) -> Tensor:
+    if len(tensors) == 1:  # of which torch would make a view
+        return tensors[0].clone(memory_format=torch.contiguous_format).view(-1)
+    flat: Tensor = _flatten_dense_tensors(tensors)
+    return flat
+
+
+def _large(program: Program, scratch: _Scratch, tensors: list[Tensor], is_aligned: bool) -> Calls:
+    """The update of one parameter, in parts."""
+    size = tensors[0].numel()
+    if size <= _PIECE or not is_aligned:
+        return program.calls(tensors, scratch.like(tensors[0]))
+    parts = zip(
+        *(tensor.as_strided((size,), (1,)).split(_PIECE) for tensor in tensors), strict=True
+    )
+    calls = (program.calls([*those], scratch.like(those[0])) for those in parts)
+    return [*itertools.chain.from_iterable(calls)]
+
+
+class _Scratch:
+    """Intermediate values of a part, over which those of the next are written."""
+
+    def __init__(self, number: int, dtype: torch.dtype) -> None:
+        self._rows = torch.empty(number, _PIECE, dtype=dtype, device="cpu")
+        self._of: dict[Any, list[Tensor]] = {}
+
+    def like(self, tensor: Tensor) -> list[Tensor]:
+        if tensor.numel() > _PIECE:
+            return [torch.empty_like(tensor) for _ in self._rows]
+        form = tensor.shape, tensor.stride()
+        if form not in self._of:
+            self._of[form] = [row.as_strided(*form) for row in self._rows]
+        return self._of[form]
+
+
+def in_pieces(sizes: Iterable[int], largest: int) -> list[slice]:
+    """Neighbours that together have at most so many elements, or are one."""
+    pieces, begin, end, total = [], 0, 0, 0
+    for size in sizes:
+        if end > begin and total + size > largest:
+            pieces.append(slice(begin, end))
+            begin, total = end, 0
+        end, total = end + 1, total + size
+    return [*pieces, slice(begin, end)] if end else []
