@@ -134,16 +134,18 @@ def with_numbers(group: Group, param: Tensor) -> Group:
 
 def implementation(bucket: Bucket) -> functools.partial[Any]:
     """The function of torch's that steps them, but for its lists of tensors."""
-    optimizer, mode = bucket.members.optimizer, bucket.mode
-    step: Any = inspect.unwrap(optimizer._stock.step)  # type: ignore[union-attr]
-    function = step.__globals__[step.__module__.rpartition(".")[2]]
-    names = _parameters(function)
-    own = {"foreach": mode is Mode.FOREACH, "fused": mode is Mode.FUSED}
-    own |= {"capturable": bucket.kind.counts_on_device, "differentiable": False}
-    own = {name: value for name, value in own.items() if name in names}
-    own |= dict.fromkeys(names & {"has_complex"}, False)
-    options = _options(names - own.keys(), bucket.record(0).group, optimizer.defaults)
-    return functools.partial(function, **options, **own)
+    way, optimizer = bucket.way, bucket.members.optimizer
+    if way.function is None:
+        step: Any = inspect.unwrap(optimizer._stock.step)  # type: ignore[union-attr]
+        function = step.__globals__[step.__module__.rpartition(".")[2]]
+        names = _parameters(function)
+        own = {"foreach": way.mode is Mode.FOREACH, "fused": way.mode is Mode.FUSED}
+        own |= {"capturable": bucket.kind.counts_on_device, "differentiable": False}
+        own = {name: value for name, value in own.items() if name in names}
+        own |= dict.fromkeys(names & {"has_complex"}, False)
+        options = _options(names - own.keys(), bucket.record(0).group, optimizer.defaults)
+        way.function = functools.partial(function, **options, **own)
+    return way.function
 
 
 def take_together(bucket: Bucket, grads: list[Tensor]) -> None:
@@ -171,18 +173,20 @@ def take_together(bucket: Bucket, grads: list[Tensor]) -> None:
 def fused_calls(bucket: Bucket, grads: list[Tensor]) -> list[functools.partial[Any]]:
     """What steps parameters on the CPU by the operator that torch's implementation calls, one C
     function each."""
-    columns, rule, slots = bucket.columns, bucket.members.rule, _slots(bucket)
-    group = bucket.record(0).group
-    operator = getattr(torch, modes.fused_operator(rule, group))
-    options = _options(_required(operator.__name__), group, bucket.members.optimizer.defaults)
-    options |= dict.fromkeys(_required(operator.__name__) & {"is_first_step"}, False)
+    way, columns, rule, slots = bucket.way, bucket.columns, bucket.members.rule, _slots(bucket)
+    if way.function is None:
+        group = bucket.record(0).group
+        name = modes.fused_operator(rule, group)
+        options = _options(_required(name), group, bucket.members.optimizer.defaults)
+        options |= dict.fromkeys(_required(name) & {"is_first_step"}, False)
+        way.function = functools.partial(getattr(torch, name), **options)
     counts = [columns.state(STEP.name)] if rule.counts_steps else []
-    one = torch.ones((), device="cpu")
+    written = [*columns.params, *itertools.chain(*slots)]
+    one = torch.ones((), device="cpu") if counts else None
     return [
-        # torch does not count this.
-        functools.partial(torch._C._increment_version, [*columns.params, *itertools.chain(*slots)]),
+        functools.partial(torch._C._increment_version, written),  # torch does not count this
         *(functools.partial(torch._foreach_add_, column, one) for column in counts),
-        functools.partial(operator, columns.params, grads, *slots, *counts, **options),
+        functools.partial(way.function, columns.params, grads, *slots, *counts),
     ]
 
 

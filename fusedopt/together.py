@@ -39,6 +39,7 @@ class _Settled:
         self._picture = Picture(columns)
         self._terms, self._options = terms, [*map(_plain_options, members.groups)]
         self._are_checked = False  # the numbers of these options
+        self.ways: work.Ways = {}  # with these options
         self._written, self._spans = written, [one.span for one in known]
         self._types = {alike.device.type for alike in self.alike}
         self._grads = addresses_of(columns.grads, self._types)
@@ -59,6 +60,7 @@ class _Settled:
             plain = _plain_options(group)
             if plain is None or plain != self._options[g]:
                 self._are_checked = False
+                self.ways = {}
                 options.check_group(members, g)
                 if _terms(members, group) != self._terms[g]:
                     return None
@@ -115,7 +117,7 @@ class Together:
         if columns is None or not settled.goes_on(members, columns):
             return None
         factors = work.factors_of({one.device for one in settled.alike}, scales)
-        return work.arranged(members, columns, settled.places, settled.alike, factors)
+        return work.arranged(members, columns, settled.places, settled.alike, factors, settled.ways)
 
     def settle(self, members: Members, records: list[Record]) -> None:
         """A step of these parameters, all those that have a gradient, has been done: the next is
@@ -205,7 +207,7 @@ class Together:
         together = [record for record in records if id(record.param) in self._known]
         alike = work.alike_ones(together, [self._known[id(record.param)] for record in together])
         places = [(record.g, record.i) for record in together]
-        found = work.arranged(members, Columns.of(together), places, alike, factors)
+        found = work.arranged(members, Columns.of(together), places, alike, factors, {})
         found.alone += [
             (record, factors[record.param.device])
             for record in records

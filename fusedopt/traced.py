@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 # Updates lists of parameters, of their gradients and of each of their state tensors, in place.
 Update = Callable[[list[list[Tensor]]], None]
@@ -50,32 +49,38 @@ class Program:
         Raises:
             CannotTraceError: the update does more than functions over lists do.
         """
-        mode = _Tracing([torch.empty(0, dtype=dtype, device="cpu") for _ in range(num_lists)])
-        lists = [[tensor] for tensor in mode.tensors]
-        # An interrupt comes after the mode has been entered and does not keep it from being left,
-        # as it could in ``with``.
-        enter = functools.partial(torch._C._push_on_torch_function_stack, mode)
-        both = map(functools.partial.__call__, [enter, functools.partial(update, lists)])
-        try:
-            deque(both, maxlen=0)
-        finally:
-            torch._C._pop_torch_function_stack()
-        self._num_lists = num_lists
-        self._calls, self.num_intermediates = _in_little_memory(mode.calls, num_lists)
+        traced: list[_Traced] = []
+        noted: list[_Call] = []
+        update([[_another(dtype, traced, noted)] for _ in range(num_lists)])
+        calls, self.num_intermediates = _in_little_memory(noted, num_lists)
+        self._constants: list[Any] = []
+        self._first_constant = num_lists + self.num_intermediates
+        self._calls = [*map(self._compiled, calls)]
+
+    def _compiled(self, call: _Call) -> tuple[Any, Any, int, dict[str, Any]]:
+        """A call that takes its arguments by their places among tensors and constants."""
+        places: list[int] = []
+        for arg in call.args:
+            if type(arg) is not _Place:
+                self._constants.append(arg)
+            is_place = type(arg) is _Place
+            places.append(arg if is_place else self._first_constant + len(self._constants) - 1)
+        one = slice(places[0], places[0] + 1)
+        return call.function, itemgetter(*places if places[1:] else [one]), call.out, call.kwargs
 
     def calls(
         self, operands: list[Tensor], intermediates: list[Tensor]
     ) -> list[functools.partial[Any]]:
         """The update of tensors of one shape and one order in memory: one C function each, so that
         no interrupt comes between them, in memory that is there."""
-        tensors = [*operands, *intermediates]
+        values = [*operands, *intermediates, *self._constants]
         found = []
-        for function, args, kwargs, out in self._calls:
-            those = [tensors[arg] if type(arg) is _Place else arg for arg in args]
-            if function is torch._foreach_copy_:
-                found.append(functools.partial(function, [tensors[out]], those))
+        for function, args_of, out, kwargs in self._calls:
+            args = args_of(values)
+            if function is torch._foreach_copy_:  # which has no ``out``
+                found.append(functools.partial(function, [values[out]], args))
             else:
-                found.append(functools.partial(function, *those, out=tensors[out], **kwargs))
+                found.append(functools.partial(function, *args, out=values[out], **kwargs))
         return found
 
 
@@ -85,52 +90,61 @@ def _in_little_memory(calls: list[_Call], num_lists: int) -> tuple[list[_Call], 
     last = {place: i for i, places in enumerate(used) for place in places}
     free: list[_Place] = []
     new: dict[Any, _Place] = {_Place(i): _Place(i) for i in range(num_lists)}
-    found = []
+    number, found = num_lists, []
     for i, (function, args, kwargs, out) in enumerate(calls):
         if out not in new:
-            new[out] = free.pop() if free else _Place(len({*new.values()}))
+            if not free:
+                free.append(_Place(number))
+                number += 1
+            new[out] = free.pop()
         those = tuple(new[arg] if type(arg) is _Place else arg for arg in args)
         found.append(_Call(function, those, kwargs, new[out]))
         free += [new[place] for place in used[i] if place >= num_lists and last[place] == i]
-    return found, len({*new.values()}) - num_lists
+    return found, number - num_lists
 
 
-class _Tracing(TorchFunctionMode):
-    """While it is active, functions over lists of the tensors in question compute nothing and are
-    noted. Numbers, as counts of steps, are computed at once."""
+class _Traced(Tensor):
+    """Stands for a tensor that is updated, or an intermediate one: functions over lists of these
+    compute nothing and are noted. Numbers, as counts of steps, are ordinary tensors."""
 
-    def __init__(self, operands: list[Tensor]) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-        self.tensors = operands  # and the intermediate ones
-        self._places = {id(tensor): _Place(i) for i, tensor in enumerate(operands)}
+    place: _Place
+    of_dtype: torch.dtype
+    traced: list[_Traced]
+    noted: list[_Call]
 
+    @classmethod
     def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name, kwargs = function.__name__, kwargs or {}
-        one = tuple(map(_of_one, args))
-        places = [self._places.get(id(arg)) for arg in one]
-        if not any(place is not None for place in places) or name in _READERS:
-            return function(*args, **kwargs)
-        if name.removesuffix("_") not in _ELEMENTWISE or places[0] is None:
+        name = function.__name__
+        if name in _READERS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        in_place, name = name.endswith("_"), name.removesuffix("_")
+        first, *others = map(_of_one, args)
+        if name not in _ELEMENTWISE or type(first) is not _Traced:
             raise CannotTraceError(name)
-        known = [arg if place is None else place for arg, place in zip(one, places, strict=True)]
-        of_one, kwargs = name.removesuffix("_").removeprefix("_foreach_"), dict(kwargs)
-        if of_one.startswith("addc") and len(known) > 3:
+        out = first if in_place else _another(first.of_dtype, first.traced, first.noted)
+        known = [arg.place if type(arg) is _Traced else arg for arg in (first, *others)]
+        kwargs = dict(kwargs or {})
+        if name == "_foreach_copy":
+            first.noted.append(_Call(function, (known[1],), {}, out.place))
+            return None
+        if name.startswith("_foreach_addc") and len(known) > 3:
             kwargs["value"] = known.pop()
-        out = places[0] if name.endswith("_") else self._new_place(one[0].dtype)
-        if of_one == "copy":  # which has no ``out``
-            self.calls.append(_Call(function, (known[1],), {}, out))
-        else:
-            self.calls.append(_Call(getattr(torch, of_one), tuple(known), kwargs, out))
-        return None if name.endswith("_") else [self.tensors[out]]
+        of_one = getattr(torch, name.removeprefix("_foreach_"))
+        first.noted.append(_Call(of_one, tuple(known), kwargs, out.place))
+        return None if in_place else [out]
 
-    def _new_place(self, dtype: torch.dtype) -> _Place:
-        place = _Place(len(self.tensors))
-        self.tensors.append(torch.empty(0, dtype=dtype, device="cpu"))
-        self._places[id(self.tensors[-1])] = place
-        return place
+
+def _another(dtype: torch.dtype, traced: list[_Traced], noted: list[_Call]) -> _Traced:
+    """Adds one to those that are ``traced``."""
+    empty = torch.empty(0, dtype=dtype, device="cpu")
+    one: _Traced = Tensor._make_subclass(_Traced, empty)
+    one.place, one.of_dtype = _Place(len(traced)), dtype
+    one.traced, one.noted = traced, noted
+    traced.append(one)
+    return one
 
 
 def _of_one(argument: Any) -> Any:

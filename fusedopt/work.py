@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import chain
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,15 +38,31 @@ class Alike(NamedTuple):
 
 
 @dataclass
+class Way:
+    """How parameters go that have something in common, while their options are the same."""
+
+    mode: Mode
+    function: functools.partial[Any] | None = None  # torch's, with these options, once it is known
+
+
+# By what parameters have in common, and whether their gradients are scaled.
+Ways = dict[tuple[Alike, bool], Way]
+
+
+@dataclass
 class Bucket:
     """Parameters of one group that take one way together."""
 
-    mode: Mode
+    way: Way
     columns: Columns
     factor: Tensor | None
     places: list[Place]
     members: Members
     kind: Kind
+
+    @property
+    def mode(self) -> Mode:
+        return self.way.mode
 
     def record(self, at: int) -> Record:
         return Record(self.members, *self.places[at])
@@ -117,21 +134,24 @@ def arranged(
     places: list[Place],
     alike: dict[Alike, list[int]],
     factors: dict[torch.device, Tensor | None],
+    ways: Ways,
 ) -> Work:
-    """Which way each of them goes."""
+    """Which way each of them goes. ``ways``: those that are known."""
     work, optimizer = Work([], []), members.optimizer
     torchs = None if optimizer._stock is None else optimizer._torch_options
-    for (g, device, kind, shares), at in alike.items():
-        if device not in factors:
+    for one, at in alike.items():
+        if one.device not in factors:
             continue
-        factor = factors[device]
-        kind = kind._replace(is_scaled=factor is not None)
-        mode = modes.choose(members.rule, torchs, members.groups[g], kind)
+        factor = factors[one.device]
+        kind = one.kind._replace(is_scaled=factor is not None)
+        key = one, factor is not None
+        if key not in ways:
+            ways[key] = Way(modes.choose(members.rule, torchs, members.groups[one.g], kind))
         those = places if len(at) == len(places) else [places[i] for i in at]
-        if shares or mode is Mode.ALONE:
+        if one.shares or ways[key].mode is Mode.ALONE:
             work.alone += [(Record(members, *place), factor) for place in those]
         else:
-            work.buckets.append(Bucket(mode, columns.at(at), factor, those, members, kind))
+            work.buckets.append(Bucket(ways[key], columns.at(at), factor, those, members, kind))
     return work
 
 
