@@ -163,9 +163,12 @@ class Known:
 _COUNTS = (torch.float32, torch.float64)
 
 
-def goes_with_others(record: Record) -> bool:
-    """Whether a parameter and all that belongs to it are ordinary."""
-    if record.group.get("differentiable") or backend.runs_on(record.param.device):
+def goes_with_others(record: Record, is_refused: bool) -> bool:
+    """Whether a parameter and all that belongs to it are ordinary, and it has no native step: its
+    device has none, or has refused the kernel."""
+    if record.group.get("differentiable"):
+        return False
+    if not is_refused and backend.runs_on(record.param.device):
         return False
     if tensor_kinds.is_transforming() or tensor_kinds.is_traced():
         return False

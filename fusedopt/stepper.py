@@ -6,27 +6,20 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend, checks, dtensor, options, python_step, scaling, state, tensor_kinds
 from .grad_norm import GradNorm
+from .outcome import NoPlan, left_to_python, odd, refused
 from .problem import Problem
 from .record import Members, Record, is_plain_dict, plain_groups
 from .rule import STORAGE_OPTIONS
 from .scaling import Scaling
 from .together import Together
 from .work import Gradients, Work
-
-
-class _NoPlan(NamedTuple):
-    """What a native step without a plan comes to."""
-
-    is_done: bool = False
-    is_stale: bool = True
-    odd: list[int] = []
 
 
 class Stepper:
@@ -84,7 +77,7 @@ class Stepper:
         work = self._together.again(members, scales)
         if work is None:
             return False
-        self._mixed_step(None, members, scales, _NoPlan(), lambda _: work)
+        self._mixed_step(None, members, scales, NoPlan(), lambda _: work)
         return True
 
     def _native_step(
@@ -101,7 +94,7 @@ class Stepper:
         odd: not as the native side takes them. ``grads``: instead of some; see Gradients.
         """
         if plan is None:
-            return _NoPlan()
+            return NoPlan()
         for tickets in self._tickets.values():
             backend.use_on_stream(tickets, self._streams)
         known, owner, created = members.state, members.owner, members.created
@@ -129,7 +122,7 @@ class Stepper:
         together, self._together = self._together, Together()
         is_stale = outcome.is_stale
         if not is_stale:
-            records = _odd(plan, outcome, members)
+            records = odd(plan, outcome, members)
             unknown = together.unknown(members, records)
             _check_all(unknown)
             is_stale = any(map(state.missing, unknown))
@@ -147,15 +140,15 @@ class Stepper:
             fills = members.created and members.rule.first_step_fills_state
             if fills and scaling.is_skipped(scales):
                 return  # it is the state that says that there was a first step
-            plan, outcome = None, _NoPlan()
+            plan, outcome = None, NoPlan()
             if can_plan:
                 plan = self._make_plan(members)
                 outcome = self._native_step(plan, members, scales)
                 if outcome.is_stale:  # it is not as the plan has it, and would not be next time
                     plan = None
-                _check_all(_odd(plan, outcome, members))
+                _check_all(odd(plan, outcome, members))
         if not outcome.is_done:
-            together.remember(members, records, unknown)
+            together.remember(members, records, unknown, refused(plan, outcome, members))
 
             def arrange(python: list[Record] | None) -> Work:
                 return together.arrange(members, records if python is None else python, scales)
@@ -185,7 +178,7 @@ class Stepper:
         try:
             while not outcome.is_done:
                 # Without a plan, it is all of them.
-                work = arrange(plan and _left_to_python(plan, members, outcome, grads))
+                work = arrange(plan and left_to_python(plan, members, outcome, grads))
                 targets, copies = work.kept()
                 written, kept = written + targets, kept + copies
                 last = self.step_in_python(work) if work.buckets or work.alone else []
@@ -269,28 +262,6 @@ def _check_capturable(members: Members) -> None:
                 f"{members.name}: step() is being captured into a CUDA graph, but param group {g} "
                 "has capturable=False; construct the optimizer with capturable=True"
             )
-
-
-def _odd(plan: Any, outcome: Any, members: Members) -> list[Record]:
-    """The parameters that a native step has left; all of them if it could not look."""
-    if outcome.is_stale:
-        return members.with_grad()
-    return [Record(members, *plan.locate(entry)[:2]) for entry in outcome.odd]
-
-
-def _left_to_python(plan: Any, members: Members, outcome: Any, grads: Gradients) -> list[Record]:
-    """Which of the odd entries of a plan take the Python rule, in the order of the groups. Adds to
-    ``grads`` what the kernels see instead of their gradients: that they are among these, or for the
-    other entries a copy. A copy that they do not take either is given up."""
-    python = []
-    for entry in outcome.odd:
-        g, i, native = plan.locate(entry)
-        record = Record(members, g, i)
-        copy = record.grad_in_layout() if native and entry not in grads else None
-        grads[entry] = ... if copy is None else copy
-        if copy is None:
-            python.append(record)
-    return sorted(python, key=lambda record: (record.g, record.i))
 
 
 def _call_all(calls: list[functools.partial[Any]]) -> None:

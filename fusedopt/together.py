@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -157,8 +158,15 @@ class Together:
         columns = Columns.of([*known.values()])
         return unknown if _all_go_on(members, columns, places, alike) else records
 
-    def remember(self, members: Members, records: list[Record], unknown: list[Record]) -> None:
-        """What was checked, for this step and the next."""
+    def remember(
+        self,
+        members: Members,
+        records: list[Record],
+        unknown: list[Record],
+        refused: Set[int],
+    ) -> None:
+        """What was checked, for this step and the next. ``refused``: the ids of parameters whose
+        device has kernels, but not this one."""
         if not unknown:
             return
         listed = {id(param) for group in members.groups for param in group["params"]}
@@ -169,7 +177,7 @@ class Together:
                 backend.warn_of_missing_kernels(device.type, backend.missing_kernels(device))
         terms = [_terms(members, group) for group in members.groups]
         for record in unknown:
-            if goes_with_others(record):
+            if goes_with_others(record, id(record.param) in refused):
                 self._known[id(record.param)] = Known(record, terms[record.g])
             else:
                 self._known.pop(id(record.param), None)

@@ -40,7 +40,7 @@ void Plan::add(py::handle param, const py::object& state, const py::tuple& keys,
 py::tuple Plan::locate(std::size_t entry) const {
   const ParamRecord& param = records_.params.at(entry);
   const bool can_copy = !param.python && !param.in_order && !param.is_refused;
-  return py::make_tuple(param.group, param.index, can_copy);
+  return py::make_tuple(param.group, param.index, can_copy, param.is_refused);
 }
 
 struct Plan::Running {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import seam
 import torch
 from conftest import SEED, stand_in
 
@@ -38,6 +39,17 @@ def test_a_function_fails_while_loading(function, result, match, driver, kernels
     assert_refused(kernels, match)
     driver.fail(function, 0)
     assert stand_in().library.stand_in_contexts() == 0
+
+
+def test_parameters_without_their_kernel_go_together(driver, kernels):
+    """As where there is no kernel at all, and they are not looked at closely again."""
+    driver.fail("nvrtcCompileProgram", 6)
+    opt = adam()
+    del opt.param_groups[0]["params"][2]  # an empty one, which needs no kernel
+    with pytest.warns(RuntimeWarning, match=f"{ADAM} is not used"):
+        for _ in range(3):
+            assert_right(opt)
+    assert seam.is_settled(opt)
 
 
 def test_the_kernel_of_the_norm_is_refused(driver, kernels):
