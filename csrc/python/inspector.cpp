@@ -34,7 +34,10 @@ bool Inspector::inspect_shared() {
   written_.clear();
   for (const Seen& seen : shared_) {
     TensorView grad;
-    if (!view(seen[Role::kGrad], &grad) || !add_work(seen, grad)) return false;
+    if (!view(seen[Role::kGrad], &grad)) return false;
+    const Verdict verdict = add_work(seen, grad);
+    if (verdict == Verdict::kStale) return false;
+    if (verdict == Verdict::kOdd) work_->leave(seen.entry);
   }
   if (!shared_.empty()) bump_versions(written_);
   return true;
@@ -121,7 +124,7 @@ Inspector::Verdict Inspector::check(const Seen& seen, const py::dict& state) {
     shared_.push_back(seen);
     return Verdict::kFine;
   }
-  return add_work(seen, now) ? Verdict::kFine : Verdict::kStale;
+  return add_work(seen, now);
 }
 
 bool Inspector::is_same(PyObject* tensor, const TensorRecord& record) const {
@@ -199,8 +202,10 @@ void Inspector::read_early(const Seen& seen) {
 }
 
 // What is written is held while the interpreter lock is released.
-bool Inspector::add_work(const Seen& seen, const TensorView& grad) {
-  if (!work_->add(seen.entry, grad)) return false;
+Inspector::Verdict Inspector::add_work(const Seen& seen, const TensorView& grad) {
+  if (!work_->add(seen.entry, grad)) {
+    return records_->params[seen.entry].is_refused ? leave_to_python(seen) : Verdict::kStale;
+  }
   const auto write = [&](PyObject* tensor) {
     written_.push_back(tensor);
     held_.push_back(py::reinterpret_borrow<py::object>(tensor));
@@ -210,7 +215,7 @@ bool Inspector::add_work(const Seen& seen, const TensorView& grad) {
     write(tensor);
     if (PyObject* const local = local_of(tensor); local != tensor) write(local);
   });
-  return true;
+  return Verdict::kFine;
 }
 
 int Inspector::traverse(visitproc visit, void* arg) const {

@@ -47,7 +47,7 @@ class Inspector {
   void remember(PyObject* tensor, int ndim, TensorRecord* record);
   Verdict leave_to_python(const Seen& seen);
   void read_early(const Seen& seen);
-  bool add_work(const Seen& seen, const TensorView& grad);
+  Verdict add_work(const Seen& seen, const TensorView& grad);
 
   const RuleEntry& rule_;
   Records* const records_;
