@@ -1,41 +1,63 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can prove, in one command of at most nine minutes, without a network:
+# Everything that only a GPU can prove, in one command of at most eight minutes, without a network:
 #
-#   bench/gpu_check.sh OUT_DIR
+#   bench/gpu_check.sh OUT_DIR           # all
+#   bench/gpu_check.sh OUT_DIR STEP...   # the build, and of the steps below only these
 #
-# Builds the native module, which needs nothing of CUDA; compiles every kernel for the GPU at hand and
-# tries it out there; then come the tests, the step benchmark, and compute-sanitizer over the trials
-# and some of the tests. OUT_DIR receives check.log (all that was printed), self_test.txt (each kernel's
-# seconds and verdict), step.json, step_clip.json, offload.json and the figures. Without a build nothing
-# else runs; any other step that fails or takes too long does not stop those after it. The exit code says whether
-# all went well. No setting of the GPU is changed.
+# Builds the native module, which needs nothing of CUDA; then, the most telling first:
+#
+#   info           what runs on this machine
+#   self-test      compiles every kernel for the GPU at hand and tries it out there
+#   gpu-tests      tests/on_gpu
+#   bench          times of a step
+#   memcheck       compute-sanitizer, over some of the tests
+#   racecheck      the same, over what the self-test does
+#   clip-bench     times of clipping and step
+#   storage-bench  times of a step for each way of storing
+#   initcheck      as memcheck
+#   offload-bench  the optimizer on the host
+#
+# OUT_DIR receives check.log (all that was printed) and the figures as JSON, each of which is written as
+# soon as it is there; `python -m bench.step_plots OUT_DIR/step.json` draws them. Without a build
+# nothing else runs; any other step that fails or takes too long does not stop those after it. The exit
+# code says whether all went well. No setting of the GPU is changed.
 #
 #   PYTHON   the interpreter that has torch (python3)
+#   TOTAL    seconds for all of it (480)
 #   WHEELS   a folder of wheels of packages that PYTHON lacks; they are not installed into it
 #   COMMIT   what is being checked, where git cannot tell
 #   DRY_RUN  1: on the CPU and small, to check this script; nothing of CUDA is proven
 set -uo pipefail
 
-# Seconds. A limit stops what hangs; should many come near theirs, TOTAL cuts what comes last.
-TOTAL=530
-BUILD=150
-INFO=20
-SELF_TEST=120
-GPU_TESTS=120
-STEP_BENCH=130
-CLIP_BENCH=40
+# Seconds. A limit stops what hangs. Up to racecheck they and the first look at the machine add up to
+# TOTAL: of these steps none is cut by those before it. What comes after them has what they leave.
+TOTAL=${TOTAL:-480}
+BUILD=90
+INFO=30
+SELF_TEST=60
+GPU_TESTS=90
+STEP_BENCH=80
+SANITIZER=60 # each of three
+CLIP_BENCH=30
 STORAGE_BENCH=40
 OFFLOAD_BENCH=120
-SANITIZER=60 # each of three
-OTHER_TESTS=60
-STEP_BUDGET=0.5 # per cell of the benchmark
-CLIP_BUDGET=1
+STEP_BUDGET=0.5 # for each line of a table
 
-if (($# != 1)); then
+STEPS=(info self-test gpu-tests bench memcheck racecheck clip-bench storage-bench initcheck
+  offload-bench)
+
+usage() {
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2
   exit 2
-fi
+}
+
+(($# >= 1)) || usage
+for name in "${@:2}"; do
+  [[ " ${STEPS[*]} " == *" $name "* ]] || { echo "gpu_check: there is no step '$name'" >&2 && usage; }
+done
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+wanted=" build ${*:2} "
+(($# > 1)) || wanted=" build ${STEPS[*]} "
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 dry=${DRY_RUN:-0}
@@ -61,17 +83,30 @@ record() {
   printf '== %s: %s, %d s\n' "$1" "$2" "$3" | tee -a "$log"
 }
 
-skip() { record "$1" "skipped: $2" 0; }
+is_wanted() { [[ $wanted == *" $1 "* ]]; }
+
+skip() { is_wanted "$1" && record "$1" "skipped: $2" 0; }
+
+fail() {
+  failures=$((failures + 1))
+  record "$1" "FAILED: $2" "$3"
+}
+
+# The seconds that a step with this limit has.
+seconds_for() {
+  local limit=$(($1 * patience)) left=$((TOTAL - SECONDS))
+  echo $((limit < left ? limit : left))
+}
 
 # step NAME LIMIT COMMAND...: what it prints goes to the log, and its end to the screen if it fails.
 step() {
-  local name=$1 limit=$(($2 * patience)) begin=$SECONDS code
+  local name=$1 limit begin=$SECONDS code
+  is_wanted "$name" || return 1
+  limit=$(seconds_for "$2")
   shift 2
-  ((limit <= TOTAL - SECONDS)) || limit=$((TOTAL - SECONDS))
   printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
   if ((limit < 3)); then
-    failures=$((failures + 1))
-    record "$name" "FAILED: no time left" 0
+    fail "$name" "no time left" 0
     return 1
   fi
   timeout --signal=INT --kill-after=10 "$limit" "$@" </dev/null 2>&1 |
@@ -81,13 +116,22 @@ step() {
     record "$name" ok $((SECONDS - begin))
     return 0
   fi
-  failures=$((failures + 1))
   tail -n 40 "$scratch/last" | cut -c -200
   case $code in
-    124 | 137) record "$name" "FAILED: over $limit s" $((SECONDS - begin)) ;;
-    *) record "$name" "FAILED: exit code $code" $((SECONDS - begin)) ;;
+    124 | 137) fail "$name" "over $limit s" $((SECONDS - begin)) ;;
+    *) fail "$name" "exit code $code" $((SECONDS - begin)) ;;
   esac
   return 1
+}
+
+# bench NAME LIMIT LAST MODULE ARGUMENTS...: shows the tables. It begins nothing when only LAST seconds
+# are left, and so ends by itself.
+bench() {
+  local name=$1 limit=$2 last=$3 module=$4 seconds
+  shift 4
+  seconds=$(($(seconds_for "$limit") - last))
+  step "$name" "$limit" env FUSEDOPT_BACKEND=native "$python" -m "bench.$module" --device "$device" \
+    --out "$out" --seconds $((seconds > 0 ? seconds : 0)) "$@" && cat "$scratch/last"
 }
 
 finish() {
@@ -109,8 +153,15 @@ facts() {
     echo "$tool: $(command -v "$tool" || echo missing)"
   done
   gcc --version | head -n 1
-  "$python" -m pip list 2>/dev/null | grep -iE \
-    '^(cmake|hypothesis|matplotlib|ninja|numpy|pybind11|pytest|rich|setuptools|torch|triton)'
+  "$python" - <<'PYTHON'
+from importlib import metadata
+
+for name in "torch triton numpy pytest pytest-xdist matplotlib rich setuptools pybind11".split():
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        print(name, "missing")
+PYTHON
   if command -v nvidia-smi >/dev/null; then
     nvidia-smi -L
     nvidia-smi -q -d MEMORY,CLOCK,POWER,PERFORMANCE,ECC,COMPUTE
@@ -126,6 +177,9 @@ if [[ -n ${WHEELS:-} ]]; then
     echo "gpu_check: the wheels in $WHEELS cannot be installed, see $log" >&2
   fi
 fi
+# The first import of torch reads gigabytes from the disk: beside the build.
+timeout $BUILD "$python" -c 'import torch; torch.cuda.is_available()' </dev/null >/dev/null 2>&1 &
+first_import=$!
 facts >>"$log" 2>&1
 
 if [[ $dry == 1 ]]; then
@@ -146,6 +200,7 @@ echo "gpu_check of $COMMIT on ${capability:-no GPU}, log in $log"
 # --- build -------------------------------------------------------------------------------------
 # In place, into no environment: that works with any Python, and nothing has to be undone.
 step build $BUILD "$python" setup.py build_ext --inplace || finish
+wait $first_import
 step info $INFO env FUSEDOPT_BACKEND=native "$python" -m fusedopt.info
 
 # --- every kernel, on this GPU -----------------------------------------------------------------
@@ -153,85 +208,57 @@ if [[ $dry == 1 ]]; then
   skip self-test "needs a GPU"
 else
   step self-test $SELF_TEST "$python" -m fusedopt.self_test && tail -n 2 "$scratch/last"
-  cp "$scratch/last" "$out/self_test.txt"
 fi
 
 # --- tests on the GPU --------------------------------------------------------------------------
+# In several processes, if pytest can: an error that ends one of them leaves the others.
 pytest=("$python" -m pytest -q -p no:cacheprovider)
-step gpu-tests $GPU_TESTS "${pytest[@]}" --maxfail=10 --durations=10 tests/on_gpu
+parallel=()
+if has xdist; then parallel=(-n 4); fi
+step gpu-tests $GPU_TESTS "${pytest[@]}" "${parallel[@]}" --maxfail=40 --tb=short --durations=10 \
+  tests/on_gpu
 
 # --- figures -----------------------------------------------------------------------------------
 if [[ $dry == 1 ]]; then
   STEP_BUDGET=0.05
-  CLIP_BUDGET=0.05
-  workloads=(many_small mlp_100x10k)
-  clip_workloads=(mlp_100x10k)
+  few=(--workloads many_small mlp_100x10k)
+  clip=(--workloads mlp_100x10k)
+  storage=(--workloads mlp_100x10k)
+  offload=(--numel 1000000 --rounds 2 --steps 4)
 else
-  # The most important first, should the time not suffice: what was measured by then is written.
-  workloads=(gpt2_124m small_10k groups_465 lora_2048 one_large many_small resnet50 llama_1b)
-  clip_workloads=(gpt2_124m lora_2048)
+  few=()
+  clip=(--workloads gpt2_124m lora_2048)
+  storage=()
+  offload=()
 fi
-bench=(env FUSEDOPT_BACKEND=native "$python" -m bench.step --device "$device" --modes foreach fused)
-if step bench $STEP_BENCH "${bench[@]}" --budget $STEP_BUDGET --out "$out" \
-  --workloads "${workloads[@]}"; then
-  cat "$scratch/last"
-elif [[ -e $out/step.json && ! -e $out/step_speedup.png ]]; then
-  step figures 20 "$python" -m bench.step_plots "$out/step.json"
-fi
-
-if step clip-bench $CLIP_BENCH "${bench[@]}" --clip --budget $CLIP_BUDGET \
-  --workloads "${clip_workloads[@]}" --dtypes fp32 --out "$scratch/clip"; then
-  cat "$scratch/last"
-fi
-cp "$scratch"/clip/*.json "$out" 2>/dev/null # its figures can be drawn from it
-
-if step storage-bench $STORAGE_BENCH env FUSEDOPT_BACKEND=native "$python" -m bench.storage \
-  --device "$device" --budget $STEP_BUDGET --workloads "${clip_workloads[0]}" --out "$out"; then
-  cat "$scratch/last"
-fi
-
-if [[ $dry == 1 ]]; then offload=(--numel 1000000 --rounds 2 --steps 4); else offload=(--threads 16); fi
-if step offload-bench $OFFLOAD_BENCH env FUSEDOPT_BACKEND=native "$python" -m bench.offload \
-  --device "$device" "${offload[@]}" --out "$out"; then
-  cat "$scratch/last"
-fi
+figures=(--brief --no-plots --modes foreach fused --budget "$STEP_BUDGET")
+bench bench $STEP_BENCH 15 step "${figures[@]}" "${few[@]}"
 
 # --- memory checkers -------------------------------------------------------------------------
 # Without torch's own pool of memory, an access beyond a tensor is one beyond an allocation. A race is
-# looked for in what every kernel does when it is tried out.
-small=("${pytest[@]}" -x -k sanitize tests/on_gpu)
+# looked for in what every kernel does when it is tried out. Torch's kernels, which would take most of
+# the time, are left out, but where it counts what they have written.
+ours=(--kernel-name kns=fusedopt_)
+small=("${pytest[@]}" -x -k sanitize tests/on_gpu/test_sanitized.py)
 sanitize() { # TOOL COMMAND...
   local tool=$1
   shift
   if [[ $dry == 1 ]]; then
     skip "$tool" "needs a GPU"
-  elif ! command -v compute-sanitizer >/dev/null; then
-    failures=$((failures + 1))
-    record "$tool" "FAILED: no compute-sanitizer" 0
+  elif is_wanted "$tool" && ! command -v compute-sanitizer >/dev/null; then
+    fail "$tool" "no compute-sanitizer" 0
   else
     step "$tool" $SANITIZER env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all "$@"
   fi
 }
-sanitize memcheck --report-api-errors no "${small[@]}"
-sanitize racecheck "$python" -m fusedopt.self_test
-sanitize initcheck "${small[@]}"
+sanitize memcheck "${ours[@]}" --report-api-errors no "${small[@]}"
+sanitize racecheck "${ours[@]}" "$python" -m fusedopt.self_test
 
-# --- everything else ---------------------------------------------------------------------------
-# But for what runs the kernels on the CPU, several processes or other packages: no GPU needed.
-others=()
-for file in tests/test_*.py tests/*/test_*.py; do
-  if [[ $file =~ ^tests/(on_gpu|device|compiled_kernels|distributed|interop)/ ]] ||
-    [[ $file =~ /test_(kernels|machine_code|ptx)\.py$ ]]; then
-    continue
-  elif grep -qE '^(from|import) hypothesis' "$file" && ! has hypothesis; then
-    skip "$(basename "$file")" "no hypothesis"
-  elif [[ $dry != 1 || $file == */test_torch_table.py ]]; then
-    others+=("$file")
-  fi
-done
-parallel=()
-if has xdist; then parallel=(-n 8); fi
-step other-tests $OTHER_TESTS "${pytest[@]}" "${parallel[@]}" --maxfail=10 -k "not kernels" "${others[@]}"
+# --- as far as there is time -------------------------------------------------------------------
+bench clip-bench $CLIP_BENCH 15 step --clip "${figures[@]}" "${clip[@]}" --dtypes fp32
+bench storage-bench $STORAGE_BENCH 15 storage --budget $STEP_BUDGET "${storage[@]}"
+sanitize initcheck "${small[@]}"
+bench offload-bench $OFFLOAD_BENCH 30 offload "${offload[@]}"
 
 finish

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,12 +208,16 @@ def digest(param: Tensor) -> int:
     return int((bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum())
 
 
-def trainings(size: Size, options: argparse.Namespace, results: dict[str, Any]) -> Iterator[str]:
-    """Each in a process of its own, since none gives back its peak."""
+def trainings(
+    size: Size, options: argparse.Namespace, deadline: float, results: dict[str, Any]
+) -> Iterator[str]:
+    """Each in a process of its own, since none gives back its peak; none begins too late."""
     context = multiprocessing.get_context("spawn")
     with report.progress_bar() as progress, context.Pool(1, maxtasksperchild=1) as pool:
         task = progress.add_task("", total=len(options.ways))
         for way in options.ways:
+            if time.perf_counter() > deadline:
+                break
             progress.update(task, description=way)
             results[way] = pool.apply(train, (way, size, options))
             progress.advance(task)
@@ -256,6 +262,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch", type=int, help="32, on a CPU 2")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="then no training begins")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench/out"))
@@ -271,6 +278,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run the benchmark and return the files it wrote."""
     options = parse(argv)
+    deadline = time.perf_counter() + options.seconds
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     facts = report.environment(device)
@@ -305,9 +313,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         size = Size(
             options.layers, options.width, options.width // 64, options.context, options.batch
         )
-        for _ in trainings(size, options, results.setdefault("training", {})):
-            write()  # what there is, should the time not suffice
-        report.console.print(tabulate(results["training"]))
+        write()  # what there is, should the time not suffice
+        for _ in trainings(size, options, deadline, results.setdefault("training", {})):
+            write()
+        if results["training"]:
+            report.console.print(tabulate(results["training"]))
     return [write()]
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,9 @@ import fusedopt
 from bench import optimizers, peers, report
 from bench.step import (
     ARGUMENTS,
-    COPY_BYTES,
     Contender,
     Model,
-    copy_on,
+    copy_floor,
     medians_of,
     stream,
     take_turns,
@@ -70,7 +71,7 @@ def floor(moved: int, written: int, device: torch.device) -> Contender | None:
     """A loop over `moved` bytes in one array that is read and `written` that are read and written;
     on a GPU a copy in the time of as many bytes."""
     if device.type == "cuda":
-        return Contender("floor", copy_on(device), moved / (2 * COPY_BYTES))
+        return copy_floor(device, moved)
     if (native := fusedopt.backend.native) is None:
         return None
     size = moved // (1 + 2 * written) // 4
@@ -120,8 +121,10 @@ def builders(name: str, options: argparse.Namespace) -> dict[str, Callable[..., 
     return result
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    results = []
+def run(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """All results so far, after each; after `options.seconds` no further begins."""
+    deadline = time.perf_counter() + options.seconds
+    results: list[dict[str, Any]] = []
     with report.progress_bar() as progress:
         for workload in options.workloads:
             model = Model(workload, torch.bfloat16, options.device)
@@ -133,13 +136,15 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 built = builders(name, options)
                 task = progress.add_task(f"{workload} {name}", total=len(built))
                 for label, build in built.items():
+                    if time.perf_counter() > deadline:
+                        break
                     result = measure(model, label, build, options)
                     results.append({"workload": workload, "optimizer": name, **result})
                     table.add_row(*row(result))
                     progress.advance(task)
+                    yield results
                 table.caption = report.busy_note(results)
                 report.console.print(table)
-    return results
 
 
 def row(result: dict[str, Any]) -> list[str]:
@@ -161,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["gpt2_124m"])
     parser.add_argument("--optimizers", nargs="+", type=str.lower, choices=names, default=["adamw"])
     parser.add_argument("--budget", type=float, default=4.0, help="seconds for each line")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="then no line begins")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -170,8 +176,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     torch.set_num_threads(options.threads)
     facts = report.environment(options.device)
     report.console.print(f"Storage on {report.headline(facts)}, fresh gradients")
-    results = run(options)
-    return [report.write_json(options.out / "storage.json", facts, results=results)]
+    path = options.out / "storage.json"
+    for results in run(options):  # written each time: a run that is cut short keeps what it has
+        report.write_json(path, facts, results=results)
+    return [path]
 
 
 if __name__ == "__main__":

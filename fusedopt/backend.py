@@ -148,6 +148,29 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu" or has_kernels(device)
 
 
+@functools.cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """The most exact dtype that a device computes with."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
+def widened(number: Tensor) -> Tensor:
+    """In the most exact dtype that its device computes with."""
+    return number.to(widest_float(number.device))
+
+
+def moved(number: Tensor, device: torch.device) -> Tensor:
+    """As exact as both devices can have it, and widened there."""
+    dtype = widest_float(device)
+    shared = min(number.dtype, dtype, key=lambda dtype: dtype.itemsize)
+    there = number.to(shared).to(device, non_blocking=device.type == "cuda")
+    return there.to(dtype)
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether the native module takes tensors on this device."""
     if native is None or device.type == native.KERNEL_DEVICE:

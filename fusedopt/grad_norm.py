@@ -14,7 +14,8 @@ from . import backend, dtensor, memory, tensor_kinds
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# What a clip tensor begins with (float64, one per device); the native module keeps more behind it.
+# What a clip tensor begins with: one per device, in the widest dtype there. The native module keeps
+# more behind it.
 NORM, FACTOR, SKIP = range(3)
 _HEADER = 4
 
@@ -92,7 +93,7 @@ class GradNorm:
             return None
         for bucket, shards in buckets.items():
             if bucket not in self._clip:
-                self._clip[bucket] = self._zeros(_HEADER, dtype=torch.float64, device=bucket[0])
+                self._clip[bucket] = self._new_clip(_HEADER, bucket)
             if self._native_norm(bucket, shards, None, max_norm, False) is not None:
                 return None
         meshes = [*dict.fromkeys(spec.mesh for spec, _ in found if spec is not None)]
@@ -117,7 +118,7 @@ class GradNorm:
             norm = _norm_over(meshes, clips)
             combined = _clip_of(norm, max_norm, skip_nonfinite)
             for clip in clips.values():
-                clip[:_HEADER].copy_(combined, non_blocking=clip.is_cuda)
+                clip[:_HEADER] = backend.moved(combined, clip.device)
         return {device: clip for (device, _, _), clip in clips.items()}
 
     def _measure(
@@ -140,7 +141,7 @@ class GradNorm:
             clip = _clip_of(_norm(grads, loss_scale), max_norm, skip_nonfinite)
             return memory.materialized(clip)
         if bucket not in self._clip:
-            self._clip[bucket] = self._zeros(_HEADER, dtype=torch.float64, device=device)
+            self._clip[bucket] = self._new_clip(_HEADER, bucket)
         if not grads:
             self._clip[bucket][:_HEADER] = 0
             return self._clip[bucket]
@@ -165,7 +166,11 @@ class GradNorm:
             if answer is None or answer is False or isinstance(answer, list):
                 return answer
             self._outgrown.append(clip)
-            self._clip[bucket] = self._zeros(answer, dtype=torch.float64, device=bucket[0])
+            self._clip[bucket] = self._new_clip(answer, bucket)
+
+    def _new_clip(self, size: int, bucket: Bucket) -> Tensor:
+        device = bucket[0]
+        return self._zeros(size, dtype=backend.widest_float(device), device=device)
 
 
 def _flat(grad: Tensor) -> Tensor:
@@ -196,11 +201,11 @@ def is_left_to_torch(grad: Tensor) -> bool:
 def _norm_of(grad: Tensor, factor: float | Tensor) -> Tensor:
     norm: Tensor
     if not is_left_to_torch(grad):
-        norm = torch.linalg.vector_norm(_flat(grad).double() * factor)
+        norm = torch.linalg.vector_norm(backend.widened(_flat(grad)) * factor)
         return norm
     try:
         parts = grad.detach().unbind() if grad.is_nested else (grad.detach(),)
-        norms = [_as_ordinary(torch.linalg.vector_norm(part)).double() for part in parts]
+        norms = [backend.widened(_as_ordinary(torch.linalg.vector_norm(part))) for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         return norm * factor
     except Exception as error:
@@ -214,12 +219,13 @@ def _as_ordinary(norm: Tensor) -> Tensor:
     """What a class of its own computed, for the gradients of other classes beside it."""
     if tensor_kinds.is_fake(norm) or not tensor_kinds.has_own_operators(norm):
         return norm
-    return torch.tensor(norm.item(), dtype=torch.float64, device=norm.device)
+    dtype = backend.widest_float(norm.device)
+    return torch.tensor(norm.item(), dtype=dtype, device=norm.device)
 
 
 def _norm(grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor:
     # Unscaled first, as in the kernels: the squares of what is scaled may leave float64.
-    factor = 1.0 if loss_scale is None else loss_scale.double().reciprocal()
+    factor = 1.0 if loss_scale is None else backend.widened(loss_scale).reciprocal()
     norms = [_norm_of(grad, factor) for grad in grads]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
@@ -229,7 +235,7 @@ def _norm_over(meshes: Sequence[DeviceMesh], clips: dict[Bucket, Tensor]) -> Ten
     """The norm of all that was measured, with what other processes of these meshes measured. Those
     of one mesh get the same bits: what each of them holds counts as its mean, if they differ."""
     first = next(iter(clips.values()))
-    norms = [clip[NORM].to(first.device, non_blocking=first.is_cuda) for clip in clips.values()]
+    norms = [backend.moved(clip[NORM], first.device) for clip in clips.values()]
     if not meshes:
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
@@ -249,4 +255,4 @@ def _norm_over(meshes: Sequence[DeviceMesh], clips: dict[Bucket, Tensor]) -> Ten
 def _clip_of(norm: Tensor, max_norm: float, skip_nonfinite: bool) -> Tensor:
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     skip = ~norm.isfinite() if skip_nonfinite else torch.zeros_like(norm, dtype=torch.bool)
-    return torch.stack([norm, factor, skip.double(), torch.zeros_like(norm)])
+    return torch.stack([norm, factor, skip.to(norm.dtype), torch.zeros_like(norm)])

@@ -144,7 +144,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients of the last step, unscaled and before it was clipped: a 0-dim
-        float64 tensor on the device of the first gradient. None without ``max_grad_norm``.
+        tensor of float64 (float32 where there is none, as on MPS) on the device of the first
+        gradient. None without ``max_grad_norm``.
 
         Reading it starts no synchronization; ``.item()`` does.
         """

@@ -275,11 +275,9 @@ class Record:
         return kept, [*map(self._number, kept)]
 
     def _number(self, scalar: Tensor) -> float | Tensor:
-        if scalar.device.type == "mps":
-            return scalar  # it has no float64
         # A power of the count is needed more exactly than float32 has it.
         if self.group["differentiable"] or not (scalar.is_cpu or tensor_kinds.is_fake(scalar)):
-            return scalar.double()
+            return backend.widened(scalar)
         value = tensor_kinds.number(scalar)
         return 1.0 if value is None else value  # a fake tensor without a value: any number will do
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dtensor, memory, options, tensor_kinds
+from . import backend, dtensor, memory, options, tensor_kinds
 from .grad_norm import FACTOR, SKIP, GradNorm
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def on(device: torch.device, scales: Scaling) -> OfDevice:
     """The scales of a step on a device, which may have none of its own. What is measured or set
     for the next step does not change them."""
     of_device = scales.get(device) or next(iter(scales.values()), (None, None, None))
-    found_inf, scale, clip = (t if t is None else t.to(device, copy=True) for t in of_device)
-    return found_inf, scale, clip
+    found_inf, scale = (t if t is None else t.to(device, copy=True) for t in of_device[:2])
+    clip = of_device[2]
+    return found_inf, scale, None if clip is None else backend.moved(clip.clone(), device)
 
 
 def on_host(scales: Scaling | None) -> Scaling | None:
@@ -110,5 +111,5 @@ def grad_factor(of_device: OfDevice) -> Tensor | None:
     _, loss_scale, clip = of_device
     factor = None if clip is None else clip[FACTOR]
     if loss_scale is not None:
-        factor = loss_scale.double().reciprocal() * (1.0 if factor is None else factor)
+        factor = backend.widened(loss_scale).reciprocal() * (1.0 if factor is None else factor)
     return None if factor is None else memory.materialized(factor)

@@ -358,6 +358,26 @@ def warn_of_missing_kernels(device_type: str) -> None:
     fusedopt.backend.warn_of_missing_kernels(device_type, problem)
 
 
+@contextlib.contextmanager
+def without_float64(device_type: str) -> Iterator[None]:
+    """Nothing is computed in float64 on such devices."""
+    widest = fusedopt.backend.widest_float
+
+    def narrow(device: torch.device) -> torch.dtype:
+        return torch.float32 if device.type == device_type else widest(device)
+
+    with mock.patch.object(fusedopt.backend, "widest_float", narrow):
+        yield
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    return fusedopt.backend.widest_float(device)
+
+
+def moved(number: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return fusedopt.backend.moved(number, device)
+
+
 def forget_gpu_problems() -> None:
     """Whether a GPU can run the kernels is asked again, and said again."""
     fusedopt.backend._problem.cache_clear()

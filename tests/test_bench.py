@@ -27,6 +27,13 @@ def test_a_first_look_begins_with_adam_and_names_what_it_leaves_out(step, capsys
     assert json.loads((tmp_path / "step.json").read_text("utf-8"))["results"] == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_first_look_has_all_that_it_names(step, device):
+    options = step.parse(["--brief", "--device", device])
+    named = [(*key, name) for key, names in step.BRIEF[device].items() for name in names]
+    assert [*map(step.astuple, step.select_cells(options))] == named
+
+
 def test_a_log_gets_lines_and_one_word_about_other_programs(step, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "MINIMUM_ROUNDS", 2)
     monkeypatch.setattr(step.report, "SECONDS_PER_LINE", 0)

@@ -7,7 +7,9 @@
 
 namespace fusedopt {
 
+// What counts no steps has nothing on the host that a replay would miss.
 void Launch::check_capture(const std::string& owner) const {
+  if (!work_->has_step_) return;
   const std::vector<GroupRecord>& groups = work_->records_->groups;
   for (const Queue& queue : queues_) {
     if (queue.tickets == nullptr || !is_capturing(queue.stream)) continue;

@@ -21,8 +21,8 @@ class Launch {
   explicit Launch(Work* work) : work_(work) {}
 
   // Calls queue_of(device) for each GPU that has work. What can fail on the CPU comes here. Throws
-  // std::runtime_error, which begins with `owner`, if a stream is captured and a group is not
-  // capturable.
+  // std::runtime_error, which begins with `owner`, if a stream is captured, and a group that counts
+  // steps is not capturable.
   template <typename QueueOf>
   void prepare(const std::string& owner, QueueOf&& queue_of) {
     for (std::size_t s = 1; s < work_->steps_.size(); ++s) {

@@ -77,7 +77,7 @@ bool GroupReader::read_group(PyObject* dict, const RuleEntry& rule, const std::s
     read.entries.push_back(py::reinterpret_borrow<py::object>(value));
   }
   bool has_constants = true;
-  const Options options(dict, owner, g);
+  const Options options(dict, owner, g, rule.has_step);
   const bool python = options.flag("differentiable", false);
   if (python != record->python || options.capturable() != record->capturable) return false;
   if (!python) {  // else the Python rule reads its options itself

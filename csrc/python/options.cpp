@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../device/gpu.h"
+#include "../device/kernels.h"
 #include "../multi_tensor/tensor_lists.h"
 #include "torch.h"
 
@@ -34,8 +36,8 @@ bool is_constant(PyObject* value) {
          PyLong_CheckExact(value) || PyUnicode_CheckExact(value);
 }
 
-Options::Options(PyObject* group, const std::string& owner, std::size_t number)
-    : group_(group), owner_(owner), number_(number) {
+Options::Options(PyObject* group, const std::string& owner, std::size_t number, bool counts_steps)
+    : group_(group), owner_(owner), number_(number), counts_steps_(counts_steps) {
   capturable_ = flag("capturable", false);
 }
 
@@ -92,12 +94,18 @@ py::object Options::find(const char* name) const {
 
 Number Options::device_number(const char* name, PyObject* value) const {
   TensorView now;
-  if (!capturable_ || !view(value, &now) || now.device == kCpu || itemsize(now.dtype) < 4 ||
-      numel(now) != 1 || (device_ != kCpu && device_ != now.device)) {
+  if ((counts_steps_ && !capturable_) || !view(value, &now) || now.device == kCpu ||
+      itemsize(now.dtype) < 4 || numel(now) != 1 || (device_ != kCpu && device_ != now.device) ||
+      !stays_on(now.device)) {
     return {note(host_number(name, value))};
   }
   device_ = now.device;
   return {kUnknownNumber, note(now.data), note(now.dtype == Dtype::kFloat64)};
+}
+
+// Whether the kernel reads what is there: always, or because a replay has to.
+bool Options::stays_on(int device) const {
+  return capturable_ || (device_problem(device).empty() && is_capturing(current_stream(device)));
 }
 
 double Options::host_number(const char* name, PyObject* value) const {

@@ -14,7 +14,7 @@ namespace fusedopt {
 class Options final : public OptionReader {
  public:
   // `owner` and the number of the group are for messages.
-  Options(PyObject* group, const std::string& owner, std::size_t number);
+  Options(PyObject* group, const std::string& owner, std::size_t number, bool counts_steps);
 
   bool capturable() const { return capturable_; }
   // The device of the numbers that the kernel reads for itself, or kCpu if there are none.
@@ -41,6 +41,7 @@ class Options final : public OptionReader {
   pybind11::object look_up(const char* name) const;
   pybind11::object find(const char* name) const;
   Number device_number(const char* name, PyObject* value) const;
+  bool stays_on(int device) const;
   template <typename T>
   T note(T value) const;
   double host_number(const char* name, PyObject* value) const;
@@ -50,6 +51,7 @@ class Options final : public OptionReader {
   const std::string& owner_;
   std::size_t number_;
   bool capturable_ = false;
+  const bool counts_steps_;
   mutable int device_ = kCpu;
   mutable std::string read_;
   mutable bool is_constant_ = true;
