@@ -15,7 +15,7 @@ from . import stock_step
 from .modes import Mode
 from .rule import numbers_as_scalars
 from .tensor_list import TensorList
-from .traced import CannotTraceError, Program
+from .traced import CannotTraceError, Program, Update
 
 if TYPE_CHECKING:
     from .work import Bucket
@@ -24,7 +24,7 @@ Calls = list["functools.partial[Any]"]
 
 # Elements up to which copying a tensor into one with others costs less than a call of each operator
 # for it, and those that are computed together, so that intermediate values stay in the cache.
-_SMALL, _PIECE = 1 << 12, 1 << 16
+_SMALL, _PIECE = 1 << 12, 1 << 18
 
 _GRAD = 1  # the place of the gradients among the lists; they are not written
 
@@ -42,13 +42,13 @@ def calls(bucket: Bucket, grads: list[Tensor]) -> Calls:
         if bucket.mode is not Mode.RULE:
             by_torch = _ByTorch(bucket, at)
             try:
-                found += _updates(by_torch, lists, bucket.kind.is_aligned)
+                found += _updates(bucket, by_torch, lists)
                 found += _numbers(bucket, those, by_torch.numbers)
                 continue
             except CannotTraceError:  # another torch: the rule does the same
                 pass
         by_rule = _ByRule(bucket, at)
-        found += _updates(by_rule, lists, bucket.kind.is_aligned)
+        found += _updates(bucket, by_rule, lists)
         found += _numbers(bucket, those, by_rule.numbers)
     return found
 
@@ -93,8 +93,12 @@ def _numbers(bucket: Bucket, those: list[int], numbers: dict[str, Tensor]) -> It
         yield functools.partial(torch._foreach_copy_, column, [value] * len(column))
 
 
-def _updates(update: _ByTorch | _ByRule, lists: list[list[Tensor]], is_aligned: bool) -> Calls:
-    """``is_aligned``: tensors of a parameter have one order in memory, without gaps."""
+def _updates(bucket: Bucket, update: Update, lists: list[list[Tensor]]) -> Calls:
+    program = None
+    if not bucket.members.rule.scalars:  # while the options are the same the update is
+        program = bucket.way.program = bucket.way.program or _traced(update, lists)
+        if program.is_one_call:
+            return [program.call_over_lists(lists)]
     sizes = [*map(Tensor.numel, lists[0])]
     small = [i for i, size in enumerate(sizes) if size <= _SMALL]
     found: Calls = []
@@ -107,11 +111,12 @@ def _updates(update: _ByTorch | _ByRule, lists: list[list[Tensor]], is_aligned: 
                 new = _unflatten_dense_tensors(flat[at], part)
                 found.append(functools.partial(torch._foreach_copy_, part, [*new]))
     if len(small) < len(sizes):
-        program = Program(update, len(lists), lists[0][0].dtype)
+        program = program or _traced(update, lists)
         scratch = _Scratch(program.num_intermediates, lists[0][0].dtype)
         for i, size in enumerate(sizes):
             if size > _SMALL:
-                found += _large(program, scratch, [column[i] for column in lists], is_aligned)
+                tensors = [column[i] for column in lists]
+                found += _large(program, scratch, tensors, bucket.kind.is_aligned)
     return found
 
 
@@ -122,8 +127,13 @@ def _flat_copy(tensors: list[Tensor]) -> Tensor:
     return flat
 
 
+def _traced(update: Update, lists: list[list[Tensor]]) -> Program:
+    return Program(update, len(lists), lists[0][0].dtype)
+
+
 def _large(program: Program, scratch: _Scratch, tensors: list[Tensor], is_aligned: bool) -> Calls:
-    """The update of one parameter, in parts."""
+    """The update of one parameter, in parts. ``is_aligned``: its tensors have one order in memory,
+    without gaps."""
     size = tensors[0].numel()
     if size <= _PIECE or not is_aligned:
         return program.calls(tensors, scratch.like(tensors[0]))

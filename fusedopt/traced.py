@@ -52,7 +52,10 @@ class Program:
         traced: list[_Traced] = []
         noted: list[_Call] = []
         update([[_another(dtype, traced, noted)] for _ in range(num_lists)])
-        calls, self.num_intermediates = _in_little_memory(noted, num_lists)
+        calls = _written_at_once(noted, num_lists)
+        # The lists may be any, where one function makes the whole update.
+        self.is_one_call = len(calls) == 1 and calls[0].out == calls[0].args[0] < num_lists
+        calls, self.num_intermediates = _in_little_memory(calls, num_lists)
         self._constants: list[Any] = []
         self._first_constant = num_lists + self.num_intermediates
         self._calls = [*map(self._compiled, calls)]
@@ -68,6 +71,12 @@ class Program:
         one = slice(places[0], places[0] + 1)
         return call.function, itemgetter(*places if places[1:] else [one]), call.out, call.kwargs
 
+    def call_over_lists(self, lists: list[list[Tensor]]) -> functools.partial[Any]:
+        """The update of all tensors, if it ``is_one_call``."""
+        ((function, args_of, _, kwargs),) = self._calls
+        in_place = getattr(torch, f"_foreach_{function.__name__}_")
+        return functools.partial(in_place, *args_of([*lists, *self._constants]), **kwargs)
+
     def calls(
         self, operands: list[Tensor], intermediates: list[Tensor]
     ) -> list[functools.partial[Any]]:
@@ -82,6 +91,27 @@ class Program:
             else:
                 found.append(functools.partial(function, *args, out=values[out], **kwargs))
         return found
+
+
+def _written_at_once(calls: list[_Call], num_lists: int) -> list[_Call]:
+    """The same without the copies of values that can be computed where they go: nobody reads there
+    what was there before."""
+    for copy in [call for call in calls if call.function is torch._foreach_copy_]:
+        (value,), target = copy.args, copy.out
+        end = calls.index(copy)
+        begin = next((i for i, call in enumerate(calls) if call.out == value), end)
+        between = [place for call in calls[begin + 1 : end] for place in (*call.args, call.out)]
+        if value < num_lists or any(type(p) is _Place and p == target for p in between):
+            continue
+
+        def moved(place: Any, value: Any = value, target: Any = target) -> Any:
+            return target if type(place) is _Place and place == value else place
+
+        calls = [
+            call._replace(args=tuple(map(moved, call.args)), out=moved(call.out))
+            for call in (*calls[:end], *calls[end + 1 :])
+        ]
+    return calls
 
 
 def _in_little_memory(calls: list[_Call], num_lists: int) -> tuple[list[_Call], int]:

@@ -20,6 +20,7 @@ from .record import Members, Record
 from .rule import STEP, storage_is_on
 from .scaling import Scaling
 from .state import last_count
+from .traced import Program
 
 Place = tuple[int, int]  # group and index of a parameter
 
@@ -42,7 +43,9 @@ class Way:
     """How parameters go that have something in common, while their options are the same."""
 
     mode: Mode
-    function: functools.partial[Any] | None = None  # torch's, with these options, once it is known
+    # Once they are known: torch's function with these options, and an update without step counts.
+    function: functools.partial[Any] | None = None
+    program: Program | None = None
 
 
 # By what parameters have in common, and whether their gradients are scaled.
