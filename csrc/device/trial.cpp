@@ -57,8 +57,10 @@ TrialMemory::~TrialMemory() {
 }
 
 void TrialMemory::upload(const std::vector<std::byte>& from) const {
-  driver_.check(driver_.copy_to_device(memory_, from.data(), from.size(), stream_),
-                "copying to the GPU");
+  const char* const what = "copying to the GPU";
+  driver_.check(driver_.copy_to_device(memory_, from.data(), from.size(), stream_), what);
+  // Whether the driver has read it all when it returns depends on the machine.
+  driver_.check(driver_.wait(stream_), what);
 }
 
 void TrialMemory::download(std::vector<std::byte>* to) const {

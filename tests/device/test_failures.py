@@ -30,7 +30,7 @@ from device import ADAM, adam, assert_refused, assert_right, compilations, launc
         ("cuMemAlloc_v2", 2, "for a trial failed: out of memory"),
         ("cuMemcpyHtoDAsync_v2", 700, "copying to the GPU failed"),
         ("cuMemcpyDtoHAsync_v2", 700, "copying from the GPU failed"),
-        ("cuStreamSynchronize", 700, "a trial failed"),
+        ("cuStreamSynchronize", 700, "copying to the GPU failed"),
         ("cuLaunchKernel", 700, f"launching {ADAM} on cuda:0 failed"),
     ],
 )
