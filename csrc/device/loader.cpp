@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "../multi_tensor/parallel.h"
 #include "cache.h"
 #include "gpu.h"
 #include "kernel_source.h"
@@ -81,6 +82,7 @@ class Loader {
       const Gpu gpu(index_, nullptr);
       const RelaxedCapture relaxed(driver_);
       const UncountedLaunches uncounted;
+      const FlushDenormal::Scope as_the_gpu(FlushDenormal::off());
       const std::string difference = self_test(kernel_, index_);
       verdict = difference.empty() ? kPassed : difference;
       cache_.write(name, key, *verdict);
