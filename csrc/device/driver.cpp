@@ -97,12 +97,12 @@ void Driver::check(cuda::Result result, const std::string& what) const {
   throw DeviceProblem(what + " failed: " + text + " (" + std::to_string(result) + ")");
 }
 
-bool Driver::knows(int architecture) const {
-  return std::find(architectures.begin(), architectures.end(), architecture) != architectures.end();
-}
-
-int Driver::newest_known() const {
-  return *std::max_element(architectures.begin(), architectures.end());
+int Driver::nearest_known(int architecture) const {
+  int nearest = 0;
+  for (const int known : architectures) {
+    if (known <= architecture) nearest = std::max(nearest, known);
+  }
+  return nearest;
 }
 
 void use_library(const std::string& path, const std::string& problem) {

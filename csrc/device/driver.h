@@ -26,8 +26,6 @@ enum FunctionAttribute { kLocalBytes = 3 };
 enum CaptureMode { kRelaxed = 2 };
 enum StreamFlags { kNonBlocking = 1 };
 enum Errors {
-  kNotInitialized = 3,
-  kInvalidImage = 200,
   kNoBinaryForGpu = 209,
   kUnsupportedPtxVersion = 222,
   kBuiltinOperationFailure = 7,  // of NVRTC
@@ -94,8 +92,8 @@ struct Driver {
 
   // Throws DeviceProblem if a function failed: what it did, in words.
   void check(cuda::Result result, const std::string& what) const;
-  bool knows(int architecture) const;
-  int newest_known() const;
+  // The newest architecture that NVRTC knows, and a GPU of this one runs the code of; 0 if there is none.
+  int nearest_known(int architecture) const;
 };
 
 // Where torch's library is; or why there is none. Before anybody asks for the driver.

@@ -47,6 +47,11 @@ int architecture_of(const Driver& driver, cuda::Device handle) {
     throw DeviceProblem("it is sm_" + std::to_string(architecture) +
                         ", and the kernels need sm_75 (Turing) or newer");
   }
+  if (driver.nearest_known(architecture) == 0) {
+    throw DeviceProblem("it is sm_" + std::to_string(architecture) + ", and NVRTC " +
+                        version_name(driver.nvrtc) +
+                        " makes nothing for GPUs so old: install a torch for an older CUDA");
+  }
   return architecture;
 }
 
@@ -72,11 +77,11 @@ std::string describe_device(int index) {
   const Driver& driver = fusedopt::driver();
   const cuda::Device handle = handle_of(driver, index);
   const int architecture = architecture_of(driver, handle);
+  const Compilation compilation(driver, architecture);
   return model_of(driver, handle) + ", sm_" + std::to_string(architecture) +
          ": kernels compiled by NVRTC " + version_name(driver.nvrtc) +
-         (driver.knows(architecture)
-              ? ""
-              : ", which does not know this GPU, for sm_" + std::to_string(driver.newest_known())) +
+         (compilation.knows_gpu() ? ""
+                                  : ", which does not know this GPU, for " + compilation.target()) +
          "; the driver knows CUDA " + version_name(driver.version);
 }
 

@@ -58,11 +58,14 @@ class Loader {
     if (!was_kept) {
       binary = device_.compilation.compile(kernel_.name, source_);
       const cuda::Result result = try_to_load(*binary);
-      if (result == cuda::kUnsupportedPtxVersion) {
+      const bool is_unfit =
+          result == cuda::kUnsupportedPtxVersion || result == cuda::kNoBinaryForGpu;
+      if (is_unfit && !device_.compilation.knows_gpu()) {
         throw DeviceProblem("NVRTC " + version_name(driver_.nvrtc) +
                             " does not know this GPU, and the driver, which knows CUDA " +
                             version_name(driver_.version) +
-                            ", not what NVRTC makes for others: update the driver, or torch");
+                            ", does not take what NVRTC makes for " + device_.compilation.target() +
+                            ": update the driver, or torch");
       }
       driver_.check(result, "loading it");
       unkept_ = cache_.write(kernel_.name, key_, *binary);

@@ -70,6 +70,10 @@ def test_a_library_without_a_function(driver, kernels, tmp_path):
         ({"driver_version": 0}, "there is no NVIDIA driver, install it to use a GPU"),
         ({"nvrtc_version": 11080}, "NVRTC is 11.8, fusedopt needs 12.0: update torch"),
         ({"major": 7, "minor": 0}, "it is sm_70, and the kernels need sm_75"),
+        (
+            {"major": 7, "minor": 5, "oldest_architecture": 80},
+            "it is sm_75, and NVRTC 12.8 makes nothing for GPUs so old: install a torch for an",
+        ),
         ({"device_count": 0}, "has 0 GPUs, and cuda:0 is not among them: set CUDA_VISIBLE_DEVICES"),
     ],
     ids=str,
