@@ -32,7 +32,7 @@ class OwnedProgram {
  public:
   OwnedProgram(const Driver& driver, const std::string& name, const std::string& source)
       : driver_(driver) {
-    driver.check(
+    driver.check_nvrtc(
         driver.create_program(&program_, source.c_str(), name.c_str(), 0, nullptr, nullptr),
         "giving NVRTC a program");
   }
@@ -43,9 +43,9 @@ class OwnedProgram {
   template <typename Size, typename Get>
   std::string read(Size&& size_of, Get&& get, const char* what) const {
     std::size_t size = 0;
-    driver_.check(size_of(program_, &size), what);
+    driver_.check_nvrtc(size_of(program_, &size), what);
     std::string text(size, '\0');
-    driver_.check(get(program_, text.data()), what);
+    driver_.check_nvrtc(get(program_, text.data()), what);
     return text;
   }
 

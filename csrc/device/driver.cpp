@@ -62,8 +62,10 @@ void load(const std::string& path, Driver* driver) {
   driver->name = reinterpret_cast<decltype(driver->name)>(find(#symbol));
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_FIND)
 #undef FUSEDOPT_FIND
+  driver->nvrtc_error_string =
+      reinterpret_cast<decltype(driver->nvrtc_error_string)>(find("nvrtcGetErrorString"));
   int major = 0, minor = 0;
-  driver->check(driver->nvrtc_version(&major, &minor), "asking NVRTC for its version");
+  driver->check_nvrtc(driver->nvrtc_version(&major, &minor), "asking NVRTC for its version");
   driver->nvrtc = major * 1000 + minor * 10;
   if (driver->nvrtc < kOldestNvrtc) {
     throw DeviceProblem("NVRTC is " + version_name(driver->nvrtc) + ", fusedopt needs " +
@@ -80,11 +82,11 @@ void load(const std::string& path, Driver* driver) {
   driver->check(driver->init(0), "starting the driver");
   driver->check(driver->device_count(&driver->num_devices), "counting the GPUs");
   int count = 0;
-  driver->check(driver->num_architectures(&count), "asking NVRTC for its architectures");
+  driver->check_nvrtc(driver->num_architectures(&count), "asking NVRTC for its architectures");
   if (count < 1) throw DeviceProblem("NVRTC knows no architecture");
   driver->architectures.resize(static_cast<std::size_t>(count));
-  driver->check(driver->get_architectures(driver->architectures.data()),
-                "asking NVRTC for its architectures");
+  driver->check_nvrtc(driver->get_architectures(driver->architectures.data()),
+                      "asking NVRTC for its architectures");
   open_builtins(*driver);
 }
 
@@ -95,6 +97,12 @@ void Driver::check(cuda::Result result, const std::string& what) const {
   const char* text = nullptr;
   if (error_string(result, &text) != 0 || text == nullptr) text = "unknown error";
   throw DeviceProblem(what + " failed: " + text + " (" + std::to_string(result) + ")");
+}
+
+void Driver::check_nvrtc(cuda::Result result, const std::string& what) const {
+  if (result == 0) return;
+  throw DeviceProblem(what + " failed: " + nvrtc_error_string(result) + " (" +
+                      std::to_string(result) + ")");
 }
 
 int Driver::nearest_known(int architecture) const {

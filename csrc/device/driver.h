@@ -85,13 +85,15 @@ struct Driver {
 #define FUSEDOPT_MEMBER(name, symbol, parameters) cuda::Result(*name) parameters = nullptr;
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_MEMBER)
 #undef FUSEDOPT_MEMBER
+  const char* (*nvrtc_error_string)(cuda::Result) = nullptr;
   int version = 0;  // of CUDA that the driver knows: 12040 is 12.4
   int nvrtc = 0;    // likewise
   int num_devices = 0;
   std::vector<int> architectures;  // which NVRTC knows, 90 for sm_90; not empty
 
-  // Throws DeviceProblem if a function failed: what it did, in words.
+  // Throw DeviceProblem if a function, of the driver or of NVRTC, failed: what it did, in words.
   void check(cuda::Result result, const std::string& what) const;
+  void check_nvrtc(cuda::Result result, const std::string& what) const;
   // The newest architecture that NVRTC knows, and a GPU of this one runs the code of; 0 if there is none.
   int nearest_known(int architecture) const;
 };

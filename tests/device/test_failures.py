@@ -18,8 +18,8 @@ from device import ADAM, adam, assert_refused, assert_right, compilations, launc
     [
         ("nvrtcCompileProgram", 6, r"NVRTC 12.8 cannot compile it \(6\): some log"),
         ("nvrtcCompileProgram", 7, "cannot find libnvrtc-builtins"),
-        ("nvrtcCreateProgram", 1, "giving NVRTC a program failed"),
-        ("nvrtcGetCUBIN", 3, "reading what NVRTC compiled failed"),
+        ("nvrtcCreateProgram", 1, "giving NVRTC a program failed: an error of NVRTC"),
+        ("nvrtcGetCUBIN", 3, "reading what NVRTC compiled failed: an error of NVRTC"),
         ("cuModuleLoadData", 2, "loading it failed: out of memory"),
         ("cuModuleGetFunction", 500, "loading it failed"),
         ("cuFuncGetAttribute", 2, "loading it failed: out of memory"),
