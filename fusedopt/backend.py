@@ -53,6 +53,12 @@ def _tell(is_warning: bool, text: str) -> None:
         print(f"fusedopt: {text}", file=sys.stderr)
 
 
+def _free_memory() -> None:
+    """What torch keeps of the memory of GPUs and does not use. A kernel that takes some is the
+    driver's, and has none of torch's."""
+    torch.cuda.empty_cache()
+
+
 def _bind(module: Any) -> None:
     """Hands the native module torch's DLPack exchange table, and where the driver is."""
     for name in ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"):
@@ -68,7 +74,7 @@ def _bind(module: Any) -> None:
                 memory.reading_problem,
                 defaultdict,
             )
-            module.use_gpu(*_gpu_library(), _tell)
+            module.use_gpu(*_gpu_library(), _tell, _free_memory)
             module.layout_problem = torch_layout.prove(module) or ""
             return
     raise ImportError(
@@ -142,6 +148,19 @@ def warn_of_missing_kernels(device_type: str, problem: str) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+class PutOff:
+    """Kernels that a GPU had no memory for, as who steps without them sees them."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def may_be_there(self) -> bool:
+        """Whether it is time to try one of them again, since this was asked last."""
+        before = self._seen
+        self._seen = 0 if native is None else native.num_put_off_no_longer()
+        return before != self._seen
 
 
 def is_accelerator(device: torch.device) -> bool:

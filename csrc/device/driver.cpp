@@ -96,7 +96,9 @@ void Driver::check(cuda::Result result, const std::string& what) const {
   if (result == 0) return;
   const char* text = nullptr;
   if (error_string(result, &text) != 0 || text == nullptr) text = "unknown error";
-  throw DeviceProblem(what + " failed: " + text + " (" + std::to_string(result) + ")");
+  const std::string problem = what + " failed: " + text + " (" + std::to_string(result) + ")";
+  if (result == cuda::kOutOfMemory) throw OutOfMemory(problem);
+  throw DeviceProblem(problem);
 }
 
 void Driver::check_nvrtc(cuda::Result result, const std::string& what) const {

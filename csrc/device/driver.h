@@ -26,6 +26,7 @@ enum FunctionAttribute { kLocalBytes = 3 };
 enum CaptureMode { kRelaxed = 2 };
 enum StreamFlags { kNonBlocking = 1 };
 enum Errors {
+  kOutOfMemory = 2,
   kNoBinaryForGpu = 209,
   kUnsupportedPtxVersion = 222,
   kBuiltinOperationFailure = 7,  // of NVRTC
@@ -81,6 +82,11 @@ struct DeviceProblem : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// It is full, now.
+struct OutOfMemory : DeviceProblem {
+  using DeviceProblem::DeviceProblem;
+};
+
 struct Driver {
 #define FUSEDOPT_MEMBER(name, symbol, parameters) cuda::Result(*name) parameters = nullptr;
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_MEMBER)
@@ -91,7 +97,7 @@ struct Driver {
   int num_devices = 0;
   std::vector<int> architectures;  // which NVRTC knows, 90 for sm_90; not empty
 
-  // Throw DeviceProblem if a function, of the driver or of NVRTC, failed: what it did, in words.
+  // Throw DeviceProblem, or what is derived from it, if a function, of the driver or of NVRTC, failed: what it did, in words.
   void check(cuda::Result result, const std::string& what) const;
   void check_nvrtc(cuda::Result result, const std::string& what) const;
   // The newest architecture that NVRTC knows, and a GPU of this one runs the code of; 0 if there is none.

@@ -51,6 +51,7 @@ class Loader {
 
   // Throws DeviceProblem. True if it was compiled.
   bool load() {
+    if (has_function(kernel_, index_)) return false;
     const Gpu gpu(index_, nullptr);
     const RelaxedCapture relaxed(driver_);
     std::optional<std::string> binary = cache_.read(kernel_.name, key_);
@@ -137,17 +138,35 @@ std::string in_tenths(double number) {
   return text;
 }
 
-TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest setting) {
+// Throws DeviceProblem.
+void load_and_prove_once(const DeviceKernel& kernel, int device, SelfTest setting,
+                         TrialReport* report) {
+  Loader loader(kernel, device);
+  const Stopwatch compilation;
+  if (loader.load()) {
+    report->compile_seconds = compilation.seconds();
+    report->unkept = loader.unkept();
+  }
+  const Stopwatch trial;
+  loader.prove(setting);
+  report->trial_seconds = trial.seconds();
+}
+
+TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest setting,
+                           MakeRoom make_room) {
   TrialReport report;
   try {
-    Loader loader(kernel, device);
-    const Stopwatch compilation;
-    if (loader.load()) report.compile_seconds = compilation.seconds();
-    report.unkept = loader.unkept();
-    const Stopwatch trial;
-    loader.prove(setting);
-    report.trial_seconds = trial.seconds();
+    try {
+      load_and_prove_once(kernel, device, setting, &report);
+    } catch (const OutOfMemory&) {
+      const RelaxedCapture relaxed(driver());
+      make_room();
+      load_and_prove_once(kernel, device, setting, &report);
+    }
     set_state(kernel, device, KernelState::kReady);
+  } catch (const OutOfMemory& problem) {
+    report.is_told = !put_off(kernel, device);
+    report.problem = problem.what() + std::string("; later steps try again");
   } catch (const DeviceProblem& problem) {
     set_state(kernel, device, KernelState::kRefused);
     report.problem = problem.what();
@@ -157,7 +176,7 @@ TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest sett
 
 }  // namespace
 
-LoadReport load_kernels(const NeededKernels& needed) {
+LoadReport load_kernels(const NeededKernels& needed, MakeRoom make_room) {
   static std::mutex* const mutex = new std::mutex;  // threads may outlive the statics
   const std::lock_guard<std::mutex> lock(*mutex);
   LoadReport report;
@@ -167,10 +186,10 @@ LoadReport load_kernels(const NeededKernels& needed) {
   for (const auto& [kernel, device] : needed) {
     if (kernel_state(*kernel, device) != KernelState::kUnknown)
       continue;  // another thread was here
-    const TrialReport one = load_and_prove(*kernel, device, self_test_setting());
+    const TrialReport one = load_and_prove(*kernel, device, self_test_setting(), make_room);
     compiled += one.compile_seconds > 0;
     if (!one.unkept.empty()) unkept = one.unkept;
-    if (!one.problem.empty()) {
+    if (!one.problem.empty() && !one.is_told) {
       report.refused.push_back("the kernel " + kernel->name + " is not used on cuda:" +
                                std::to_string(device) + ": " + one.problem);
     }
@@ -184,8 +203,8 @@ LoadReport load_kernels(const NeededKernels& needed) {
   return report;
 }
 
-TrialReport try_out(const DeviceKernel& kernel, int device) {
-  return load_and_prove(kernel, device, SelfTest::kAlways);
+TrialReport try_out(const DeviceKernel& kernel, int device, MakeRoom make_room) {
+  return load_and_prove(kernel, device, SelfTest::kAlways, make_room);
 }
 
 SelfTest self_test_setting() {

@@ -47,7 +47,7 @@ TrialMemory::TrialMemory(const Driver& driver, std::size_t bytes) : driver_(driv
   driver.check(driver.create_stream(&stream_, cuda::kNonBlocking), "making a stream for a trial");
   const cuda::Result result = driver.allocate(&memory_, bytes);
   if (result != 0) driver.destroy_stream(stream_);
-  driver.check(result, "taking " + std::to_string(bytes >> 20) + " MiB for a trial");
+  driver.check(result, "taking " + std::to_string(bytes >> 10) + " KiB for a trial");
 }
 
 TrialMemory::~TrialMemory() {
