@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <iterator>
 #include <mutex>
 
 namespace fusedopt {
@@ -15,6 +16,13 @@ namespace {
 constexpr int kOldestDriver = 12000;  // R525
 constexpr int kOldestNvrtc = 12000;
 constexpr char kNoDriver[] = "there is no NVIDIA driver, install it to use a GPU: ";
+
+// After which every call fails, whatever it is: see cuda.h. 701, a launch that asks for too much, is none.
+bool is_lasting(cuda::Result result) {
+  static constexpr cuda::Result kLasting[] = {214, 220, 226, 700, 702, 709, 710,
+                                              714, 715, 716, 717, 718, 719, 721};
+  return std::find(std::begin(kLasting), std::end(kLasting), result) != std::end(kLasting);
+}
 
 struct Library {
   std::mutex mutex;
@@ -98,6 +106,7 @@ void Driver::check(cuda::Result result, const std::string& what) const {
   if (error_string(result, &text) != 0 || text == nullptr) text = "unknown error";
   const std::string problem = what + " failed: " + text + " (" + std::to_string(result) + ")";
   if (result == cuda::kOutOfMemory) throw OutOfMemory(problem);
+  if (is_lasting(result)) throw ContextLost(problem);
   throw DeviceProblem(problem);
 }
 

@@ -87,6 +87,11 @@ struct OutOfMemory : DeviceProblem {
   using DeviceProblem::DeviceProblem;
 };
 
+// The process cannot use it any more: a kernel, be it another's, did what none may do, or the GPU failed.
+struct ContextLost : DeviceProblem {
+  using DeviceProblem::DeviceProblem;
+};
+
 struct Driver {
 #define FUSEDOPT_MEMBER(name, symbol, parameters) cuda::Result(*name) parameters = nullptr;
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_MEMBER)

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
@@ -74,8 +75,8 @@ class Loader {
     return !was_kept;
   }
 
-  // Throws DeviceProblem if it does not pass.
-  void prove(SelfTest setting) const {
+  // Throws DeviceProblem if it does not pass. `stream`: of who needs the kernel.
+  void prove(SelfTest setting, cuda::Stream stream) const {
     if (setting == SelfTest::kNever) return;
     const std::string name = kernel_.name + "-verdict";
     const std::string key =
@@ -83,18 +84,40 @@ class Loader {
     std::optional<std::string> verdict;
     if (setting == SelfTest::kOnce) verdict = cache_.read(name, key);
     if (!verdict) {
-      const Gpu gpu(index_, nullptr);
-      const RelaxedCapture relaxed(driver_);
-      const UncountedLaunches uncounted;
-      const FlushDenormal::Scope as_the_gpu(FlushDenormal::off());
-      const std::string difference = self_test(kernel_, index_);
-      verdict = difference.empty() ? kPassed : difference;
+      verdict = tried_out(stream, [&](const std::string& lost) {
+        const std::string unkept = cache_.write(name, key, lost);
+        return unkept.empty() ? "it does without this kernel"
+                              : "with FUSEDOPT_BACKEND=python, as this is not kept: " + unkept;
+      });
       cache_.write(name, key, *verdict);
     }
     if (*verdict != kPassed) throw DeviceProblem(*verdict);
   }
 
  private:
+  // `keep` is given the verdict on a kernel after which this process cannot use the GPU; what is to be
+  // done.
+  using Keep = std::function<std::string(const std::string& verdict)>;
+  std::string tried_out(cuda::Stream stream, const Keep& keep) const {
+    // One at a time: it has to be clear which of them went wrong.
+    static std::mutex* const mutex = new std::mutex;
+    const std::lock_guard<std::mutex> lock(*mutex);
+    const Gpu gpu(index_, stream);
+    const RelaxedCapture relaxed(driver_);
+    const UncountedLaunches uncounted;
+    const FlushDenormal::Scope as_the_gpu(FlushDenormal::off());
+    gpu.wait();
+    try {
+      const std::string difference = self_test(kernel_, index_);
+      return difference.empty() ? kPassed : difference;
+    } catch (const ContextLost& lost) {
+      const std::string why = std::string("when it was tried out, ") + lost.what();
+      const std::string to_do = keep(why + "; `python -m fusedopt.self_test` tries it out again");
+      throw ContextLost(why + ", after which a process cannot use the GPU: start it again, " +
+                        to_do);
+    }
+  }
+
   cuda::Result try_to_load(const std::string& binary) const {
     cuda::Module module = nullptr;
     cuda::Function function = nullptr;
@@ -138,9 +161,14 @@ std::string in_tenths(double number) {
   return text;
 }
 
+std::string refusal(const DeviceKernel& kernel, int device, const std::string& why) {
+  return "the kernel " + kernel.name + " is not used on cuda:" + std::to_string(device) + ": " +
+         why;
+}
+
 // Throws DeviceProblem.
-void load_and_prove_once(const DeviceKernel& kernel, int device, SelfTest setting,
-                         TrialReport* report) {
+void load_and_prove_once(const DeviceKernel& kernel, int device, cuda::Stream stream,
+                         SelfTest setting, TrialReport* report) {
   Loader loader(kernel, device);
   const Stopwatch compilation;
   if (loader.load()) {
@@ -148,22 +176,25 @@ void load_and_prove_once(const DeviceKernel& kernel, int device, SelfTest settin
     report->unkept = loader.unkept();
   }
   const Stopwatch trial;
-  loader.prove(setting);
+  loader.prove(setting, stream);
   report->trial_seconds = trial.seconds();
 }
 
-TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest setting,
-                           MakeRoom make_room) {
+// Throws ContextLost.
+TrialReport load_and_prove(const DeviceKernel& kernel, int device, cuda::Stream stream,
+                           SelfTest setting, MakeRoom make_room) {
   TrialReport report;
   try {
     try {
-      load_and_prove_once(kernel, device, setting, &report);
+      load_and_prove_once(kernel, device, stream, setting, &report);
     } catch (const OutOfMemory&) {
       const RelaxedCapture relaxed(driver());
       make_room();
-      load_and_prove_once(kernel, device, setting, &report);
+      load_and_prove_once(kernel, device, stream, setting, &report);
     }
     set_state(kernel, device, KernelState::kReady);
+  } catch (const ContextLost& lost) {
+    throw ContextLost("fusedopt: " + refusal(kernel, device, lost.what()));
   } catch (const OutOfMemory& problem) {
     report.is_told = !put_off(kernel, device);
     report.problem = problem.what() + std::string("; later steps try again");
@@ -176,7 +207,7 @@ TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest sett
 
 }  // namespace
 
-LoadReport load_kernels(const NeededKernels& needed, MakeRoom make_room) {
+LoadReport load_kernels(const NeededKernels& needed, const Streams& streams, MakeRoom make_room) {
   static std::mutex* const mutex = new std::mutex;  // threads may outlive the statics
   const std::lock_guard<std::mutex> lock(*mutex);
   LoadReport report;
@@ -186,12 +217,12 @@ LoadReport load_kernels(const NeededKernels& needed, MakeRoom make_room) {
   for (const auto& [kernel, device] : needed) {
     if (kernel_state(*kernel, device) != KernelState::kUnknown)
       continue;  // another thread was here
-    const TrialReport one = load_and_prove(*kernel, device, self_test_setting(), make_room);
+    const TrialReport one =
+        load_and_prove(*kernel, device, streams.at(device), self_test_setting(), make_room);
     compiled += one.compile_seconds > 0;
     if (!one.unkept.empty()) unkept = one.unkept;
     if (!one.problem.empty() && !one.is_told) {
-      report.refused.push_back("the kernel " + kernel->name + " is not used on cuda:" +
-                               std::to_string(device) + ": " + one.problem);
+      report.refused.push_back(refusal(*kernel, device, one.problem));
     }
   }
   const double taken = watch.seconds();
@@ -204,7 +235,13 @@ LoadReport load_kernels(const NeededKernels& needed, MakeRoom make_room) {
 }
 
 TrialReport try_out(const DeviceKernel& kernel, int device, MakeRoom make_room) {
-  return load_and_prove(kernel, device, SelfTest::kAlways, make_room);
+  try {
+    return load_and_prove(kernel, device, nullptr, SelfTest::kAlways, make_room);
+  } catch (const ContextLost& lost) {
+    TrialReport report;
+    report.problem = lost.what();
+    return report;
+  }
 }
 
 SelfTest self_test_setting() {

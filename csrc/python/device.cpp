@@ -41,8 +41,10 @@ const DeviceKernel& kernel_named(const std::string& name) {
 }  // namespace
 
 void load_needed(const NeededKernels& needed, const std::string& owner) {
+  Streams streams;
   for (const auto& [kernel, device] : needed) {
-    if (!is_capturing(current_stream(device))) continue;
+    streams[device] = current_stream(device);
+    if (!is_capturing(streams[device])) continue;
     if (was_put_off(*kernel, device)) {
       put_off(*kernel, device);
       continue;
@@ -54,7 +56,7 @@ void load_needed(const NeededKernels& needed, const std::string& owner) {
   LoadReport report;
   {
     const py::gil_scoped_release release;
-    report = load_kernels(needed, &make_room);
+    report = load_kernels(needed, streams, &make_room);
   }
   if (!report.slow.empty()) tell(false, report.slow);
   for (const std::string& refused : report.refused) tell(true, refused);
