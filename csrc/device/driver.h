@@ -27,6 +27,7 @@ enum CaptureMode { kRelaxed = 2 };
 enum StreamFlags { kNonBlocking = 1 };
 enum Errors {
   kOutOfMemory = 2,
+  kInvalidImage = 200,
   kNoBinaryForGpu = 209,
   kUnsupportedPtxVersion = 222,
   kBuiltinOperationFailure = 7,  // of NVRTC

@@ -56,10 +56,15 @@ class Loader {
     const Gpu gpu(index_, nullptr);
     const RelaxedCapture relaxed(driver_);
     std::optional<std::string> binary = cache_.read(kernel_.name, key_);
-    const bool was_kept = binary && try_to_load(*binary) == 0;
+    // What is wrong with a file is mended by another.
+    cuda::Result result = binary ? try_to_load(*binary) : cuda::kInvalidImage;
+    const bool was_kept = result == 0 || result == cuda::kOutOfMemory;
     if (!was_kept) {
       binary = device_.compilation.compile(kernel_.name, source_);
-      const cuda::Result result = try_to_load(*binary);
+      result = try_to_load(*binary);
+      if (result == 0 || result == cuda::kOutOfMemory) {
+        unkept_ = cache_.write(kernel_.name, key_, *binary);
+      }
       const bool is_unfit =
           result == cuda::kUnsupportedPtxVersion || result == cuda::kNoBinaryForGpu;
       if (is_unfit && !device_.compilation.knows_gpu()) {
@@ -69,9 +74,8 @@ class Loader {
                             ", does not take what NVRTC makes for " + device_.compilation.target() +
                             ": update the driver, or torch");
       }
-      driver_.check(result, "loading it");
-      unkept_ = cache_.write(kernel_.name, key_, *binary);
     }
+    driver_.check(result, "loading it");
     return !was_kept;
   }
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from device import ADAM, adam, assert_refused, assert_right, launches_of
+from device import ADAM, adam, assert_refused, assert_right, compilations, launches_of
 
 ALLOCATES = ("cuMemAlloc_v2", "cuModuleLoadData", "cuDevicePrimaryCtxRetain")
 
@@ -37,6 +37,7 @@ def test_memory_that_is_there_later(function, options, driver, kernels, recwarn)
     driver.fail(function, 0)
     step_until(lambda: launches_of(opt.step) == 1 + len(options), opt)
     assert_right(adam(**options))
+    assert compilations() == 1 + len(options)
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == 1 + len(options)
     assert f"{ADAM} is not used on cuda:0: " in said[-1]
