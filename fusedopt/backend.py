@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import logging
 import os
 import sys
 import traceback
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,19 @@ def _gpu_library() -> tuple[str, str]:
         return "", "this torch is built for ROCm, and the kernels are for CUDA"
     if torch.version.cuda is None:
         return "", "this torch is built without CUDA"
-    library = Path(torch.__file__).with_name("lib") / "libcaffe2_nvrtc.so"
-    return (str(library), "") if library.exists() else ("", f"torch has no {library}")
+    own, name = Path(torch.__file__).with_name("lib"), "libcaffe2_nvrtc.so"
+    for folder in itertools.chain([own], _folders_of("libtorch_cuda.so")):
+        if (folder / name).exists():
+            return str(folder / name), ""
+    return "", f"torch has no {name} in {own} or beside its libtorch_cuda.so"
+
+
+def _folders_of(library: str) -> Iterator[Path]:
+    """Where this process has loaded it from: some distributions move torch's libraries."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        if f"/{library}" in line:
+            yield Path(line.split(maxsplit=5)[-1]).parent
 
 
 def _tell(is_warning: bool, text: str) -> None:
