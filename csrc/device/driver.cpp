@@ -37,18 +37,32 @@ Library& library() {
   return *library;
 }
 
+// The file that a function is in, empty if nobody knows; where links to it lead.
+std::filesystem::path file_of(void* function) {
+  Dl_info info;
+  std::error_code none;
+  if (dladdr(function, &info) == 0) return {};
+  return std::filesystem::canonical(info.dli_fname, none);
+}
+
 // NVRTC opens its builtins by name, and finds them only where the process has opened them before.
 void open_builtins(const Driver& driver) {
-  Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(driver.nvrtc_version), &info) == 0) return;
   std::error_code none;
-  const auto folder = std::filesystem::canonical(info.dli_fname, none).parent_path();
+  const auto folder = file_of(reinterpret_cast<void*>(driver.nvrtc_version)).parent_path();
   for (const auto& entry : std::filesystem::directory_iterator(folder, none)) {
     const std::string name = entry.path().filename().string();
     if (name.rfind("libnvrtc-builtins", 0) == 0 && name.find(".alt.") == std::string::npos) {
       dlopen(entry.path().c_str(), RTLD_NOW | RTLD_GLOBAL);
     }
   }
+}
+
+// libcuda.so.580.95.05, and its size, as not every system has it under such a name.
+std::string build_of(const Driver& driver) {
+  std::error_code none;
+  const auto file = file_of(reinterpret_cast<void*>(driver.init));
+  return file.filename().string() + ", " + std::to_string(std::filesystem::file_size(file, none)) +
+         " bytes";
 }
 
 void load(const std::string& path, Driver* driver) {
@@ -87,6 +101,7 @@ void load(const std::string& path, Driver* driver) {
     throw DeviceProblem("this driver knows CUDA " + version_name(driver->version) +
                         ", fusedopt needs " + version_name(kOldestDriver) + ": update the driver");
   }
+  driver->build = build_of(*driver);
   driver->check(driver->init(0), "starting the driver");
   driver->check(driver->device_count(&driver->num_devices), "counting the GPUs");
   int count = 0;

@@ -98,8 +98,9 @@ struct Driver {
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_MEMBER)
 #undef FUSEDOPT_MEMBER
   const char* (*nvrtc_error_string)(cuda::Result) = nullptr;
-  int version = 0;  // of CUDA that the driver knows: 12040 is 12.4
-  int nvrtc = 0;    // likewise
+  int version = 0;    // of CUDA that the driver knows: 12040 is 12.4
+  std::string build;  // of the driver: several know the same CUDA
+  int nvrtc = 0;      // as `version`
   int num_devices = 0;
   std::vector<int> architectures;  // which NVRTC knows, 90 for sm_90; not empty
 

@@ -83,8 +83,8 @@ class Loader {
   void prove(SelfTest setting, cuda::Stream stream) const {
     if (setting == SelfTest::kNever) return;
     const std::string name = kernel_.name + "-verdict";
-    const std::string key =
-        device_.model + ", driver " + version_name(driver_.version) + "\n" + key_;
+    const std::string key = device_.model + ", driver " + version_name(driver_.version) + ", " +
+                            driver_.build + "\n" + key_;
     std::optional<std::string> verdict;
     if (setting == SelfTest::kOnce) verdict = cache_.read(name, key);
     if (!verdict) {
