@@ -170,7 +170,7 @@ class PutOff:
         self._seen = 0
 
     def may_be_there(self) -> bool:
-        """Whether it is time to try one of them again, since this was asked last."""
+        """Whether one of them is there, or to be tried again, since this was asked last."""
         before = self._seen
         self._seen = 0 if native is None else native.num_put_off_no_longer()
         return before != self._seen

@@ -49,8 +49,9 @@ class Stepper:
 
     def step_scaled(self, members: Members, scales: Scaling | None) -> None:
         self._check_plan(members)
-        is_settled = self._together.settled is not None and not self._kernels.may_be_there()
-        if is_settled and self._step_again(members, scales):
+        if self._together.settled is not None and self._kernels.may_be_there():
+            self._together.settled = None
+        if self._together.settled is not None and self._step_again(members, scales):
             return
         outcome = self._native_step(self.plan, members, scales)
         if outcome.is_stale:

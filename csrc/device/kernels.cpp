@@ -148,6 +148,7 @@ void set_state(const DeviceKernel& kernel, int device, KernelState state) {
   const std::lock_guard<std::mutex> lock(all.mutex);
   Loaded& one = all.kernels[{&kernel, device}];
   one.state = state;
+  all.num_due += one.wait.count() != 0 && !one.is_counted;
   one.wait = {};
 }
 
