@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import logging
 import os
 import sys
 import traceback
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,19 @@ def _gpu_library() -> tuple[str, str]:
         return "", "this torch is built for ROCm, and the kernels are for CUDA"
     if torch.version.cuda is None:
         return "", "this torch is built without CUDA"
-    library = Path(torch.__file__).with_name("lib") / "libcaffe2_nvrtc.so"
-    return (str(library), "") if library.exists() else ("", f"torch has no {library}")
+    own, name = Path(torch.__file__).with_name("lib"), "libcaffe2_nvrtc.so"
+    for folder in itertools.chain([own], _folders_of("libtorch_cuda.so")):
+        if (folder / name).exists():
+            return str(folder / name), ""
+    return "", f"torch has no {name} in {own} or beside its libtorch_cuda.so"
+
+
+def _folders_of(library: str) -> Iterator[Path]:
+    """Where this process has loaded it from: some distributions move torch's libraries."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        if f"/{library}" in line:
+            yield Path(line.split(maxsplit=5)[-1]).parent
 
 
 def _tell(is_warning: bool, text: str) -> None:
@@ -51,6 +64,12 @@ def _tell(is_warning: bool, text: str) -> None:
         logger.info(text)
     else:
         print(f"fusedopt: {text}", file=sys.stderr)
+
+
+def _free_memory() -> None:
+    """What torch keeps of the memory of GPUs and does not use. A kernel that takes some is the
+    driver's, and has none of torch's."""
+    torch.cuda.empty_cache()
 
 
 def _bind(module: Any) -> None:
@@ -68,7 +87,7 @@ def _bind(module: Any) -> None:
                 memory.reading_problem,
                 defaultdict,
             )
-            module.use_gpu(*_gpu_library(), _tell)
+            module.use_gpu(*_gpu_library(), _tell, _free_memory)
             module.layout_problem = torch_layout.prove(module) or ""
             return
     raise ImportError(
@@ -142,6 +161,19 @@ def warn_of_missing_kernels(device_type: str, problem: str) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+class PutOff:
+    """Kernels that a GPU had no memory for, as who steps without them sees them."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def may_be_there(self) -> bool:
+        """Whether one of them is there, or to be tried again, since this was asked last."""
+        before = self._seen
+        self._seen = 0 if native is None else native.num_put_off_no_longer()
+        return before != self._seen
 
 
 def is_accelerator(device: torch.device) -> bool:

@@ -36,6 +36,7 @@ class Stepper:
         self._tickets: dict[torch.device, Tensor] = {}
         self._streams: dict[Tensor, int] = {}  # the last that used tickets
         self._together = Together()
+        self._kernels = backend.PutOff()
 
     def step(self, members: Members) -> None:
         self._check_plan(members)
@@ -48,6 +49,8 @@ class Stepper:
 
     def step_scaled(self, members: Members, scales: Scaling | None) -> None:
         self._check_plan(members)
+        if self._together.settled is not None and self._kernels.may_be_there():
+            self._together.settled = None
         if self._together.settled is not None and self._step_again(members, scales):
             return
         outcome = self._native_step(self.plan, members, scales)

@@ -320,7 +320,7 @@ def bind(module: Any) -> None:
 def use_driver(module: Any, library: str, problem: str = "") -> None:
     """Another library in the place of that with which torch brings NVRTC and the driver; what the
     module knew of GPUs is forgotten."""
-    module.use_gpu(library, problem, fusedopt.backend._tell)
+    module.use_gpu(library, problem, fusedopt.backend._tell, fusedopt.backend._free_memory)
     forget_gpu_problems()
 
 

@@ -32,7 +32,7 @@ class OwnedProgram {
  public:
   OwnedProgram(const Driver& driver, const std::string& name, const std::string& source)
       : driver_(driver) {
-    driver.check(
+    driver.check_nvrtc(
         driver.create_program(&program_, source.c_str(), name.c_str(), 0, nullptr, nullptr),
         "giving NVRTC a program");
   }
@@ -43,9 +43,9 @@ class OwnedProgram {
   template <typename Size, typename Get>
   std::string read(Size&& size_of, Get&& get, const char* what) const {
     std::size_t size = 0;
-    driver_.check(size_of(program_, &size), what);
+    driver_.check_nvrtc(size_of(program_, &size), what);
     std::string text(size, '\0');
-    driver_.check(get(program_, text.data()), what);
+    driver_.check_nvrtc(get(program_, text.data()), what);
     return text;
   }
 
@@ -58,16 +58,21 @@ class OwnedProgram {
 
 }  // namespace
 
-Compilation::Compilation(const Driver& driver, int architecture)
-    : driver_(driver), is_known_(driver.knows(architecture)) {
-  architecture_ = is_known_ ? architecture : driver.newest_known();
+Compilation::Compilation(const Driver& driver, int architecture) : driver_(driver) {
+  const int first = architecture / 10 * 10, nearest = driver.nearest_known(architecture);
+  knows_gpu_ = nearest == architecture;
+  is_machine_code_ = knows_gpu_ || driver.nearest_known(first) == first;
+  known_ = is_machine_code_ && !knows_gpu_ ? first : nearest;
   const bool is_large = driver.version >= kLargeArguments && driver.nvrtc >= kLargeArguments;
   argument_bytes_ = is_large ? kMaxArgumentBytes : kSmallArgumentBytes;
 }
 
+std::string Compilation::target() const {
+  return (is_machine_code_ ? "sm_" : "compute_") + std::to_string(known_);
+}
+
 std::vector<std::string> Compilation::options() const {
-  const std::string prefix = is_known_ ? "sm_" : "compute_";
-  return kernel_options(prefix + std::to_string(architecture_), argument_bytes_);
+  return kernel_options(target(), argument_bytes_);
 }
 
 std::string Compilation::key(const std::string& source) const {
@@ -95,8 +100,8 @@ std::string Compilation::compile(const std::string& name, const std::string& sou
                         std::to_string(result) + "): " + log.substr(0, 2000));
   }
   const char* const what = "reading what NVRTC compiled";
-  return is_known_ ? program.read(driver_.cubin_size, driver_.get_cubin, what)
-                   : program.read(driver_.ptx_size, driver_.get_ptx, what);
+  return is_machine_code_ ? program.read(driver_.cubin_size, driver_.get_cubin, what)
+                          : program.read(driver_.ptx_size, driver_.get_ptx, what);
 }
 
 }  // namespace fusedopt

@@ -7,11 +7,16 @@
 
 namespace fusedopt {
 
-// Machine code for an architecture that NVRTC knows (90, say), else PTX for the newest that it does.
+// For a GPU of an architecture, 90, say. If NVRTC does not know it: machine code for the first of the same
+// generation, 100 for 103 (not for another, 101, which may be that of a system on a chip), else PTX for
+// the newest that it knows and is not newer.
 class Compilation {
  public:
   Compilation(const Driver& driver, int architecture);
 
+  bool knows_gpu() const { return knows_gpu_; }
+  // sm_90 for machine code, compute_90 for PTX.
+  std::string target() const;
   std::vector<std::string> options() const;
   // How large the argument of a kernel may be.
   std::size_t argument_bytes() const { return argument_bytes_; }
@@ -23,8 +28,8 @@ class Compilation {
 
  private:
   const Driver& driver_;
-  bool is_known_;
-  int architecture_;
+  bool knows_gpu_, is_machine_code_;
+  int known_;
   std::size_t argument_bytes_;
 };
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <iterator>
 #include <mutex>
 
 namespace fusedopt {
@@ -15,6 +16,13 @@ namespace {
 constexpr int kOldestDriver = 12000;  // R525
 constexpr int kOldestNvrtc = 12000;
 constexpr char kNoDriver[] = "there is no NVIDIA driver, install it to use a GPU: ";
+
+// After which every call fails, whatever it is: see cuda.h. 701, a launch that asks for too much, is none.
+bool is_lasting(cuda::Result result) {
+  static constexpr cuda::Result kLasting[] = {214, 220, 226, 700, 702, 709, 710,
+                                              714, 715, 716, 717, 718, 719, 721};
+  return std::find(std::begin(kLasting), std::end(kLasting), result) != std::end(kLasting);
+}
 
 struct Library {
   std::mutex mutex;
@@ -29,18 +37,32 @@ Library& library() {
   return *library;
 }
 
+// The file that a function is in, empty if nobody knows; where links to it lead.
+std::filesystem::path file_of(void* function) {
+  Dl_info info;
+  std::error_code none;
+  if (dladdr(function, &info) == 0) return {};
+  return std::filesystem::canonical(info.dli_fname, none);
+}
+
 // NVRTC opens its builtins by name, and finds them only where the process has opened them before.
 void open_builtins(const Driver& driver) {
-  Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(driver.nvrtc_version), &info) == 0) return;
   std::error_code none;
-  const auto folder = std::filesystem::canonical(info.dli_fname, none).parent_path();
+  const auto folder = file_of(reinterpret_cast<void*>(driver.nvrtc_version)).parent_path();
   for (const auto& entry : std::filesystem::directory_iterator(folder, none)) {
     const std::string name = entry.path().filename().string();
     if (name.rfind("libnvrtc-builtins", 0) == 0 && name.find(".alt.") == std::string::npos) {
       dlopen(entry.path().c_str(), RTLD_NOW | RTLD_GLOBAL);
     }
   }
+}
+
+// libcuda.so.580.95.05, and its size, as not every system has it under such a name.
+std::string build_of(const Driver& driver) {
+  std::error_code none;
+  const auto file = file_of(reinterpret_cast<void*>(driver.init));
+  return file.filename().string() + ", " + std::to_string(std::filesystem::file_size(file, none)) +
+         " bytes";
 }
 
 void load(const std::string& path, Driver* driver) {
@@ -62,8 +84,10 @@ void load(const std::string& path, Driver* driver) {
   driver->name = reinterpret_cast<decltype(driver->name)>(find(#symbol));
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_FIND)
 #undef FUSEDOPT_FIND
+  driver->nvrtc_error_string =
+      reinterpret_cast<decltype(driver->nvrtc_error_string)>(find("nvrtcGetErrorString"));
   int major = 0, minor = 0;
-  driver->check(driver->nvrtc_version(&major, &minor), "asking NVRTC for its version");
+  driver->check_nvrtc(driver->nvrtc_version(&major, &minor), "asking NVRTC for its version");
   driver->nvrtc = major * 1000 + minor * 10;
   if (driver->nvrtc < kOldestNvrtc) {
     throw DeviceProblem("NVRTC is " + version_name(driver->nvrtc) + ", fusedopt needs " +
@@ -77,14 +101,15 @@ void load(const std::string& path, Driver* driver) {
     throw DeviceProblem("this driver knows CUDA " + version_name(driver->version) +
                         ", fusedopt needs " + version_name(kOldestDriver) + ": update the driver");
   }
+  driver->build = build_of(*driver);
   driver->check(driver->init(0), "starting the driver");
   driver->check(driver->device_count(&driver->num_devices), "counting the GPUs");
   int count = 0;
-  driver->check(driver->num_architectures(&count), "asking NVRTC for its architectures");
+  driver->check_nvrtc(driver->num_architectures(&count), "asking NVRTC for its architectures");
   if (count < 1) throw DeviceProblem("NVRTC knows no architecture");
   driver->architectures.resize(static_cast<std::size_t>(count));
-  driver->check(driver->get_architectures(driver->architectures.data()),
-                "asking NVRTC for its architectures");
+  driver->check_nvrtc(driver->get_architectures(driver->architectures.data()),
+                      "asking NVRTC for its architectures");
   open_builtins(*driver);
 }
 
@@ -94,15 +119,24 @@ void Driver::check(cuda::Result result, const std::string& what) const {
   if (result == 0) return;
   const char* text = nullptr;
   if (error_string(result, &text) != 0 || text == nullptr) text = "unknown error";
-  throw DeviceProblem(what + " failed: " + text + " (" + std::to_string(result) + ")");
+  const std::string problem = what + " failed: " + text + " (" + std::to_string(result) + ")";
+  if (result == cuda::kOutOfMemory) throw OutOfMemory(problem);
+  if (is_lasting(result)) throw ContextLost(problem);
+  throw DeviceProblem(problem);
 }
 
-bool Driver::knows(int architecture) const {
-  return std::find(architectures.begin(), architectures.end(), architecture) != architectures.end();
+void Driver::check_nvrtc(cuda::Result result, const std::string& what) const {
+  if (result == 0) return;
+  throw DeviceProblem(what + " failed: " + nvrtc_error_string(result) + " (" +
+                      std::to_string(result) + ")");
 }
 
-int Driver::newest_known() const {
-  return *std::max_element(architectures.begin(), architectures.end());
+int Driver::nearest_known(int architecture) const {
+  int nearest = 0;
+  for (const int known : architectures) {
+    if (known <= architecture) nearest = std::max(nearest, known);
+  }
+  return nearest;
 }
 
 void use_library(const std::string& path, const std::string& problem) {

@@ -26,7 +26,7 @@ enum FunctionAttribute { kLocalBytes = 3 };
 enum CaptureMode { kRelaxed = 2 };
 enum StreamFlags { kNonBlocking = 1 };
 enum Errors {
-  kNotInitialized = 3,
+  kOutOfMemory = 2,
   kInvalidImage = 200,
   kNoBinaryForGpu = 209,
   kUnsupportedPtxVersion = 222,
@@ -83,19 +83,32 @@ struct DeviceProblem : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// It is full, now.
+struct OutOfMemory : DeviceProblem {
+  using DeviceProblem::DeviceProblem;
+};
+
+// The process cannot use it any more: a kernel, be it another's, did what none may do, or the GPU failed.
+struct ContextLost : DeviceProblem {
+  using DeviceProblem::DeviceProblem;
+};
+
 struct Driver {
 #define FUSEDOPT_MEMBER(name, symbol, parameters) cuda::Result(*name) parameters = nullptr;
   FUSEDOPT_CUDA_FUNCTIONS(FUSEDOPT_MEMBER)
 #undef FUSEDOPT_MEMBER
-  int version = 0;  // of CUDA that the driver knows: 12040 is 12.4
-  int nvrtc = 0;    // likewise
+  const char* (*nvrtc_error_string)(cuda::Result) = nullptr;
+  int version = 0;    // of CUDA that the driver knows: 12040 is 12.4
+  std::string build;  // of the driver: several know the same CUDA
+  int nvrtc = 0;      // as `version`
   int num_devices = 0;
   std::vector<int> architectures;  // which NVRTC knows, 90 for sm_90; not empty
 
-  // Throws DeviceProblem if a function failed: what it did, in words.
+  // Throw DeviceProblem, or what is derived from it, if a function, of the driver or of NVRTC, failed: what it did, in words.
   void check(cuda::Result result, const std::string& what) const;
-  bool knows(int architecture) const;
-  int newest_known() const;
+  void check_nvrtc(cuda::Result result, const std::string& what) const;
+  // The newest architecture that NVRTC knows, and a GPU of this one runs the code of; 0 if there is none.
+  int nearest_known(int architecture) const;
 };
 
 // Where torch's library is; or why there is none. Before anybody asks for the driver.

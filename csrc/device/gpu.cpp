@@ -34,6 +34,11 @@ void Gpu::launch(const DeviceKernel& kernel, const LaunchTable& table) const {
   launches += counts_launches;
 }
 
+void Gpu::wait() const {
+  driver_.check(driver_.wait(stream_),
+                "what cuda:" + std::to_string(device_) + " was given before");
+}
+
 void Gpu::try_to_zero(std::uint32_t* word) const {
   driver_.fill_words(reinterpret_cast<cuda::Pointer>(word), 0, 1, stream_);
 }

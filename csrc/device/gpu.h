@@ -30,6 +30,8 @@ class Gpu {
   std::size_t table_bytes() const { return table_bytes_; }
   // Of a kernel that was loaded.
   void launch(const DeviceKernel& kernel, const LaunchTable& table) const;
+  // For all that the stream was given.
+  void wait() const;
   // Without an error: for memory that a failure left behind.
   void try_to_zero(std::uint32_t* word) const;
 

@@ -10,7 +10,7 @@ struct DeviceKernel;
 enum class KernelState {
   kUnknown,  // nobody has asked for it yet: see load_kernels
   kReady,
-  kRefused,
+  kRefused,  // for good, or for now: see put_off
 };
 
 // Kernels that somebody needs, with the device.

@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -9,17 +10,28 @@ namespace fusedopt {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr int kOldestArchitecture = 75;
+constexpr std::chrono::milliseconds kFirstWait{250};
 
 struct Loaded {
   cuda::Function function = nullptr;
   KernelState state = KernelState::kUnknown;
+  Clock::duration wait{0};  // not 0: it was put off, for so long
+  Clock::time_point due{};
+  bool is_counted = false;  // that it is due
+
+  bool is_due() const {
+    return state == KernelState::kRefused && wait.count() != 0 && Clock::now() >= due;
+  }
 };
 
 struct Known {
   std::mutex mutex;
   std::map<int, std::unique_ptr<Device>> devices;
   std::map<std::pair<const DeviceKernel*, int>, Loaded> kernels;
+  int num_due = 0;
 };
 
 Known& known() {
@@ -47,6 +59,11 @@ int architecture_of(const Driver& driver, cuda::Device handle) {
     throw DeviceProblem("it is sm_" + std::to_string(architecture) +
                         ", and the kernels need sm_75 (Turing) or newer");
   }
+  if (driver.nearest_known(architecture) == 0) {
+    throw DeviceProblem("it is sm_" + std::to_string(architecture) + ", and NVRTC " +
+                        version_name(driver.nvrtc) +
+                        " makes nothing for GPUs so old: install a torch for an older CUDA");
+  }
   return architecture;
 }
 
@@ -72,11 +89,11 @@ std::string describe_device(int index) {
   const Driver& driver = fusedopt::driver();
   const cuda::Device handle = handle_of(driver, index);
   const int architecture = architecture_of(driver, handle);
+  const Compilation compilation(driver, architecture);
   return model_of(driver, handle) + ", sm_" + std::to_string(architecture) +
          ": kernels compiled by NVRTC " + version_name(driver.nvrtc) +
-         (driver.knows(architecture)
-              ? ""
-              : ", which does not know this GPU, for sm_" + std::to_string(driver.newest_known())) +
+         (compilation.knows_gpu() ? ""
+                                  : ", which does not know this GPU, for " + compilation.target()) +
          "; the driver knows CUDA " + version_name(driver.version);
 }
 
@@ -99,7 +116,8 @@ KernelState kernel_state(const DeviceKernel& kernel, int device) {
   Known& all = known();
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.kernels.find({&kernel, device});
-  return found == all.kernels.end() ? KernelState::kUnknown : found->second.state;
+  if (found == all.kernels.end() || found->second.is_due()) return KernelState::kUnknown;
+  return found->second.state;
 }
 
 cuda::Function function_of(const DeviceKernel& kernel, int device) {
@@ -113,6 +131,12 @@ cuda::Function function_of(const DeviceKernel& kernel, int device) {
   return found->second.function;
 }
 
+bool has_function(const DeviceKernel& kernel, int device) {
+  Known& all = known();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return all.kernels[{&kernel, device}].function != nullptr;
+}
+
 void keep_function(const DeviceKernel& kernel, int device, cuda::Function function) {
   Known& all = known();
   const std::lock_guard<std::mutex> lock(all.mutex);
@@ -122,7 +146,39 @@ void keep_function(const DeviceKernel& kernel, int device, cuda::Function functi
 void set_state(const DeviceKernel& kernel, int device, KernelState state) {
   Known& all = known();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.kernels[{&kernel, device}].state = state;
+  Loaded& one = all.kernels[{&kernel, device}];
+  one.state = state;
+  all.num_due += one.wait.count() != 0 && !one.is_counted;
+  one.wait = {};
+}
+
+bool put_off(const DeviceKernel& kernel, int device) {
+  Known& all = known();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  Loaded& one = all.kernels[{&kernel, device}];
+  const bool is_first = one.wait.count() == 0;
+  one.state = KernelState::kRefused;
+  one.wait = is_first ? kFirstWait : 2 * one.wait;
+  one.due = Clock::now() + one.wait;
+  one.is_counted = false;
+  return is_first;
+}
+
+bool was_put_off(const DeviceKernel& kernel, int device) {
+  Known& all = known();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return all.kernels[{&kernel, device}].wait.count() != 0;
+}
+
+int num_put_off_no_longer() {
+  Known& all = known();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  for (auto& [kernel, one] : all.kernels) {
+    if (one.is_counted || !one.is_due()) continue;
+    one.is_counted = true;
+    ++all.num_due;
+  }
+  return all.num_due;
 }
 
 void forget_devices() {

@@ -34,8 +34,17 @@ KernelState kernel_state(const DeviceKernel& kernel, int device);
 // A kernel that was loaded, ready or on trial. Throws DeviceProblem if there is none.
 cuda::Function function_of(const DeviceKernel& kernel, int device);
 
+bool has_function(const DeviceKernel& kernel, int device);
+
 void keep_function(const DeviceKernel& kernel, int device, cuda::Function function);
 void set_state(const DeviceKernel& kernel, int device, KernelState state);
+
+// Refuses a kernel that there is no memory for, and each time for twice as long: then it is unknown again.
+// Whether this is the first time.
+bool put_off(const DeviceKernel& kernel, int device);
+bool was_put_off(const DeviceKernel& kernel, int device);
+// How often that was over, or the kernel became ready before, all in all. Who steps without asking for kernels compares it with the last.
+int num_put_off_no_longer();
 
 // Forgets all, for tests that put another driver in the place of this one.
 void forget_devices();

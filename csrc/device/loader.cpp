@@ -3,10 +3,12 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
 
+#include "../multi_tensor/parallel.h"
 #include "cache.h"
 #include "gpu.h"
 #include "kernel_source.h"
@@ -50,45 +52,76 @@ class Loader {
 
   // Throws DeviceProblem. True if it was compiled.
   bool load() {
+    if (has_function(kernel_, index_)) return false;
     const Gpu gpu(index_, nullptr);
     const RelaxedCapture relaxed(driver_);
     std::optional<std::string> binary = cache_.read(kernel_.name, key_);
-    const bool was_kept = binary && try_to_load(*binary) == 0;
+    // What is wrong with a file is mended by another.
+    cuda::Result result = binary ? try_to_load(*binary) : cuda::kInvalidImage;
+    const bool was_kept = result == 0 || result == cuda::kOutOfMemory;
     if (!was_kept) {
       binary = device_.compilation.compile(kernel_.name, source_);
-      const cuda::Result result = try_to_load(*binary);
-      if (result == cuda::kUnsupportedPtxVersion) {
+      result = try_to_load(*binary);
+      if (result == 0 || result == cuda::kOutOfMemory) {
+        unkept_ = cache_.write(kernel_.name, key_, *binary);
+      }
+      const bool is_unfit =
+          result == cuda::kUnsupportedPtxVersion || result == cuda::kNoBinaryForGpu;
+      if (is_unfit && !device_.compilation.knows_gpu()) {
         throw DeviceProblem("NVRTC " + version_name(driver_.nvrtc) +
                             " does not know this GPU, and the driver, which knows CUDA " +
                             version_name(driver_.version) +
-                            ", not what NVRTC makes for others: update the driver, or torch");
+                            ", does not take what NVRTC makes for " + device_.compilation.target() +
+                            ": update the driver, or torch");
       }
-      driver_.check(result, "loading it");
-      unkept_ = cache_.write(kernel_.name, key_, *binary);
     }
+    driver_.check(result, "loading it");
     return !was_kept;
   }
 
-  // Throws DeviceProblem if it does not pass.
-  void prove(SelfTest setting) const {
+  // Throws DeviceProblem if it does not pass. `stream`: of who needs the kernel.
+  void prove(SelfTest setting, cuda::Stream stream) const {
     if (setting == SelfTest::kNever) return;
     const std::string name = kernel_.name + "-verdict";
-    const std::string key =
-        device_.model + ", driver " + version_name(driver_.version) + "\n" + key_;
+    const std::string key = device_.model + ", driver " + version_name(driver_.version) + ", " +
+                            driver_.build + "\n" + key_;
     std::optional<std::string> verdict;
     if (setting == SelfTest::kOnce) verdict = cache_.read(name, key);
     if (!verdict) {
-      const Gpu gpu(index_, nullptr);
-      const RelaxedCapture relaxed(driver_);
-      const UncountedLaunches uncounted;
-      const std::string difference = self_test(kernel_, index_);
-      verdict = difference.empty() ? kPassed : difference;
+      verdict = tried_out(stream, [&](const std::string& lost) {
+        const std::string unkept = cache_.write(name, key, lost);
+        return unkept.empty() ? "it does without this kernel"
+                              : "with FUSEDOPT_BACKEND=python, as this is not kept: " + unkept;
+      });
       cache_.write(name, key, *verdict);
     }
     if (*verdict != kPassed) throw DeviceProblem(*verdict);
   }
 
  private:
+  // `keep` is given the verdict on a kernel after which this process cannot use the GPU; what is to be
+  // done.
+  using Keep = std::function<std::string(const std::string& verdict)>;
+  std::string tried_out(cuda::Stream stream, const Keep& keep) const {
+    // One at a time: it has to be clear which of them went wrong.
+    static std::mutex* const mutex = new std::mutex;
+    const std::lock_guard<std::mutex> lock(*mutex);
+    const Gpu gpu(index_, stream);
+    const RelaxedCapture relaxed(driver_);
+    const UncountedLaunches uncounted;
+    const FlushDenormal::Scope as_the_gpu(FlushDenormal::off());
+    gpu.wait();
+    try {
+      const std::string difference = self_test(kernel_, index_);
+      return difference.empty() ? kPassed : difference;
+    } catch (const ContextLost& lost) {
+      const std::string why = std::string("when it was tried out, ") + lost.what();
+      const std::string to_do = keep(why + "; `python -m fusedopt.self_test` tries it out again");
+      throw ContextLost(why + ", after which a process cannot use the GPU: start it again, " +
+                        to_do);
+    }
+  }
+
   cuda::Result try_to_load(const std::string& binary) const {
     cuda::Module module = nullptr;
     cuda::Function function = nullptr;
@@ -132,17 +165,43 @@ std::string in_tenths(double number) {
   return text;
 }
 
-TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest setting) {
+std::string refusal(const DeviceKernel& kernel, int device, const std::string& why) {
+  return "the kernel " + kernel.name + " is not used on cuda:" + std::to_string(device) + ": " +
+         why;
+}
+
+// Throws DeviceProblem.
+void load_and_prove_once(const DeviceKernel& kernel, int device, cuda::Stream stream,
+                         SelfTest setting, TrialReport* report) {
+  Loader loader(kernel, device);
+  const Stopwatch compilation;
+  if (loader.load()) {
+    report->compile_seconds = compilation.seconds();
+    report->unkept = loader.unkept();
+  }
+  const Stopwatch trial;
+  loader.prove(setting, stream);
+  report->trial_seconds = trial.seconds();
+}
+
+// Throws ContextLost.
+TrialReport load_and_prove(const DeviceKernel& kernel, int device, cuda::Stream stream,
+                           SelfTest setting, MakeRoom make_room) {
   TrialReport report;
   try {
-    Loader loader(kernel, device);
-    const Stopwatch compilation;
-    if (loader.load()) report.compile_seconds = compilation.seconds();
-    report.unkept = loader.unkept();
-    const Stopwatch trial;
-    loader.prove(setting);
-    report.trial_seconds = trial.seconds();
+    try {
+      load_and_prove_once(kernel, device, stream, setting, &report);
+    } catch (const OutOfMemory&) {
+      const RelaxedCapture relaxed(driver());
+      make_room();
+      load_and_prove_once(kernel, device, stream, setting, &report);
+    }
     set_state(kernel, device, KernelState::kReady);
+  } catch (const ContextLost& lost) {
+    throw ContextLost("fusedopt: " + refusal(kernel, device, lost.what()));
+  } catch (const OutOfMemory& problem) {
+    report.is_told = !put_off(kernel, device);
+    report.problem = problem.what() + std::string("; later steps try again");
   } catch (const DeviceProblem& problem) {
     set_state(kernel, device, KernelState::kRefused);
     report.problem = problem.what();
@@ -152,7 +211,7 @@ TrialReport load_and_prove(const DeviceKernel& kernel, int device, SelfTest sett
 
 }  // namespace
 
-LoadReport load_kernels(const NeededKernels& needed) {
+LoadReport load_kernels(const NeededKernels& needed, const Streams& streams, MakeRoom make_room) {
   static std::mutex* const mutex = new std::mutex;  // threads may outlive the statics
   const std::lock_guard<std::mutex> lock(*mutex);
   LoadReport report;
@@ -162,12 +221,12 @@ LoadReport load_kernels(const NeededKernels& needed) {
   for (const auto& [kernel, device] : needed) {
     if (kernel_state(*kernel, device) != KernelState::kUnknown)
       continue;  // another thread was here
-    const TrialReport one = load_and_prove(*kernel, device, self_test_setting());
+    const TrialReport one =
+        load_and_prove(*kernel, device, streams.at(device), self_test_setting(), make_room);
     compiled += one.compile_seconds > 0;
     if (!one.unkept.empty()) unkept = one.unkept;
-    if (!one.problem.empty()) {
-      report.refused.push_back("the kernel " + kernel->name + " is not used on cuda:" +
-                               std::to_string(device) + ": " + one.problem);
+    if (!one.problem.empty() && !one.is_told) {
+      report.refused.push_back(refusal(*kernel, device, one.problem));
     }
   }
   const double taken = watch.seconds();
@@ -179,8 +238,14 @@ LoadReport load_kernels(const NeededKernels& needed) {
   return report;
 }
 
-TrialReport try_out(const DeviceKernel& kernel, int device) {
-  return load_and_prove(kernel, device, SelfTest::kAlways);
+TrialReport try_out(const DeviceKernel& kernel, int device, MakeRoom make_room) {
+  try {
+    return load_and_prove(kernel, device, nullptr, SelfTest::kAlways, make_room);
+  } catch (const ContextLost& lost) {
+    TrialReport report;
+    report.problem = lost.what();
+    return report;
+  }
 }
 
 SelfTest self_test_setting() {

@@ -47,7 +47,7 @@ TrialMemory::TrialMemory(const Driver& driver, std::size_t bytes) : driver_(driv
   driver.check(driver.create_stream(&stream_, cuda::kNonBlocking), "making a stream for a trial");
   const cuda::Result result = driver.allocate(&memory_, bytes);
   if (result != 0) driver.destroy_stream(stream_);
-  driver.check(result, "taking " + std::to_string(bytes >> 20) + " MiB for a trial");
+  driver.check(result, "taking " + std::to_string(bytes >> 10) + " KiB for a trial");
 }
 
 TrialMemory::~TrialMemory() {
@@ -57,8 +57,10 @@ TrialMemory::~TrialMemory() {
 }
 
 void TrialMemory::upload(const std::vector<std::byte>& from) const {
-  driver_.check(driver_.copy_to_device(memory_, from.data(), from.size(), stream_),
-                "copying to the GPU");
+  const char* const what = "copying to the GPU";
+  driver_.check(driver_.copy_to_device(memory_, from.data(), from.size(), stream_), what);
+  // Whether the driver has read it all when it returns depends on the machine.
+  driver_.check(driver_.wait(stream_), what);
 }
 
 void TrialMemory::download(std::vector<std::byte>* to) const {

@@ -22,8 +22,8 @@ class TrialMemory {
 
   cuda::Stream stream() const { return stream_; }
   std::byte* begin() const { return reinterpret_cast<std::byte*>(memory_); }
+  // Both wait for the stream.
   void upload(const std::vector<std::byte>& from) const;
-  // Waits for the stream.
   void download(std::vector<std::byte>* to) const;
 
  private:

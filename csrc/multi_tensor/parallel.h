@@ -29,6 +29,7 @@ class SharedWork {
 class FlushDenormal {
  public:
   FlushDenormal() : bits_(read() & kMask) {}
+  static FlushDenormal off() { return FlushDenormal(0); }
 
   // On this thread until the end of the scope.
   class Scope {
@@ -68,6 +69,8 @@ class FlushDenormal {
   static Register read() { return 0; }
   static void write(Register) {}
 #endif
+
+  explicit FlushDenormal(Register bits) : bits_(bits) {}
 
   Register bits_;
 };

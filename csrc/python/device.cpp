@@ -17,7 +17,12 @@ namespace fusedopt {
 
 namespace {
 
-py::handle tell;  // see backend.py; never released
+py::handle tell, free_memory;  // see backend.py; never released
+
+void make_room() {
+  const py::gil_scoped_acquire acquire;
+  free_memory();
+}
 
 const DeviceKernel* find_kernel(const std::string& name) {
   for (const auto& kernels : {all_kernels(), stored_kernels()}) {
@@ -36,8 +41,14 @@ const DeviceKernel& kernel_named(const std::string& name) {
 }  // namespace
 
 void load_needed(const NeededKernels& needed, const std::string& owner) {
+  Streams streams;
   for (const auto& [kernel, device] : needed) {
-    if (!is_capturing(current_stream(device))) continue;
+    streams[device] = current_stream(device);
+    if (!is_capturing(streams[device])) continue;
+    if (was_put_off(*kernel, device)) {
+      put_off(*kernel, device);
+      continue;
+    }
     throw std::runtime_error(owner +
                              " loads kernels, which cannot be captured into a CUDA graph: " +
                              "run a step before the capture");
@@ -45,7 +56,7 @@ void load_needed(const NeededKernels& needed, const std::string& owner) {
   LoadReport report;
   {
     const py::gil_scoped_release release;
-    report = load_kernels(needed);
+    report = load_kernels(needed, streams, &make_room);
   }
   if (!report.slow.empty()) tell(false, report.slow);
   for (const std::string& refused : report.refused) tell(true, refused);
@@ -53,11 +64,13 @@ void load_needed(const NeededKernels& needed, const std::string& owner) {
 
 namespace {
 
-// The library that brings NVRTC and the driver, or why there is none; and what is told of kernels:
-// whether it is a warning, and the text.
-void use_gpu(const std::string& library, const std::string& problem, const py::object& told) {
+// The library that brings NVRTC and the driver, or why there is none; what is told of kernels: whether
+// it is a warning, and the text; and what frees memory that nobody uses.
+void use_gpu(const std::string& library, const std::string& problem, const py::object& told,
+             const py::object& frees) {
   self_test_setting();  // a bad FUSEDOPT_SELF_TEST is an error now, not at the first step
   tell = told.inc_ref();
+  free_memory = frees.inc_ref();
   use_library(library, problem);
   forget_devices();
 }
@@ -78,7 +91,7 @@ py::list options(const std::string& architecture, std::size_t argument_bytes) {
 std::tuple<double, double, std::string> try_out_kernel(const std::string& name, int device) {
   const DeviceKernel& kernel = kernel_named(name);
   const py::gil_scoped_release release;
-  const TrialReport report = try_out(kernel, device);
+  const TrialReport report = try_out(kernel, device, &make_room);
   return {report.compile_seconds, report.trial_seconds, report.problem};
 }
 
@@ -103,6 +116,7 @@ void export_device(py::module_& module) {
   module.def("describe_device", &describe_device);
   module.def("describe_cache", &describe_cache);
   module.def("num_launches", &num_launches);
+  module.def("num_put_off_no_longer", &num_put_off_no_longer);
   module.def("kernels", &kernels);
   module.def("kernel_source",
              [](const std::string& name) { return kernel_source(kernel_named(name)); });

@@ -155,7 +155,7 @@ py::object grad_norm_of(const py::list& tensors, const py::object& clip,
     if (kernel_state(kernel, space.device) == KernelState::kUnknown) {
       load_needed({{&kernel, space.device}}, "the first norm");
     }
-    if (kernel_state(kernel, space.device) == KernelState::kRefused) return py::bool_(false);
+    if (kernel_state(kernel, space.device) != KernelState::kReady) return py::bool_(false);
   }
   measure(grads, norm, space.device, num_threads);
   return py::none();

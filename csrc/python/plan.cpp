@@ -84,7 +84,7 @@ Outcome Plan::step(const py::object& groups, const py::object& state, int num_th
     // The gradients were compared with the places where the tensors were before.
     if (!overlaps_.are_known(records_) || !look(list, all, grads)) return stale;
   }
-  if (!work_.unknown_kernels().empty()) {
+  while (!work_.unknown_kernels().empty()) {
     load_needed(work_.unknown_kernels(), owner_ + ": the first step");
     // Without the lock anything may have happened.
     if (!look(list, all, grads)) return stale;

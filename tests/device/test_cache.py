@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import re
 import resource
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
+import seam
 
 from device import adam, alone, assert_right, cached, compilations, in_a_new_process, launches_of
 
@@ -58,6 +61,31 @@ def test_a_new_driver_tries_out_what_was_compiled(driver, kernels):
     in_a_new_process(kernels)
     assert launches_of(adam().step) > 1
     assert compilations() == 1
+
+
+@pytest.mark.parametrize("change", ["name", "size"])
+def test_another_release_of_the_driver_tries_it_out(change, kernels, driver, tmp_path):
+    """Those of 580 all know CUDA 13.0. Where the name says nothing, the size does."""
+    libraries = [tmp_path / "a/libcuda.so.580.65.06", tmp_path / "b/libcuda.so.580.65.06"]
+    if change == "name":
+        libraries[1] = libraries[1].with_name("libcuda.so.580.95.05")
+    for library in libraries:
+        library.parent.mkdir()
+        shutil.copy(driver.path, library)
+        library.with_name("libcuda.so.1").symlink_to(library)
+    if change == "size":
+        with libraries[1].open("ab") as file:
+            file.write(bytes(8))
+    for library in libraries:
+        opened = ctypes.CDLL(str(library))
+        opened.stand_in_run_with.argtypes = [ctypes.c_void_p]
+        opened.stand_in_run_with(kernels.RUN_ON_HOST)
+        for is_new in (True, False):
+            seam.use_driver(kernels, str(library.with_name("libcuda.so.1")))
+            before = opened.stand_in_calls(b"cuLaunchKernel")
+            adam().step()
+            assert (opened.stand_in_calls(b"cuLaunchKernel") - before > 1) == is_new
+    assert len(cached()) == 1 and len(cached("verdict")) == 2
 
 
 @pytest.mark.parametrize("folder", ["a file", "nowhere", "of all", "of another user"])

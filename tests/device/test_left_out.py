@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import ctypes.util
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import seam
+import torch
 from conftest import StandIn
 
 from device import (
@@ -27,6 +29,21 @@ from device import (
 def test_a_torch_without_cuda(driver, kernels):
     seam.use_driver(kernels, "", "this torch is built without CUDA")
     assert_left_out(kernels, "torch's operators: this torch is built without CUDA")
+
+
+def test_libraries_that_lie_elsewhere(driver, monkeypatch, tmp_path):
+    """As some distributions have torch's: where those are that the process has loaded."""
+    if "libtorch_cuda.so" in Path("/proc/self/maps").read_text():
+        pytest.skip("this torch has some")
+    libraries = tmp_path / "of the system"
+    libraries.mkdir()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    library, problem = seam.gpu_library()
+    assert library == "" and "no libcaffe2_nvrtc.so in " in problem and "/torch/lib" in problem
+    for name in ("libtorch_cuda.so.2.13", "libcaffe2_nvrtc.so"):
+        shutil.copy(driver.path, libraries / name)
+    ctypes.CDLL(str(libraries / "libtorch_cuda.so.2.13"))
+    assert seam.gpu_library() == (str(libraries / "libcaffe2_nvrtc.so"), "")
 
 
 def test_no_such_library(driver, kernels):
@@ -70,6 +87,10 @@ def test_a_library_without_a_function(driver, kernels, tmp_path):
         ({"driver_version": 0}, "there is no NVIDIA driver, install it to use a GPU"),
         ({"nvrtc_version": 11080}, "NVRTC is 11.8, fusedopt needs 12.0: update torch"),
         ({"major": 7, "minor": 0}, "it is sm_70, and the kernels need sm_75"),
+        (
+            {"major": 7, "minor": 5, "oldest_architecture": 80},
+            "it is sm_75, and NVRTC 12.8 makes nothing for GPUs so old: install a torch for an",
+        ),
         ({"device_count": 0}, "has 0 GPUs, and cuda:0 is not among them: set CUDA_VISIBLE_DEVICES"),
     ],
     ids=str,

@@ -25,18 +25,30 @@ def test_small_tables_where_large_ones_are_unknown(versions, driver, kernels):
     assert b"FUSEDOPT_ARGUMENT_BYTES=4096" in image()
 
 
-def test_a_gpu_that_nvrtc_does_not_know(driver, kernels):
-    """The driver translates what NVRTC makes for the newest that it knows."""
-    driver.set(major=12)
+@pytest.mark.parametrize(
+    "gpu, oldest, target",
+    [
+        ((10, 3), 75, "sm_100"),  # machine code of the first serves the rest of its generation
+        ((8, 9), 75, "sm_80"),
+        ((8, 9), 86, "compute_86"),
+        ((11, 0), 75, "compute_101"),  # and PTX all that is newer
+        ((13, 0), 75, "compute_120"),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_nvrtc_does_not_know(gpu, oldest, target, driver, kernels):
+    """It takes what NVRTC makes for one that is older."""
+    driver.set(major=gpu[0], minor=gpu[1], oldest_architecture=oldest)
     in_a_new_process(kernels)
     assert_right(adam())
-    assert stand_in().calls("nvrtcGetPTX") == 1
-    assert b"--gpu-architecture=compute_90" in image()
-    assert "does not know this GPU, for sm_90" in kernels.describe_device(0)
+    assert stand_in().calls("nvrtcGetPTX") == target.startswith("compute")
+    assert f"--gpu-architecture={target} ".encode() in image()
+    assert f"does not know this GPU, for {target};" in kernels.describe_device(0)
 
 
-def test_a_gpu_that_neither_knows(driver, kernels):
-    driver.set(major=12)
+@pytest.mark.parametrize("gpu, error", [((13, 0), 222), ((10, 3), 209)], ids=str)
+def test_a_gpu_that_neither_knows(gpu, error, driver, kernels):
+    driver.set(major=gpu[0], minor=gpu[1])
     in_a_new_process(kernels)
-    driver.fail("cuModuleLoadData", 222)
-    assert_refused(kernels, "not what NVRTC makes for others: update the driver, or torch")
+    driver.fail("cuModuleLoadData", error)
+    assert_refused(kernels, "does not take what NVRTC makes for .*: update the driver, or torch")

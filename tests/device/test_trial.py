@@ -54,11 +54,28 @@ def test_a_setting_that_does_not_exist(driver, kernels, monkeypatch):
         in_a_new_process(kernels)
 
 
-def test_every_kernel_passes(driver, kernels):
-    """And what it is tried out with reaches every kernel: one that does nothing fails."""
-    assert {name: kernels.try_out(name, 0)[2] for name in kernels.kernels()} == dict.fromkeys(
-        kernels.kernels(), ""
-    )
+def assert_every_kernel_passes(kernels):
+    found = {name: kernels.try_out(name, 0)[2] for name in kernels.kernels()}
+    assert found == dict.fromkeys(kernels.kernels(), "")
+
+
+@pytest.mark.parametrize("asynchronous", [0, 1])
+def test_every_kernel_passes(asynchronous, driver, kernels):
+    """Also where the driver reads what it copies, and launches, no sooner than it must."""
+    driver.set(asynchronous=asynchronous)
+    assert_every_kernel_passes(kernels)
+
+
+def test_subnormal_numbers_count(driver, kernels):
+    """A thread that flushes them has the bits of a GPU, which does not, all the same."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush them")
+    try:
+        driver.set(keeps_subnormals=1)
+        assert_every_kernel_passes(kernels)
+        assert (torch.tensor([1e-39]) * 1.5).item() == 0  # the thread goes on as it did
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_every_kernel_that_does_nothing_fails(broken, driver, kernels):

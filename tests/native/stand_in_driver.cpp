@@ -3,12 +3,15 @@
 // a real NVRTC, it compiles with that. Tests set what it says and which calls fail.
 
 #include <dlfcn.h>
+#include <fenv.h>
 #include <locale.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -20,6 +23,7 @@
 namespace {
 
 constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidImage = 200, kNotFound = 500;
+constexpr std::size_t kArgumentBytes = 32736;  // of the launch table
 
 struct Failure {
   int result = 0, after = 0;  // calls that still succeed
@@ -32,7 +36,10 @@ struct State {
                                        {"device_count", 1},
                                        {"major", 9},
                                        {"minor", 0},
+                                       {"oldest_architecture", 75},  // of those that NVRTC knows
                                        {"capturing", 0},
+                                       {"asynchronous", 0},      // nothing is done before it must
+                                       {"keeps_subnormals", 0},  // whatever the thread does
                                        {"compile_ms", 0}};
   std::string model = "Stand-in";
   std::map<std::string, Failure> failures;
@@ -41,6 +48,7 @@ struct State {
   int (*launch)(const char* name, const void* table, unsigned blocks, unsigned threads,
                 void* stream) = nullptr;
   std::vector<std::string> loaded;  // what became a module
+  std::vector<std::function<int()>> to_do;
 };
 
 State& state() {
@@ -61,6 +69,14 @@ int begin(const char* name) {
 long setting(const char* name) {
   const std::lock_guard<std::recursive_mutex> lock(state().mutex);
   return state().settings[name];
+}
+
+// Does it now, or when somebody waits.
+int soon(std::function<int()> work) {
+  if (setting("asynchronous") == 0) return work();
+  const std::lock_guard<std::recursive_mutex> lock(state().mutex);
+  state().to_do.push_back(std::move(work));
+  return 0;
 }
 
 template <typename... Arguments>
@@ -217,13 +233,36 @@ EXPORT int cuFuncGetAttribute(int* value, int, Function*) {
   BEGIN* value = 0;
   return 0;
 }
+
+namespace {
+
+int run(const Function& function, const void* table, unsigned blocks, unsigned threads,
+        void* stream) {
+  fenv_t before;
+  const bool keeps_subnormals = setting("keeps_subnormals") != 0;
+  if (keeps_subnormals) {
+    fegetenv(&before);
+    fesetenv(FE_DFL_ENV);
+  }
+  const int done = state().launch(function.name.c_str(), table, blocks, threads, stream);
+  if (keeps_subnormals) fesetenv(&before);
+  return done != 0 ? 0 : kNotFound;
+}
+
+}  // namespace
+
 EXPORT int cuLaunchKernel(Function* function, unsigned blocks, unsigned, unsigned, unsigned threads,
                           unsigned, unsigned, unsigned, void* stream, void** arguments, void**) {
   BEGIN if (contexts.empty()) return kInvalidValue;
   if (state().launch == nullptr) return 0;
-  return state().launch(function->name.c_str(), arguments[0], blocks, threads, stream) != 0
-             ? 0
-             : kNotFound;
+  if (setting("asynchronous") == 0) {
+    return run(*function, arguments[0], blocks, threads, stream);
+  }
+  struct alignas(16) Arguments {
+    char bytes[kArgumentBytes];
+  } copy;
+  std::memcpy(copy.bytes, arguments[0], kArgumentBytes);
+  return soon([=] { return run(*function, copy.bytes, blocks, threads, stream); });
 }
 EXPORT int cuStreamIsCapturing(void*, int* status) {
   BEGIN* status = static_cast<int>(setting("capturing"));
@@ -237,7 +276,12 @@ EXPORT int cuStreamDestroy_v2(void* stream) {
   BEGIN delete static_cast<char*>(stream);
   return 0;
 }
-EXPORT int cuStreamSynchronize(void*) { BEGIN return 0; }
+EXPORT int cuStreamSynchronize(void*) {
+  BEGIN const std::lock_guard<std::recursive_mutex> lock(state().mutex);
+  int result = 0;
+  for (const auto& work : std::exchange(state().to_do, {})) result = std::max(result, work());
+  return result;
+}
 EXPORT int cuMemAlloc_v2(unsigned long long* memory, std::size_t bytes) {
   BEGIN void* made = nullptr;
   if (posix_memalign(&made, 256, bytes) != 0) return kOutOfMemory;
@@ -249,12 +293,16 @@ EXPORT int cuMemFree_v2(unsigned long long memory) {
   return 0;
 }
 EXPORT int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, std::size_t n, void*) {
-  BEGIN std::memcpy(reinterpret_cast<void*>(to), from, n);
-  return 0;
+  BEGIN return soon([=] {
+    std::memcpy(reinterpret_cast<void*>(to), from, n);
+    return 0;
+  });
 }
 EXPORT int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, std::size_t n, void*) {
-  BEGIN std::memcpy(to, reinterpret_cast<const void*>(from), n);
-  return 0;
+  BEGIN return soon([=] {
+    std::memcpy(to, reinterpret_cast<const void*>(from), n);
+    return 0;
+  });
 }
 EXPORT int cuMemsetD32Async(unsigned long long to, unsigned value, std::size_t count, void*) {
   BEGIN for (std::size_t i = 0; i < count; ++i) reinterpret_cast<unsigned*>(to)[i] = value;
@@ -265,6 +313,21 @@ EXPORT int cuMemsetD32Async(unsigned long long to, unsigned value, std::size_t c
 
 #define BEGIN_NVRTC(...) BEGIN if (state().nvrtc != nullptr) return forward(__func__, __VA_ARGS__);
 
+namespace {
+
+// As NVRTC 12.8, nearly: with a gap between two generations, and within one.
+std::vector<int> known_architectures() {
+  std::vector<int> known{75, 80, 86, 90, 100, 101, 120};
+  const long oldest = setting("oldest_architecture");
+  known.erase(known.begin(), std::find_if(known.begin(), known.end(), [=](int architecture) {
+                return architecture >= oldest;
+              }));
+  return known;
+}
+
+}  // namespace
+
+EXPORT const char* nvrtcGetErrorString(int) { return "an error of NVRTC"; }
 EXPORT int nvrtcVersion(int* major, int* minor) {
   BEGIN_NVRTC(major, minor)
   *major = static_cast<int>(setting("nvrtc_version") / 1000);
@@ -275,15 +338,15 @@ EXPORT int nvrtcVersion(int* major, int* minor) {
 #if !defined(STAND_IN_OLD)  // a library that lacks a symbol
 EXPORT int nvrtcGetNumSupportedArchs(int* count) {
   BEGIN_NVRTC(count)
-  *count = 3;
+  *count = static_cast<int>(known_architectures().size());
   return 0;
 }
 #endif
 
 EXPORT int nvrtcGetSupportedArchs(int* architectures) {
   BEGIN_NVRTC(architectures)
-  const int known[] = {75, 80, 90};
-  std::memcpy(architectures, known, sizeof(known));
+  const std::vector<int> known = known_architectures();
+  std::copy(known.begin(), known.end(), architectures);
   return 0;
 }
 EXPORT int nvrtcCreateProgram(Program** program, const char* source, const char* name, int count,
