@@ -119,10 +119,15 @@ def disassembled(code: bytes) -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def blocks_of(registers: int, gpu: int) -> int:
+    """How many fit a multiprocessor."""
+    blocks = REGISTERS // (THREADS * -(-registers // 8) * 8)
+    return min(blocks, MOST_BLOCKS.get(gpu, 8))
+
+
 def report_on(module: Any, compiler: nvrtc.Nvrtc, kernel: str, gpu: int) -> None:
     cubin = compiler.cubin(module, kernel, gpu)
-    blocks = REGISTERS // (THREADS * -(-cubin.registers // 8) * 8)
-    blocks = min(blocks, MOST_BLOCKS.get(gpu, 8))
+    blocks = blocks_of(cubin.registers, gpu)
     text = disassembled(cubin.data)
     barriers = "" if text is None else f", {len(re.findall(r'BAR.SYNC', text))} barriers"
     print(f"{kernel} sm_{gpu}: {cubin.registers} registers, {blocks} blocks{barriers}")

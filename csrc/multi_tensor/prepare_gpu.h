@@ -57,9 +57,23 @@ const DeviceKernel& update_kernel() {
   return kernel;
 }
 
-// Blocks of a kernel for stored values that fit a multiprocessor, which is to say 80 registers: NVRTC 12.1
-// takes 84 to 93 for AMSGrad in 8 bits. With 64 for four blocks NAdam spills (NVRTC 13.0, sm_80).
-constexpr int kMinStoredBlocks = 3;
+// What a lane of stored_kernel.h has at a time, in words: its elements and the coefficients. An EMA comes
+// after them.
+template <typename Update>
+int words_of_lane(const SlotDtypes& dtypes) {
+  constexpr int kElements = 2 + Update::kNumStates;
+  const int masters = dtypes.master == Dtype::kFloat32 ? 1 : 0;
+  return kLaneElements * (kElements + masters) + static_cast<int>(sizeof(Update) / sizeof(float));
+}
+
+// Blocks of a kernel for stored values that fit a multiprocessor. Four, which is to say 64 registers, have
+// no more instructions than three, with 80, and spill in none with up to the 44 words of Adam and RAdam;
+// they do with the 45 of NAdam, with a third state, and with two and a float32 master (NVRTC 12.1, 13.0).
+// Five spill for Lion. Without a bound NVRTC 12.1 takes 84 to 93 registers for AMSGrad in 8 bits.
+template <typename Update>
+int min_stored_blocks(const SlotDtypes& dtypes) {
+  return words_of_lane<Update>(dtypes) <= 44 ? 4 : 3;
+}
 
 // One for each way in which values are stored: what it does not need is not in it. The loop of Adam with a
 // split master and 8-bit state had 3,715 instructions for eight elements with all ways in it, and 1,298 with
@@ -68,7 +82,8 @@ template <typename Rule, typename Update>
 const DeviceKernel& stored_kernel(const SlotDtypes& dtypes) {
   const auto& plain = update_kernel<float, Rule, Update>();
   return stored_kernel(plain, dtypes, [&](const std::string& suffix) {
-    auto made = kernel_of<Rule, Update>(suffix, "stored_update_on_device", "", kMinStoredBlocks);
+    auto made = kernel_of<Rule, Update>(suffix, "stored_update_on_device", "",
+                                        min_stored_blocks<Update>(dtypes));
     made.num_slots = kMaxPointers;
 #if defined(FUSEDOPT_KERNELS_ON_HOST)
     made.on_host = stored_update_on_host<Rule, Update>;

@@ -16,8 +16,6 @@
 
 namespace fusedopt {
 
-constexpr int kLaneElements = 8;
-
 // Memory -------------------------------------------------------------------------------------
 
 template <typename Element>

@@ -60,6 +60,9 @@ constexpr std::size_t kTableBytes = table_bytes(kMaxArgumentBytes);
 constexpr int kBlockThreads = 256;
 constexpr std::int64_t kBlockElements = 16384;
 
+// Elements that a thread takes at a time where values are not stored as they are.
+constexpr int kLaneElements = 8;
+
 // Blocks that fit a multiprocessor at least, which is to say 128 registers per thread. Without it
 // CUDA 13.0 saves registers in two double kernels of RMSprop for sm_90 and spills.
 constexpr int kMinBlocks = 2;
