@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 Calls = list["functools.partial[Any]"]
 
 # Elements up to which copying a tensor into one with others costs less than a call of each operator
-# for it, and those that are computed together, so that intermediate values stay in the cache.
+# for it, and those that are together in one.
 _SMALL, _PIECE = 1 << 12, 1 << 18
+# Elements of a large tensor that are updated before the next, so that intermediate values stay in a
+# cache. Of 2**18, 2**20, 2**22 a step of 10 x 1,000,000 takes with NAdam 13.9, 12.0, 12.0 ms, with
+# RMSprop 9.9, 7.8, 8.1 (two cores of a Zen 4, 2026-11).
+_PART = 1 << 20
 
 _GRAD = 1  # the place of the gradients among the lists; they are not written
 
@@ -135,11 +139,9 @@ def _large(program: Program, scratch: _Scratch, tensors: list[Tensor], is_aligne
     """The update of one parameter, in parts. ``is_aligned``: its tensors have one order in memory,
     without gaps."""
     size = tensors[0].numel()
-    if size <= _PIECE or not is_aligned:
+    if size <= _PART or not is_aligned:
         return program.calls(tensors, scratch.like(tensors[0]))
-    parts = zip(
-        *(tensor.as_strided((size,), (1,)).split(_PIECE) for tensor in tensors), strict=True
-    )
+    parts = zip(*(tensor.as_strided((size,), (1,)).split(_PART) for tensor in tensors), strict=True)
     calls = (program.calls([*those], scratch.like(those[0])) for those in parts)
     return [*itertools.chain.from_iterable(calls)]
 
@@ -148,11 +150,11 @@ class _Scratch:
     """Intermediate values of a part, over which those of the next are written."""
 
     def __init__(self, number: int, dtype: torch.dtype) -> None:
-        self._rows = torch.empty(number, _PIECE, dtype=dtype, device="cpu")
+        self._rows = torch.empty(number, _PART, dtype=dtype, device="cpu")
         self._of: dict[Any, list[Tensor]] = {}
 
     def like(self, tensor: Tensor) -> list[Tensor]:
-        if tensor.numel() > _PIECE:
+        if tensor.numel() > _PART:
             return [torch.empty_like(tensor) for _ in self._rows]
         form = tensor.shape, tensor.stride()
         if form not in self._of:
