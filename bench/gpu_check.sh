@@ -109,9 +109,15 @@ step() {
     fail "$name" "no time left" 0
     return 1
   fi
-  timeout --signal=INT --kill-after=10 "$limit" "$@" </dev/null 2>&1 |
-    tee "$scratch/last" >>"$log"
-  code=${PIPESTATUS[0]}
+  # No pipe, which would be open for as long as a child of the command lives that does not end; what
+  # is left of its group is killed, for it would keep the GPU.
+  set -m
+  timeout --signal=INT --kill-after=10 "$limit" "$@" </dev/null >"$scratch/last" 2>&1 &
+  wait $!
+  code=$?
+  kill -KILL -- -$! 2>/dev/null
+  set +m
+  cat "$scratch/last" >>"$log"
   if ((code == 0)); then
     record "$name" ok $((SECONDS - begin))
     return 0
@@ -130,8 +136,12 @@ bench() {
   local name=$1 limit=$2 last=$3 module=$4 seconds
   shift 4
   seconds=$(($(seconds_for "$limit") - last))
+  if ((seconds <= 0)); then
+    is_wanted "$name" && fail "$name" "no time left" 0
+    return 1
+  fi
   step "$name" "$limit" env FUSEDOPT_BACKEND=native "$python" -m "bench.$module" --device "$device" \
-    --out "$out" --seconds $((seconds > 0 ? seconds : 0)) "$@" && cat "$scratch/last"
+    --out "$out" --seconds $seconds "$@" && cat "$scratch/last"
 }
 
 finish() {

@@ -49,7 +49,8 @@ def _gpu_library() -> tuple[str, str]:
 def _folders_of(library: str) -> Iterator[Path]:
     """Where this process has loaded it from: some distributions move torch's libraries."""
     maps = Path("/proc/self/maps")
-    for line in maps.read_text().splitlines() if maps.exists() else ():
+    text = os.fsdecode(maps.read_bytes()) if maps.exists() else ""
+    for line in text.splitlines():
         if f"/{library}" in line:
             yield Path(line.split(maxsplit=5)[-1]).parent
 

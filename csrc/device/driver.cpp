@@ -24,6 +24,11 @@ bool is_lasting(cuda::Result result) {
   return std::find(std::begin(kLasting), std::end(kLasting), result) != std::end(kLasting);
 }
 
+// What a kernel can bring about by itself: accesses to other memory, assertions, bad instructions.
+bool may_be_a_kernels(cuda::Result result) {
+  return result == 700 || result == 710 || (result >= 714 && result <= 719);
+}
+
 struct Library {
   std::mutex mutex;
   std::string path, problem = "no library of torch's was named";
@@ -121,7 +126,7 @@ void Driver::check(cuda::Result result, const std::string& what) const {
   if (error_string(result, &text) != 0 || text == nullptr) text = "unknown error";
   const std::string problem = what + " failed: " + text + " (" + std::to_string(result) + ")";
   if (result == cuda::kOutOfMemory) throw OutOfMemory(problem);
-  if (is_lasting(result)) throw ContextLost(problem);
+  if (is_lasting(result)) throw ContextLost(problem, may_be_a_kernels(result));
   throw DeviceProblem(problem);
 }
 

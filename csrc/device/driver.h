@@ -90,7 +90,9 @@ struct OutOfMemory : DeviceProblem {
 
 // The process cannot use it any more: a kernel, be it another's, did what none may do, or the GPU failed.
 struct ContextLost : DeviceProblem {
-  using DeviceProblem::DeviceProblem;
+  ContextLost(const std::string& problem, bool may_be_a_kernels)
+      : DeviceProblem(problem), may_be_a_kernels(may_be_a_kernels) {}
+  bool may_be_a_kernels;  // not that of memory, a link, or somebody who ended it
 };
 
 struct Driver {

@@ -116,9 +116,11 @@ class Loader {
       return difference.empty() ? kPassed : difference;
     } catch (const ContextLost& lost) {
       const std::string why = std::string("when it was tried out, ") + lost.what();
-      const std::string to_do = keep(why + "; `python -m fusedopt.self_test` tries it out again");
-      throw ContextLost(why + ", after which a process cannot use the GPU: start it again, " +
-                        to_do);
+      std::string to_do = ", after which a process cannot use the GPU: start it again";
+      if (lost.may_be_a_kernels) {
+        to_do += ", " + keep(why + "; FUSEDOPT_SELF_TEST=always tries it out again");
+      }
+      throw ContextLost(why + to_do, lost.may_be_a_kernels);
     }
   }
 
@@ -191,14 +193,15 @@ TrialReport load_and_prove(const DeviceKernel& kernel, int device, cuda::Stream 
   try {
     try {
       load_and_prove_once(kernel, device, stream, setting, &report);
-    } catch (const OutOfMemory&) {
+    } catch (const OutOfMemory& full) {
       const RelaxedCapture relaxed(driver());
-      make_room();
+      const std::string failed = make_room();
+      if (!failed.empty()) throw OutOfMemory(full.what() + ("; making room failed: " + failed));
       load_and_prove_once(kernel, device, stream, setting, &report);
     }
     set_state(kernel, device, KernelState::kReady);
   } catch (const ContextLost& lost) {
-    throw ContextLost("fusedopt: " + refusal(kernel, device, lost.what()));
+    throw ContextLost("fusedopt: " + refusal(kernel, device, lost.what()), lost.may_be_a_kernels);
   } catch (const OutOfMemory& problem) {
     report.is_told = !put_off(kernel, device);
     report.problem = problem.what() + std::string("; later steps try again");

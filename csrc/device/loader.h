@@ -23,7 +23,7 @@ using Streams = std::map<int, cuda::Stream>;
 
 // Frees memory of GPUs that nobody uses; then what failed for want of it is tried once more. Called
 // without the interpreter lock.
-using MakeRoom = void (*)();
+using MakeRoom = std::string (*)();  // why it failed, if it did
 
 // Compiles and tries out what is not in the cache, and loads. Afterwards each is ready or refused; throws
 // ContextLost if none can be. Takes seconds: without the interpreter lock. Not while a stream of this

@@ -48,6 +48,7 @@ void Work::clear() {
 
 bool Work::add(std::size_t p, const TensorView& grad) {
   const ParamRecord& param = records_->params[p];
+  records_->params[p].is_refused = false;
   UpdateSource source{records_->groups[param.group].like, Scalars(param.first_step ? 1 : 2)};
   source.is_counted = has_step_ && !param.device_step;
   if (source.is_counted && !advance(param, &source)) return false;
@@ -205,7 +206,7 @@ std::uint32_t Work::prepared_update(const UpdateSource& source, int device) {
   const auto [found, is_new] =
       prepared.index_of.emplace(key, static_cast<std::uint32_t>(updates.size()));
   if (is_new) {
-    if (!is_defined(source)) return kUndefined;
+    if (!is_defined(source)) return found->second = kUndefined;
     updates.push_back(prepare(source));
     sources_[static_cast<std::size_t>(device + 1)].push_back(source);
     if (source.where != Where::kCpu && is_refused(*updates.back().device_kernel, device)) {

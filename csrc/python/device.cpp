@@ -19,9 +19,16 @@ namespace {
 
 py::handle tell, free_memory;  // see backend.py; never released
 
-void make_room() {
+std::string make_room() {
   const py::gil_scoped_acquire acquire;
-  free_memory();
+  try {
+    free_memory();
+    return "";
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+    const std::string why = error.what();
+    return why.substr(0, why.find('\n'));
+  }
 }
 
 const DeviceKernel* find_kernel(const std::string& name) {
@@ -42,9 +49,13 @@ const DeviceKernel& kernel_named(const std::string& name) {
 
 void load_needed(const NeededKernels& needed, const std::string& owner) {
   Streams streams;
+  NeededKernels now;
   for (const auto& [kernel, device] : needed) {
     streams[device] = current_stream(device);
-    if (!is_capturing(streams[device])) continue;
+    if (!is_capturing(streams[device])) {
+      now.insert(now.end(), {kernel, device});
+      continue;
+    }
     if (was_put_off(*kernel, device)) {
       put_off(*kernel, device);
       continue;
@@ -56,7 +67,7 @@ void load_needed(const NeededKernels& needed, const std::string& owner) {
   LoadReport report;
   {
     const py::gil_scoped_release release;
-    report = load_kernels(needed, streams, &make_room);
+    report = load_kernels(now, streams, &make_room);
   }
   if (!report.slow.empty()) tell(false, report.slow);
   for (const std::string& refused : report.refused) tell(true, refused);

@@ -77,7 +77,9 @@ def assert_nothing_changes(opt, match):
         ("cuStreamSynchronize", 2, 719, "a trial failed"),
     ],
 )
-def test_a_trial_after_which_the_gpu_is_lost(function, after, result, match, driver, kernels):
+def test_a_trial_after_which_the_gpu_is_lost(
+    function, after, result, match, driver, kernels, monkeypatch
+):
     """Once: the next process does without the kernel until somebody asks for another trial."""
     driver.fail(function, result, after)
     why = rf"{ADAM} is not used on cuda:0: when it was tried out, .*{match}.*\({result}\)"
@@ -86,11 +88,26 @@ def test_a_trial_after_which_the_gpu_is_lost(function, after, result, match, dri
     driver.fail(function, 0)
     in_a_new_process(kernels)
     opt = adam()
-    with pytest.warns(RuntimeWarning, match=f"{why}; `python -m fusedopt.self_test` tries it out"):
+    with pytest.warns(RuntimeWarning, match=f"{why}; FUSEDOPT_SELF_TEST=always tries"):
         assert launches_of(lambda: assert_right(opt)) == 0
-    assert kernels.try_out(ADAM, 0)[2] == ""
+    monkeypatch.setenv("FUSEDOPT_SELF_TEST", "always")
+    in_a_new_process(kernels)
+    adam().step()
+    monkeypatch.delenv("FUSEDOPT_SELF_TEST")
     in_a_new_process(kernels)
     assert launches_of(adam().step) == 1
+
+
+def test_a_gpu_that_fails_by_itself_during_a_trial(driver, kernels):
+    """As by an error of its memory, or of a link: that is no verdict on a kernel."""
+    for result in (214, 220, 709):
+        in_a_new_process(kernels)
+        driver.fail("cuLaunchKernel", result)
+        assert_nothing_changes(adam(), rf"\({result}\), after which .*: start it again$")
+        driver.fail("cuLaunchKernel", 0)
+    in_a_new_process(kernels)
+    assert not cached("verdict")
+    assert_right(adam())
 
 
 @pytest.mark.parametrize("function", ["cuStreamSynchronize", "cuModuleLoadData"])

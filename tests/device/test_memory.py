@@ -8,7 +8,16 @@ import pytest
 import seam
 import torch
 
-from device import ADAM, adam, assert_refused, assert_right, compilations, launches_of
+import fusedopt
+from device import (
+    ADAM,
+    adam,
+    assert_refused,
+    assert_right,
+    compilations,
+    in_a_new_process,
+    launches_of,
+)
 
 ALLOCATES = ("cuMemAlloc_v2", "cuModuleLoadData", "cuDevicePrimaryCtxRetain")
 
@@ -94,3 +103,15 @@ def test_who_asks_for_a_trial_is_told_each_time(driver, kernels):
         assert "out of memory" in kernels.try_out(ADAM, 0)[2]
     driver.fail("cuMemAlloc_v2", 0)
     assert kernels.try_out(ADAM, 0)[2] == ""
+
+
+def test_room_cannot_be_made(driver, kernels, monkeypatch):
+    """Where torch cannot free what it keeps, as during a capture, the step is torch's."""
+
+    def fails():
+        raise RuntimeError("captures are underway")
+
+    monkeypatch.setattr(fusedopt.backend, "_free_memory", fails)
+    in_a_new_process(kernels)
+    driver.fail("cuMemAlloc_v2", 2)
+    assert_refused(kernels, "making room failed: RuntimeError: captures are underway; later steps")
