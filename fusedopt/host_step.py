@@ -140,9 +140,9 @@ def _large(program: Program, scratch: _Scratch, tensors: list[Tensor], is_aligne
     without gaps."""
     size = tensors[0].numel()
     if size <= _PART or not is_aligned:
-        return program.calls(tensors, scratch.like(tensors[0]))
+        return program.calls(tensors, scratch.like(tensors[0], is_aligned))
     parts = zip(*(tensor.as_strided((size,), (1,)).split(_PART) for tensor in tensors), strict=True)
-    calls = (program.calls([*those], scratch.like(those[0])) for those in parts)
+    calls = (program.calls([*those], scratch.like(those[0], True)) for those in parts)
     return [*itertools.chain.from_iterable(calls)]
 
 
@@ -153,12 +153,18 @@ class _Scratch:
         self._rows = torch.empty(number, _PART, dtype=dtype, device="cpu")
         self._of: dict[Any, list[Tensor]] = {}
 
-    def like(self, tensor: Tensor) -> list[Tensor]:
-        if tensor.numel() > _PART:
-            return [torch.empty_like(tensor) for _ in self._rows]
-        form = tensor.shape, tensor.stride()
+    def like(self, tensor: Tensor, is_aligned: bool) -> list[Tensor]:
+        """In the order of the tensor, without its gaps if it is not ``is_aligned``."""
+        dense = tensor if is_aligned else torch.empty_like(tensor, device="meta")
+        form = tensor.shape, dense.stride()
         if form not in self._of:
-            self._of[form] = [row.as_strided(*form) for row in self._rows]
+            self._of[form] = (
+                [row.as_strided(*form) for row in self._rows]
+                if tensor.numel() <= _PART
+                else [
+                    torch.empty_strided(*form, dtype=tensor.dtype, device="cpu") for _ in self._rows
+                ]
+            )
         return self._of[form]
 
 

@@ -186,9 +186,11 @@ class Stepper:
                 written, kept = written + targets, kept + copies
                 last = self.step_in_python(work) if work.buckets or work.alone else []
                 if plan is None:
-                    _call_all([*last, *commits])
+                    with torch.no_grad():
+                        _call_all([*last, *commits])
                     break
-                _call_all(last)
+                with torch.no_grad():
+                    _call_all(last)
                 outcome = self._native_step(plan, members, scales, grads)
                 if outcome.is_stale:
                     raise RuntimeError(
@@ -204,7 +206,8 @@ class Stepper:
     def step_in_python(self, work: Work) -> list[functools.partial[Any]]:
         """What is not left to the native module. Tests look here. Returns calls that are still to
         be made, which nothing can make fail."""
-        last = [call for bucket in work.buckets for call in python_step.take_together(bucket)]
+        with torch.no_grad():  # those of one group that is differentiable go alone
+            last = [call for bucket in work.buckets for call in python_step.take_together(bucket)]
         for record, factor in work.alone:
             python_step.take(record, factor)
         return last

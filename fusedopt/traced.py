@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ _ELEMENTWISE = {
 _READERS = ("__get__", "is_complex")
 
 
-class CannotTraceError(Exception):
+class CannotTraceError(RuntimeError):
     """An update does not leave all of its work to functions over lists."""
 
 
@@ -49,9 +50,13 @@ class Program:
         Raises:
             CannotTraceError: the update does more than functions over lists do.
         """
-        traced: list[_Traced] = []
-        noted: list[_Call] = []
-        update([[_another(dtype, traced, noted)] for _ in range(num_lists)])
+        places, noted = map(_Place, itertools.count()), list[_Call]()
+        lists: list[list[Tensor]] = [[_another(dtype, places, noted)] for _ in range(num_lists)]
+        # Else nothing is noted, as in the backward of a loss that is a subclass.
+        with torch._C._EnableTorchFunction():
+            update(lists)
+        if not noted:
+            raise CannotTraceError("an update called no function of torch's over lists")
         calls = _written_at_once(noted, num_lists)
         # The lists may be any, where one function makes the whole update.
         self.is_one_call = len(calls) == 1 and calls[0].out == calls[0].args[0] < num_lists
@@ -96,12 +101,17 @@ class Program:
 def _written_at_once(calls: list[_Call], num_lists: int) -> list[_Call]:
     """The same without the copies of values that can be computed where they go: nobody reads there
     what was there before."""
-    for copy in [call for call in calls if call.function is torch._foreach_copy_]:
-        (value,), target = copy.args, copy.out
-        end = calls.index(copy)
+    end = 0
+    while end < len(calls):
+        function, (value, *_), _, target = calls[end]
+        if function is not torch._foreach_copy_ or type(value) is not _Place or value < num_lists:
+            end += 1
+            continue
         begin = next((i for i, call in enumerate(calls) if call.out == value), end)
         between = [place for call in calls[begin + 1 : end] for place in (*call.args, call.out)]
-        if value < num_lists or any(type(p) is _Place and p == target for p in between):
+        is_read = any(type(place) is _Place and place == target for place in between)
+        if is_read:
+            end += 1
             continue
 
         def moved(place: Any, value: Any = value, target: Any = target) -> Any:
@@ -139,7 +149,7 @@ class _Traced(Tensor):
 
     place: _Place
     of_dtype: torch.dtype
-    traced: list[_Traced]
+    places: Iterator[_Place]  # of those that follow
     noted: list[_Call]
 
     @classmethod
@@ -154,7 +164,7 @@ class _Traced(Tensor):
         first, *others = map(_of_one, args)
         if name not in _ELEMENTWISE or type(first) is not _Traced:
             raise CannotTraceError(name)
-        out = first if in_place else _another(first.of_dtype, first.traced, first.noted)
+        out = first if in_place else _another(first.of_dtype, first.places, first.noted)
         known = [arg.place if type(arg) is _Traced else arg for arg in (first, *others)]
         kwargs = dict(kwargs or {})
         if name == "_foreach_copy":
@@ -167,13 +177,10 @@ class _Traced(Tensor):
         return None if in_place else [out]
 
 
-def _another(dtype: torch.dtype, traced: list[_Traced], noted: list[_Call]) -> _Traced:
-    """Adds one to those that are ``traced``."""
+def _another(dtype: torch.dtype, places: Iterator[_Place], noted: list[_Call]) -> _Traced:
     empty = torch.empty(0, dtype=dtype, device="cpu")
     one: _Traced = Tensor._make_subclass(_Traced, empty)
-    one.place, one.of_dtype = _Place(len(traced)), dtype
-    one.traced, one.noted = traced, noted
-    traced.append(one)
+    one.place, one.of_dtype, one.places, one.noted = next(places), dtype, places, noted
     return one
 
 
