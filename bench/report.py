@@ -191,7 +191,7 @@ def opacity(result: dict[str, Any]) -> float:
 
 
 def write_json(path: Path, facts: dict[str, Any], **results: Any) -> Path:
-    """Numbers to six digits: noise begins before."""
+    """Numbers to four digits: noise begins before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = _rounded({"environment": facts, **results})
     path.write_text(json.dumps(written, separators=(",", ":")) + "\n")
@@ -203,7 +203,7 @@ def _rounded(value: Any) -> Any:
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [*map(_rounded, value)]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def write_png(path: Path, figure: Figure) -> Path:

@@ -182,8 +182,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     report.console.print(table)
     setup = {"optimizer": options.optimizer, "max_grad_norm": options.max_grad_norm, "steps": steps}
     setup["offload"] = options.offload
+    columns = {key: [window[key] for window in windows] for key in windows[0]}
     file = report.write_json(
-        options.out / "soak.json", facts, **setup, summary=summary, windows=windows
+        options.out / "soak.json", facts, **setup, summary=summary, windows=columns
     )
     return [file, plot(options.out / "soak.png", title, windows)]
 

@@ -304,7 +304,6 @@ def summarize(cell: Cell, contenders: list[Contender], model: Model, moved: int)
         "parameters": model.numel,
         "bytes_per_step": moved,
         "median_ms": medians,
-        "fastest_ms": {contender.name: min(contender.total) for contender in contenders},
         "rounds": {contender.name: len(contender.wall) for contender in contenders},
         "best_stock_mode": best,
         "speedup": stock[best] / medians["fusedopt"],
