@@ -43,7 +43,7 @@ test: on_host build/nvrtc/tried
 # hour on one core. Tensors of 2^32 elements are too many for this; in float64 a power that the kernel
 # computes is that of the device, whose last bit may be another (tests/compiled_kernels allows that).
 OF_KERNELS := (kernels or machine_code or ptx) and not beyond_32 and not (that_the_kernel_counts and float64) \
-  and not on_the_device_change_between_steps[torch.float64
+  and not (on_the_device_change_between_steps[torch.float64 and Adam)
 kernels: on_host build/nvrtc/tried
 	FUSEDOPT_COMPILED_KERNELS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) \
 	  tests/test_machine_code.py tests/test_ptx.py tests/compiled_kernels \
