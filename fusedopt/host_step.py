@@ -24,8 +24,8 @@ Calls = list["functools.partial[Any]"]
 
 # Elements up to which copying a tensor into one with others costs less than a call of each operator
 # for it, and those that are together in one. A step takes for each of 100 tensors of 4,096 elements
-# 38 us copied and 49 called with NAdam, 22 and 31 with RMSprop; of 10,000, 117 and 63, 56 and 49 (two
-# cores of a Zen 4, 2026-11).
+# 38 us copied and 49 called with NAdam, 22 and 31 with RMSprop; of 10,000, 117 and 63, 56 and 49
+# (two cores of a Zen 4, 2026-11).
 _SMALL, _PIECE = 1 << 12, 1 << 18
 # Elements of a large tensor that are updated before the next, so that intermediate values stay in a
 # cache. Of 2**18, 2**20, 2**22 a step of 10 x 1,000,000 takes with NAdam 13.9, 12.0, 12.0 ms, with
