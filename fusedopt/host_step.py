@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from . import stock_step
 from .modes import Mode
-from .rule import numbers_as_scalars
-from .tensor_list import TensorList
 from .traced import CannotTraceError, Program, Update
+from .updates import ByRule, ByTorch, in_pieces, of_equal_numbers, written_numbers
 
 if TYPE_CHECKING:
     from .work import Bucket
@@ -38,65 +35,20 @@ _GRAD = 1  # the place of the gradients among the lists; they are not written
 def calls(bucket: Bucket, grads: list[Tensor]) -> Calls:
     """What writes the step of parameters, of the dtype that is computed with, and of their state:
     one C function each. All that can fail is done."""
-    columns, first = bucket.columns, bucket.record(0)
-    like = columns.like((*first.rule.scalar_by_name,))
-    own = [columns.params, grads, *map(columns.state, first.keys)]
     found: Calls = []
-    for at in sorted({*like}):
-        those = [i for i, of in enumerate(like) if of == at]
-        lists = own if len(those) == len(like) else [[column[i] for i in those] for column in own]
+    for at, those, lists in of_equal_numbers(bucket, grads):
         if bucket.mode is not Mode.RULE:
-            by_torch = _ByTorch(bucket, at)
+            by_torch = ByTorch(bucket, at)
             try:
                 found += _updates(bucket, by_torch, lists)
-                found += _numbers(bucket, those, by_torch.numbers)
+                found += written_numbers(bucket, those, by_torch.numbers)
                 continue
             except CannotTraceError:  # another torch: the rule does the same
                 pass
-        by_rule = _ByRule(bucket, at)
+        by_rule = ByRule(bucket, at)
         found += _updates(bucket, by_rule, lists)
-        found += _numbers(bucket, those, by_rule.numbers)
+        found += written_numbers(bucket, those, by_rule.numbers)
     return found
-
-
-class _ByTorch:
-    """An update of parameters with equal numbers by torch's implementation over lists."""
-
-    def __init__(self, bucket: Bucket, at: int) -> None:
-        self._function = stock_step.implementation(bucket)
-        self._bucket, self._at = bucket, at
-        self.numbers: dict[str, Tensor] = {}
-
-    def __call__(self, lists: list[list[Tensor]]) -> None:
-        record, rule = self._bucket.record(self._at), self._bucket.members.rule
-        self.numbers = {s.name: record.entries[s.name].clone() for s in rule.scalars}
-        kept = dict(zip(("param", "grad", *record.keys), lists, strict=True))
-        numbers = [[self.numbers[s.name]] for s in (*rule.scalars[1:], *rule.scalars[:1])]
-        slots = [kept.get(slot.name, []) for slot in rule.slots]
-        self._function(kept["param"], kept["grad"], *slots, *numbers)
-
-
-class _ByRule:
-    """An update of parameters with equal numbers by the rule."""
-
-    def __init__(self, bucket: Bucket, at: int) -> None:
-        record = bucket.record(at)
-        self._rule, self._group = record.rule, numbers_as_scalars(record.group)
-        kept, self._scalars = record.next_scalars(self._group)
-        names = [scalar.name for scalar in record.rule.scalars]
-        self.numbers = dict(zip(names, kept, strict=True))
-
-    def __call__(self, lists: list[list[Tensor]]) -> None:
-        update: Any = self._rule.update
-        values = update(self._group, *self._scalars, *map(TensorList, lists))
-        for tensors, new in zip([lists[0], *lists[2:]], values, strict=True):
-            torch._foreach_copy_(tensors, new.tensors)
-
-
-def _numbers(bucket: Bucket, those: list[int], numbers: dict[str, Tensor]) -> Iterator[Any]:
-    for name, value in numbers.items():
-        column = bucket.columns.at(those).state(name)
-        yield functools.partial(torch._foreach_copy_, column, [value] * len(column))
 
 
 def _updates(bucket: Bucket, update: Update, lists: list[list[Tensor]]) -> Calls:
@@ -168,14 +120,3 @@ class _Scratch:
                 ]
             )
         return self._of[form]
-
-
-def in_pieces(sizes: Iterable[int], largest: int) -> list[slice]:
-    """Neighbours that together have at most so many elements, or are one."""
-    pieces, begin, end, total = [], 0, 0, 0
-    for size in sizes:
-        if end > begin and total + size > largest:
-            pieces.append(slice(begin, end))
-            begin, total = end, 0
-        end, total = end + 1, total + size
-    return [*pieces, slice(begin, end)] if end else []

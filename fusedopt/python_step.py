@@ -14,6 +14,7 @@ from .modes import Mode
 from .record import Record
 from .rule import Group, numbers_as_scalars
 from .tensor_list import TensorList
+from .updates import ByRule, in_pieces, of_equal_numbers, written_numbers
 
 if TYPE_CHECKING:
     from .work import Bucket
@@ -41,13 +42,15 @@ def take_together(bucket: Bucket) -> list[functools.partial[Any]]:
             return stock_step.fused_calls(bucket, _scaled(bucket, columns.grads))
         if bucket.is_plain():
             return host_step.calls(bucket, _scaled(bucket, columns.grads))
-        return [_new_values(bucket, slice(None))]
+        return [_new_values(bucket)]
     if mode is not Mode.RULE:
         stock_step.take_together(bucket, _scaled(bucket, columns.grads))
         return []
-    new_values = _new_plain_values if bucket.is_plain() else _new_values
-    for part in host_step.in_pieces(map(Tensor.numel, columns.params), _PART):
-        new_values(bucket, part)()
+    for part in in_pieces(map(Tensor.numel, columns.params), _PART):
+        if bucket.is_plain():
+            _take_by_rule(bucket[part])
+        else:
+            _new_values(bucket[part])()
     return []
 
 
@@ -67,31 +70,18 @@ def _scaled(bucket: Bucket, grads: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _new_plain_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
-    """Writes what the rule has computed from tensors that are what it computes with."""
-    columns, first = bucket.columns[part], bucket.record(0)
-    rule, group = first.rule, numbers_as_scalars(first.group)
-    like = columns.like((*rule.scalar_by_name,))
-    tensors: list[Tensor] = []
-    values: list[Tensor] = []
-    for at in sorted({*like}):
-        those = columns.at([i for i, of in enumerate(like) if of == at])
-        kept, scalars = bucket.record((part.start or 0) + at).next_scalars(group)
-        for scalar, value in zip(rule.scalars, kept, strict=True):
-            tensors += those.state(scalar.name)
-            values += [value] * len(those.params)
-        own = [those.params, *map(those.state, first.keys)]
-        lists = [own[0], _scaled(bucket, those.grads), *own[1:]]
-        update: Any = rule.update
-        for column, new in zip(own, update(group, *scalars, *map(TensorList, lists)), strict=True):
-            tensors += column
-            values += new.tensors
-    return functools.partial(torch._foreach_copy_, tensors, values)
+def _take_by_rule(bucket: Bucket) -> None:
+    """Updates tensors that are what the rule computes with."""
+    for at, those, lists in of_equal_numbers(bucket, _scaled(bucket, bucket.columns.grads)):
+        update = ByRule(bucket, at)
+        update(lists)
+        for call in written_numbers(bucket, those, update.numbers):
+            call()
 
 
-def _new_values(bucket: Bucket, part: slice) -> functools.partial[Any]:
+def _new_values(bucket: Bucket) -> functools.partial[Any]:
     """Writes what the rule has computed, for all parameters of one step count at once."""
-    records, factor = bucket.records[part], bucket.factor
+    records, factor = bucket.records, bucket.factor
     steps: dict[Any, list[_Step]] = {}
     group = numbers_as_scalars(records[0].group)
     for record in records:

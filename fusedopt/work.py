@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import EllipsisType
 from typing import Any, NamedTuple
@@ -62,6 +62,9 @@ class Bucket:
     places: list[Place]
     members: Members
     kind: Kind
+
+    def __getitem__(self, part: slice) -> Bucket:
+        return replace(self, columns=self.columns[part], places=self.places[part])
 
     @property
     def mode(self) -> Mode:
