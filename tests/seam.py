@@ -22,8 +22,10 @@ from fusedopt import (
     formats,
     forms,
     grad_norm,
+    known,
     modes,
     optimizer,
+    python_step,
     rule,
     scaling,
     state,
@@ -99,6 +101,22 @@ def only_by_the_rule() -> Iterator[None]:
 def one_by_one() -> Iterator[None]:
     """It is computed parameter by parameter."""
     with mock.patch.object(modes, "choose", lambda *_: modes.Mode.ALONE):
+        yield
+
+
+@contextlib.contextmanager
+def as_on_a_device(part: int) -> Iterator[None]:
+    """What is left to torch's operators goes the way of a device without kernels, by the rule, that
+    many elements at a time."""
+
+    def kind(**facts: Any) -> Any:
+        return modes.Kind(**{**facts, "device": "xpu"})
+
+    with (
+        mock.patch.object(known, "Kind", kind),
+        mock.patch.object(python_step, "_PART", part),
+        only_by_the_rule(),
+    ):
         yield
 
 

@@ -161,6 +161,17 @@ def test_the_rule_over_lists_has_the_bits_of_the_rule(case, dtype, more, python)
 
 
 @richest_of_every_class
+@pytest.mark.parametrize("part", [1, 100])
+def test_the_rule_in_parts_on_a_device(case, part, python):
+    build = Case(case.name, {**case.options, "l1": 0.1}).ours
+    with seam.as_on_a_device(part):
+        in_parts = stepped(build)
+    with seam.one_by_one():
+        alone = stepped(build)
+    assert snapshot(in_parts) == snapshot(alone)
+
+
+@richest_of_every_class
 @pytest.mark.parametrize("stored", STORED)
 def test_stored_values_over_lists(case, stored, python):
     options, dtype = STORED[stored]
