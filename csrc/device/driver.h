@@ -106,7 +106,8 @@ struct Driver {
   int num_devices = 0;
   std::vector<int> architectures;  // which NVRTC knows, 90 for sm_90; not empty
 
-  // Throw DeviceProblem, or what is derived from it, if a function, of the driver or of NVRTC, failed: what it did, in words.
+  // Throw DeviceProblem, or what is derived from it, if a function, of the driver or of NVRTC,
+  // failed: what it did, in words.
   void check(cuda::Result result, const std::string& what) const;
   void check_nvrtc(cuda::Result result, const std::string& what) const;
   // The newest architecture that NVRTC knows, and a GPU of this one runs the code of; 0 if there is none.

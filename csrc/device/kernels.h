@@ -43,7 +43,8 @@ void set_state(const DeviceKernel& kernel, int device, KernelState state);
 // Whether this is the first time.
 bool put_off(const DeviceKernel& kernel, int device);
 bool was_put_off(const DeviceKernel& kernel, int device);
-// How often that was over, or the kernel became ready before, all in all. Who steps without asking for kernels compares it with the last.
+// How often that was over, or the kernel became ready before, all in all. Who steps without asking for
+// kernels compares it with the last.
 int num_put_off_no_longer();
 
 // Forgets all, for tests that put another driver in the place of this one.
