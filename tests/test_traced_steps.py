@@ -79,10 +79,10 @@ def test_steps_leave_no_cycles(case):
 
     steps()
     gc.disable()
-    gc.collect()
-    # What other tests have left is not counted: a collection may free what holds more of it.
-    gc.freeze()
     try:
+        gc.collect()
+        # What other tests have left is not counted: a collection may free what holds more of it.
+        gc.freeze()
         steps()
         assert gc.collect() < 20 * 5
     finally:

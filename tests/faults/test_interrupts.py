@@ -109,15 +109,17 @@ def faults(model: str, steps: int, change: Any, fault: Any, error: Any) -> None:
     for at in places:
         opt = twin()
         assert snapshot(opt) == before
-        try:
-            # torch's record_function turns calls of subclasses off for a moment. Python 3.14 can
-            # deliver an interrupt between that and what ends it, and they would stay off.
-            with torch._C._EnableTorchFunction(), fault(at) as armed:
-                opt.step()
-        except error:
-            pass
-        else:  # a step may be shorter: whether a gradient is copied depends on addresses
-            unheard += armed.left <= 0
+        # torch's record_function turns calls of subclasses off for a moment. Python 3.14 can
+        # deliver an interrupt between that and what ends it, and they would stay off.
+        with torch._C._EnableTorchFunction():
+            try:
+                with fault(at) as armed:
+                    opt.step()
+            except error:
+                pass
+            else:  # a step may be shorter: whether a gradient is copied depends on addresses
+                unheard += armed.left <= 0
+            assert torch._C._is_torch_function_enabled() or sys.version_info >= (3, 14)
         now = snapshot(opt)
         assert now in (before, after), f"torn by a fault at place {at}"
         for _ in range(2 - (now == after)):
